@@ -1,0 +1,1 @@
+"""Fronts, sweeps over weightings, and the reports drawn from them."""
