@@ -1,0 +1,198 @@
+"""What a set of points says about a policy: front quality and steerability.
+
+A front is measured at P weightings; point p has rewards [m], each to be
+maximised, and the weights [m] that it was asked for. Two questions, kept apart:
+how good the points are (`non_dominated`, `hypervolume`, `expected_utility`,
+`dominated_share`) and whether the weights steer (`spread`, `monotonicity`).
+Exact non-dominated filtering and hypervolume are moocore's. NumPy only: nothing
+here runs on a device.
+"""
+
+import moocore
+import numpy as np
+import scipy.spatial
+import scipy.stats
+from numpy.typing import ArrayLike, NDArray
+
+
+def non_dominated(rewards: ArrayLike) -> NDArray[np.bool_]:
+  """Which points no other point of the set dominates.
+
+  One point dominates another where it is at least as good in every reward and
+  better in one. Equal points do not dominate each other: all copies of a
+  non-dominated point are non-dominated.
+
+  Args:
+    rewards: [P, m] float, larger is better, P >= 1.
+
+  Returns:
+    [P] bool.
+
+  Raises:
+    ValueError: not a non-empty [P, m] array, or a value that is not finite.
+  """
+  rewards = _matrix("rewards", rewards)
+  if rewards.shape[1] == 1:
+    return rewards[:, 0] == rewards[:, 0].max()
+  return moocore.is_nondominated(rewards, maximise=True, keep_weakly=True)
+
+
+def hypervolume(rewards: ArrayLike, reference_point: ArrayLike) -> float:
+  """Volume that the points dominate above the reference point.
+
+  A point that does not exceed the reference point in every reward adds nothing.
+
+  Args:
+    rewards: [P, m] float, larger is better, P >= 1.
+    reference_point: [m] float, in the units of the rewards.
+
+  Returns:
+    Volume in the product of the rewards' units, >= 0.
+
+  Raises:
+    ValueError: wrong shapes, or a value that is not finite.
+  """
+  rewards = _matrix("rewards", rewards)
+  reference_point = np.asarray(reference_point, np.float64)
+  if reference_point.shape != rewards.shape[1:]:
+    raise ValueError(
+      f"reference_point must have shape {rewards.shape[1:]}, one value for "
+      f"each of the rewards, and has shape {reference_point.shape}."
+    )
+  _require_finite("reference_point", reference_point)
+  counted = rewards[np.all(rewards > reference_point, axis=1)]
+  if not counted.size:
+    return 0.0
+  if rewards.shape[1] == 1:
+    return float(counted.max() - reference_point[0])
+  return float(moocore.hypervolume(counted, ref=reference_point, maximise=True))
+
+
+def spread(rewards: ArrayLike) -> float:
+  """Diameter of the sweep: the largest distance between two of its points.
+
+  Euclidean, in reward space, over all points, dominated ones too: it asks how
+  far the weights move the policy, not whether the points are good.
+
+  Args:
+    rewards: [P, m] float, P >= 1.
+
+  Returns:
+    Distance in the rewards' units, >= 0; 0 for one point.
+
+  Raises:
+    ValueError: not a non-empty [P, m] array, or a value that is not finite.
+  """
+  rewards = _matrix("rewards", rewards)
+  if len(rewards) == 1:
+    return 0.0
+  return float(scipy.spatial.distance.pdist(rewards).max())
+
+
+def monotonicity(weights: ArrayLike, rewards: ArrayLike) -> NDArray[np.float64]:
+  """Spearman's rank correlation of each reward with its own weight.
+
+  1 where a larger w_i always means a larger reward i. Ties share their mean
+  rank. A reward (or weight) that never changes has no rank order: NaN, which
+  is not 0.
+
+  Args:
+    weights: [P, m] float.
+    rewards: [P, m] float, P >= 2.
+
+  Returns:
+    [m] float64 in [-1, 1], or NaN as said.
+
+  Raises:
+    ValueError: shapes that differ, fewer than 2 points, or a value that is not
+      finite.
+  """
+  weights, rewards = _pair(weights, rewards)
+  if len(rewards) < 2:
+    raise ValueError("A rank correlation needs 2 points or more; there is 1.")
+  return np.array(
+    [
+      np.nan
+      if np.ptp(w) == 0 or np.ptp(r) == 0
+      else scipy.stats.spearmanr(w, r).statistic
+      for w, r in zip(weights.T, rewards.T, strict=True)
+    ]
+  )
+
+
+def expected_utility(weights: ArrayLike, rewards: ArrayLike) -> float:
+  """Mean over the points of sum_i w_i r_i, each at its own weights.
+
+  Args:
+    weights: [P, m] float.
+    rewards: [P, m] float, P >= 1.
+
+  Returns:
+    Utility in the rewards' units.
+
+  Raises:
+    ValueError: shapes that differ, or a value that is not finite.
+  """
+  weights, rewards = _pair(weights, rewards)
+  return float(np.sum(weights * rewards, axis=1).mean())
+
+
+def dominated_share(a: ArrayLike, b: ArrayLike, margin: float = 0.0) -> float:
+  """Share of b's points that some point of a beats in every reward.
+
+  Args:
+    a: [P, m] float, larger is better, P >= 1.
+    b: [Q, m] float, Q >= 1.
+    margin: >= 0, in the rewards' units; each reward must be more than this
+      better, so that noise does not count.
+
+  Returns:
+    Share in [0, 1].
+
+  Raises:
+    ValueError: wrong shapes, a value that is not finite, or margin < 0.
+  """
+  a, b = _matrix("a", a), _matrix("b", b)
+  if a.shape[1] != b.shape[1]:
+    raise ValueError(
+      f"a has {a.shape[1]} rewards and b has {b.shape[1]}; fronts are compared "
+      "on the same rewards."
+    )
+  if not margin >= 0:
+    raise ValueError(f"margin must be >= 0 and is {margin}.")
+  beaten = np.all(a[:, None, :] > b[None, :, :] + margin, axis=2)
+  return float(beaten.any(axis=0).mean())
+
+
+def _matrix(name: str, values: ArrayLike) -> NDArray[np.float64]:
+  """values as a finite, non-empty [P, m] array of float64."""
+  array = np.asarray(values, np.float64)
+  if array.ndim != 2 or 0 in array.shape:
+    raise ValueError(
+      f"{name} must be a non-empty [points, rewards] array and has shape "
+      f"{array.shape}."
+    )
+  _require_finite(name, array)
+  return array
+
+
+def _pair(
+  weights: ArrayLike, rewards: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+  """weights and rewards, checked to be [P, m] alike."""
+  weights, rewards = _matrix("weights", weights), _matrix("rewards", rewards)
+  if weights.shape != rewards.shape:
+    raise ValueError(
+      f"weights {weights.shape} and rewards {rewards.shape} must have the same "
+      "shape: a weight for each reward of each point."
+    )
+  return weights, rewards
+
+
+def _require_finite(name: str, array: NDArray[np.float64]) -> None:
+  bad = np.argwhere(~np.isfinite(array))
+  if bad.size:
+    where = tuple(int(i) for i in bad[0])
+    raise ValueError(
+      f"{name} must be finite; {name}{list(where)} is {array[where]}."
+    )

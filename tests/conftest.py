@@ -1,0 +1,31 @@
+"""What every test runs under: 8 CPU devices, and JAX and Hypothesis set strict.
+
+The environment variables are set before JAX or TensorFlow is imported, and
+processes that a test starts inherit them.
+"""
+
+import datetime
+import os
+
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")
+# [B, T] + [T] is more often a mistake than meant: write the axis out.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples on every run and machine. The deadline leaves room for an
+# example that compiles a JAX program on a busy machine.
+hypothesis.settings.register_profile(
+  "clp_jax",
+  derandomize=True,
+  max_examples=50,
+  deadline=datetime.timedelta(seconds=20),
+)
+hypothesis.settings.load_profile("clp_jax")
