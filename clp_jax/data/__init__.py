@@ -1,0 +1,1 @@
+"""Data: seqio tasks, vocabularies, and the built-in world."""

@@ -1,0 +1,640 @@
+"""Newsroom: a built-in world of extreme summarisation, in the spirit of XSum.
+
+An item is a short news article and a one-sentence reference summary, both real
+English text, generated from nine facts: the role and name of a person, a verb
+and an object, city, country, day, amount and cause. For example, item 2 of the
+split train for seed 0:
+
+  document
+    Doctor Tamsell of Caldonia watched. Rothmere sold the market. Tamsell
+    praised the garden. It happened in Ravenford. Nobody was hurt. It cost $5m.
+    The date was Saturday. Ravenford lies in Zanthia.
+  reference
+    Rothmere sold the market in Zanthia after rumours.
+
+Here the country is in the article and the cause is not.
+
+What makes the world a two-sided problem, as XSum is: the reference nearly
+always states the person's role, the country and the cause, but the article
+shows each of them only SHOWN of the time. Otherwise they are *extrinsic*: all
+that a summariser can do is to guess from the name, the city or the verb, each
+of which has one usual role, country or cause. How usual differs from word to
+word, evenly from 30% to 97% (`World.role_p` and so on). A good guess pays in
+ROUGE and costs in faithfulness, and because the guesses are not equally good,
+the front between the two is graded and concave: a policy moves along it by
+guessing only what is predictable enough. Articles also hold distractors: a
+second person with a role and a country, and other amounts, days, places.
+
+Rewards, all computed from text alone:
+  rouge       mean F1 of ROUGE-1, -2 and -L against the reference, as in
+              rewards/rouge.py
+  entailment  0 if the summary is not grammatical, else UNSUPPORTED_FACTOR to
+              the power of the number of stated facts that the article lacks
+  preference  0 if not grammatical, else a sigmoid that grows with coverage of
+              the article's facts and with length, and falls with unsupported
+              facts
+
+Measured on the 1,000 test items of seed 0, a summariser that states name, verb
+and object, and role, country and cause where the article shows them or where
+the guess is right at least `threshold` of the time (`oracle`):
+
+  threshold     0    0.5   0.7   0.85  never
+  rouge       .842  .819  .782  .736  .694
+  entailment  .717  .794  .869  .942  1
+  preference  .445  .507  .563  .617  .657
+
+Everything is a pure function of (seed, split, index): the seed decides both the
+usual roles, countries and causes (the same for all splits) and the items.
+"""
+
+import functools
+import itertools
+import math
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clp_jax.data import vocabulary
+
+SPLITS = {"train": 20_000, "validation": 1_000, "test": 1_000}
+# Room for the longest article and summary, EOS included, in tokens.
+SOURCE_LENGTH = 56
+TARGET_LENGTH = 18
+
+SHOWN = 0.3  # probability that the article shows role, country, cause; each
+DETAIL_SHOWN = 0.9  # the same for day and amount; the city is always shown
+# Probability that the reference states a fact (day, amount: one that is shown).
+STATED = {
+  "role": 0.95,
+  "city": 0.10,
+  "country": 0.95,
+  "day": 0.15,
+  "amount": 0.10,
+  "cause": 0.90,
+}
+PREDICTABILITY = (
+  0.30,
+  0.97,
+)  # of the usual role, country, cause: evenly spread
+UNSUPPORTED_FACTOR = 0.85
+
+WORDS = {
+  "role": (
+    "Ambassador Bishop Captain Chef Coach Colonel Doctor Governor Inspector"
+    " Judge Mayor Minister Professor Senator"
+  ).split(),
+  "name": (
+    "Averlin Bexmoor Calloran Dremond Elvarn Fostrel Garwick Hollern Ithmar"
+    " Jorvane Keldrin Lomasse Marrowen Nestrick Ostwin Pellagar Quillane"
+    " Rothmere Selbrook Tamsell Ulverby Varnholt Wexcombe Yarrowin Zellmark"
+    " Brindall Corvesh Dunmarrow Eskerly Farrogan Grimmond Haldrane Ivenshaw"
+    " Jesprin Kestrow Lanvick"
+  ).split(),
+  "verb": (
+    "blocked bought closed designed funded inspected opened painted rebuilt"
+    " renamed rented repaired saved searched sold visited"
+  ).split(),
+  "object": (
+    "airport arena bakery bridge castle chapel cinema dam factory farm gallery"
+    " garden harbour hospital hotel library lighthouse market mill mine museum"
+    " palace school stadium theatre tower tunnel zoo"
+  ).split(),
+  "city": (
+    "Birchport Brackfen Cindervale Corhaven Dewmarsh Elmcross Fenholm"
+    " Glimmerton Goldwater Ilvermouth Kelmont Lunford Merrowby Morvast"
+    " Northvale Oakspire Ostmere Pellby Pinebury Quenley Ravenford Stonewell"
+    " Tarvel Thistledon Umberly Zandport"
+  ).split(),
+  "country": (
+    "Belgrovia Caldonia Estria Kordova Maridia Norland Ostavia Ruvania"
+    " Sorrentia Tyrrland Velmark Zanthia"
+  ).split(),
+  "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
+  "amount": "$2m $3m $4m $5m $6m $7m $8m $9m $20m $30m $50m $80m".split(),
+  "cause": (
+    "complaints delays elections fires floods leaks losses protests repairs"
+    " rumours storms strikes talks threats"
+  ).split(),
+}
+
+MAIN = "{name} {verb} the {object}."
+# Ways to show the other facts of the event. No two ways of different facts,
+# and no distractor, share their fixed words: that is what makes the article's
+# facts recoverable from its text.
+DETAILS = {
+  "city": (
+    "It happened in {city}.",
+    "The setting was {city}.",
+    "Crowds gathered in {city}.",
+  ),
+  "day": (
+    "It happened on {day}.",
+    "The date was {day}.",
+    "Word spread on {day}.",
+  ),
+  "amount": (
+    "It cost {amount}.",
+    "The bill reached {amount}.",
+    "Costs reached {amount}.",
+  ),
+  "role": (
+    "Supporters cheered {role} {name}.",
+    "Reporters met {role} {name}.",
+    "Colleagues thanked {role} {name}.",
+  ),
+  "country": (
+    "{city} lies in {country}.",
+    "{city} belongs to {country}.",
+    "{country} governs {city}.",
+  ),
+  "cause": (
+    "It followed {cause}.",
+    "It came after {cause}.",
+    "Officials cited {cause}.",
+  ),
+}
+WITNESSES = (
+  "{role} {name} of {country} agreed.",
+  "{role} {name} of {country} objected.",
+  "{role} {name} of {country} watched.",
+  "{role} {name} of {country} attended.",
+)
+DISTRACTORS = (
+  "{name} praised the {object}.",
+  "{name} disliked the {object}.",
+  "An earlier plan cost {amount}.",
+  "Critics expected {amount}.",
+  "Talks resume on {day}.",
+  "Rain is likely on {day}.",
+  "Roads near {city} stayed open.",
+  "Visitors from {city} arrived.",
+  "Past {cause} caused worry.",
+  "Nobody was hurt.",
+  "Experts remain divided.",
+)
+# The summary's grammar: MAIN with any of these around it, in this order.
+SUMMARY = (
+  ("role", "{role}"),
+  (None, MAIN[:-1]),
+  ("city", "at {city}"),
+  ("country", "in {country}"),
+  ("day", "on {day}"),
+  ("amount", "for {amount}"),
+  ("cause", "after {cause}"),
+)
+
+
+class Facts(NamedTuple):
+  """What a text says; None where it says nothing."""
+
+  role: str | None = None
+  name: str | None = None
+  verb: str | None = None
+  object: str | None = None
+  city: str | None = None
+  country: str | None = None
+  day: str | None = None
+  amount: str | None = None
+  cause: str | None = None
+
+
+class Item(NamedTuple):
+  """One article, its reference summary, and all facts behind the two."""
+
+  document: str
+  reference: str
+  facts: Facts
+
+
+class World(NamedTuple):
+  """What is usual: [names], [cities], [verbs] of int and of float in (0, 1)."""
+
+  role: np.ndarray  # [names] int, index of the name's usual role
+  role_p: np.ndarray  # [names] float, probability of it
+  country: np.ndarray  # [cities]
+  country_p: np.ndarray
+  cause: np.ndarray  # [verbs]
+  cause_p: np.ndarray
+
+
+@functools.lru_cache
+def make_world(seed: int = 0) -> World:
+  """Draws what is usual in the world of a seed.
+
+  Args:
+    seed: the world's seed, 0 <= seed < 2**64.
+
+  Returns:
+    The usual role of each name, country of each city and cause of each verb,
+    with their probabilities.
+  """
+  rng = np.random.Generator(np.random.Philox(key=[seed, len(SPLITS)]))
+
+  def usual(given, kind):
+    n = len(WORDS[given])
+    value = rng.permutation(np.arange(n) % len(WORDS[kind]))
+    return value, rng.permutation(np.linspace(*PREDICTABILITY, n))
+
+  return World(
+    *usual("name", "role"), *usual("city", "country"), *usual("verb", "cause")
+  )
+
+
+_DRAWS = 64  # random numbers an item owns; a multiple of Philox's block of 4
+
+
+def make_items(
+  split: str, start: int, stop: int, *, seed: int = 0
+) -> list[Item]:
+  """Makes items start, ..., stop - 1 of a split.
+
+  Args:
+    split: 'train', 'validation' or 'test'.
+    start: index of the first item.
+    stop: index after the last item; may exceed the split's nominal size.
+    seed: the world's seed.
+
+  Returns:
+    The items; each is a function of (seed, split, its index) alone.
+
+  Raises:
+    ValueError: the split is unknown or the range is not 0 <= start <= stop.
+  """
+  if split not in SPLITS:
+    raise ValueError(
+      f"newsroom has no split {split!r}; it has {', '.join(SPLITS)}."
+    )
+  if not 0 <= start <= stop:
+    raise ValueError(
+      f"expected 0 <= start <= stop, got start={start}, stop={stop}."
+    )
+  n = stop - start
+  world = make_world(seed)
+  bits = np.random.Philox(key=[seed, list(SPLITS).index(split)])
+  bits.advance(start * _DRAWS // 4)  # one step of the counter is 4 numbers
+  uniforms = (bits.random_raw(n * _DRAWS) >> 11) * 2.0**-53
+  columns = iter(uniforms.reshape(n, _DRAWS).T)
+
+  def flip(p):
+    return next(columns) < p
+
+  def pick(count):
+    return (next(columns) * count).astype(int)
+
+  def other(value, count):
+    return (value + 1 + pick(count - 1)) % count
+
+  def given(value, usual, p, kind):
+    is_usual = flip(p[value])
+    unusual = other(usual[value], len(WORDS[kind]))
+    return np.where(is_usual, usual[value], unusual)
+
+  size = {kind: len(words) for kind, words in WORDS.items()}
+  fact = {
+    kind: pick(size[kind])
+    for kind in ("name", "verb", "object", "city", "day", "amount")
+  }
+  fact["role"] = given(fact["name"], world.role, world.role_p, "role")
+  fact["country"] = given(
+    fact["city"], world.country, world.country_p, "country"
+  )
+  fact["cause"] = given(fact["verb"], world.cause, world.cause_p, "cause")
+  shown = {
+    "city": np.full(n, True),
+    "day": flip(DETAIL_SHOWN),
+    "amount": flip(DETAIL_SHOWN),
+    "role": flip(SHOWN),
+    "country": flip(SHOWN),
+    "cause": flip(SHOWN),
+  }
+  stated = {kind: flip(p) for kind, p in STATED.items()}
+  stated["day"] &= shown["day"]
+  stated["amount"] &= shown["amount"]
+  decoy = {kind: other(fact[kind], size[kind]) for kind in size}
+  decoy["role"] = given(decoy["name"], world.role, world.role_p, "role")
+  wording = {kind: pick(len(ways)) for kind, ways in DETAILS.items()}
+  witness = pick(len(WITNESSES))
+  first = pick(len(DISTRACTORS))
+  second = np.where(flip(DETAIL_SHOWN), other(first, len(DISTRACTORS)), -1)
+  # The event comes before its details; distractors stand anywhere.
+  event = 0.15
+  order = [np.full(n, event), *(event + next(columns) for _ in DETAILS)]
+  order += [next(columns) for _ in range(3)]
+
+  def words(indices):
+    kinds = [np.asarray(WORDS[kind])[indices[kind]] for kind in Facts._fields]
+    return np.stack(kinds, 1).tolist()
+
+  def rows(table):
+    return np.stack([table[kind] for kind in DETAILS], 1).tolist()
+
+  return [
+    _item(*row)
+    for row in zip(
+      words(fact),
+      words(decoy),
+      rows(shown),
+      rows(stated),
+      rows(wording),
+      np.stack([witness, first, second], 1).tolist(),
+      np.stack(order, 1).tolist(),
+      strict=True,
+    )
+  ]
+
+
+def _item(facts, decoys, shown, stated, wording, extras, order) -> Item:
+  """Writes one item from its rows of words, flags and choices."""
+  facts = Facts(*facts)
+  words = facts._asdict()
+  sentences = [MAIN.format(**words)]
+  for (_, ways), is_shown, way in zip(
+    DETAILS.items(), shown, wording, strict=True
+  ):
+    sentences.append(ways[way].format(**words) if is_shown else "")
+  decoys = Facts(*decoys)._asdict()
+  witness, first, second = extras
+  sentences.append(WITNESSES[witness].format(**decoys))
+  sentences.append(DISTRACTORS[first].format(**decoys))
+  sentences.append(DISTRACTORS[second].format(**decoys) if second >= 0 else "")
+  document = " ".join(
+    sentence
+    for _, sentence in sorted(zip(order, sentences, strict=True))
+    if sentence
+  )
+  unstated = {
+    kind: None
+    for kind, is_stated in zip(DETAILS, stated, strict=True)
+    if not is_stated
+  }
+  return Item(document, summarise(facts._replace(**unstated)), facts)
+
+
+def summarise(facts: Facts) -> str:
+  """Writes the summary that states exactly these facts.
+
+  Args:
+    facts: name, verb and object must be there.
+
+  Returns:
+    A grammatical summary: parse(summarise(facts)) == facts.
+
+  Raises:
+    ValueError: name, verb or object is None.
+  """
+  if None in (facts.name, facts.verb, facts.object):
+    raise ValueError(f"a summary needs a name, a verb and an object: {facts}.")
+  words = facts._asdict()
+  phrases = (
+    phrase.format(**words)
+    for kind, phrase in SUMMARY
+    if kind is None or words[kind] is not None
+  )
+  return " ".join(phrases) + "."
+
+
+# A text's words with each fact replaced by its kind, such as '{name} {verb} the
+# {object}', is its form; the grammar is a table of forms.
+_KIND = {word: kind for kind, words in WORDS.items() for word in words}
+_DETAIL_FORMS = {
+  way[:-1]: kind for kind, ways in DETAILS.items() for way in ways
+} | {way[:-1]: "role" for way in WITNESSES}
+_SUMMARY_FORMS = frozenset(
+  " ".join(phrase for phrase in phrases if phrase)
+  for phrases in itertools.product(
+    *((phrase,) if kind is None else (phrase, "") for kind, phrase in SUMMARY)
+  )
+)
+
+
+def _read(words: Sequence[str]) -> tuple[str, dict[str, str]]:
+  """Splits a sentence's words into its form and its words by kind."""
+  found = {_KIND[word]: word for word in words if word in _KIND}
+  form = " ".join(
+    f"{{{_KIND[word]}}}" if word in _KIND else word for word in words
+  )
+  return form, found
+
+
+@functools.lru_cache(maxsize=2**15)
+def parse(summary: str) -> Facts | None:
+  """Reads the facts that a summary states.
+
+  Args:
+    summary: any text.
+
+  Returns:
+    The stated facts, or None where the text is not grammatical to the letter:
+    `[ROLE] NAME VERB the OBJECT [at CITY] [in COUNTRY] [on DAY] [for AMOUNT]
+    [after CAUSE].`
+  """
+  if not summary.endswith("."):
+    return None
+  form, found = _read(summary[:-1].split(" "))
+  return Facts(**found) if form in _SUMMARY_FORMS else None
+
+
+@functools.lru_cache(maxsize=2**15)
+def facts_of(document: str) -> Facts:
+  """Reads the facts of an article's event from its text.
+
+  Args:
+    document: any text. Sentences outside of the world's grammar are ignored;
+      of several events the first counts, and of several statements of the same
+      fact likewise.
+
+  Returns:
+    The event with its details: the role is the one that the article gives to
+    the event's person, the country the one that it puts the event's city in.
+  """
+  event: dict[str, str] = {}
+  details: dict[str, str] = {}
+  roles: dict[str, str] = {}
+  countries: dict[str, str] = {}
+  for sentence in document.split("."):
+    form, found = _read(sentence.split())
+    if form == MAIN[:-1]:
+      event = event or found
+      continue
+    match _DETAIL_FORMS.get(form):
+      case None:
+        pass
+      case "role":
+        roles.setdefault(found["name"], found["role"])
+      case "country":
+        countries.setdefault(found["city"], found["country"])
+      case kind:
+        details.setdefault(kind, found[kind])
+  return Facts(
+    **event,
+    **details,
+    role=roles.get(event.get("name", "")),
+    country=countries.get(details.get("city", "")),
+  )
+
+
+def oracle(document: str, threshold: float, *, seed: int = 0) -> str:
+  """Summarises an article as well as anyone can who guesses above a threshold.
+
+  Args:
+    document: an article of the world.
+    threshold: guess the role, country or cause that the article does not show
+      where its usual value has at least this probability; above 1 is never.
+    seed: the world's seed.
+
+  Returns:
+    A summary with name, verb, object, and role, country and cause where shown
+    or guessed.
+
+  Raises:
+    ValueError: the document has no event.
+  """
+  world = make_world(seed)
+  facts = facts_of(document)
+  guessed = facts._replace(day=None, amount=None, city=None)
+  for kind, given in (("role", "name"), ("country", "city"), ("cause", "verb")):
+    word = getattr(facts, given)
+    if getattr(facts, kind) is not None or word is None:
+      continue
+    index = WORDS[given].index(word)
+    if getattr(world, f"{kind}_p")[index] >= threshold:
+      usual = WORDS[kind][getattr(world, kind)[index]]
+      guessed = guessed._replace(**{kind: usual})
+  return summarise(guessed)
+
+
+def entailment(
+  documents: Sequence[str],
+  references: Sequence[str],
+  responses: Sequence[str],
+) -> np.ndarray:
+  """Scores how faithful summaries are to their articles.
+
+  Args:
+    documents: [B] articles.
+    references: [B], not used.
+    responses: [B] summaries.
+
+  Returns:
+    [B] float32 in [0, 1]: UNSUPPORTED_FACTOR ** (stated facts that the article
+    does not have); 0 where the summary is not grammatical.
+  """
+  del references
+  scores = np.zeros(len(responses), np.float32)
+  for i, (document, response) in enumerate(
+    zip(documents, responses, strict=True)
+  ):
+    if stated := parse(response):
+      _, unsupported = _supported(facts_of(document), stated)
+      scores[i] = UNSUPPORTED_FACTOR**unsupported
+  return scores
+
+
+def preference(
+  documents: Sequence[str],
+  references: Sequence[str],
+  responses: Sequence[str],
+) -> np.ndarray:
+  """Scores summaries as a reader who wants to be informed would.
+
+  Args:
+    documents: [B] articles.
+    references: [B], not used.
+    responses: [B] summaries.
+
+  Returns:
+    [B] float32 in [0, 1): sigmoid(6 (coverage - 0.55) + 1.5 words / 16 - 0.6
+    unsupported facts), where coverage is the part of the article's facts that
+    the summary states; 0 where it is not grammatical.
+  """
+  del references
+  scores = np.zeros(len(responses), np.float32)
+  for i, (document, response) in enumerate(
+    zip(documents, responses, strict=True)
+  ):
+    if stated := parse(response):
+      facts = facts_of(document)
+      supported, unsupported = _supported(facts, stated)
+      coverage = supported / max(1, len(facts) - facts.count(None))
+      length = (response.count(" ") + 1) / 16
+      logit = 6 * (coverage - 0.55) + 1.5 * length - 0.6 * unsupported
+      scores[i] = 1 / (1 + math.exp(-logit))
+  return scores
+
+
+def _supported(facts: Facts, stated: Facts) -> tuple[int, int]:
+  """Counts the stated facts that an article has and those that it lacks."""
+  same = sum(a == b for a, b in zip(facts, stated, strict=True) if b)
+  return same, len(stated) - stated.count(None) - same
+
+
+@functools.lru_cache
+def vocabulary_bytes() -> bytes:
+  """Builds the world's SentencePiece model: one piece a word, and the stop.
+
+  Returns:
+    A serialised ModelProto, the same bytes every time.
+  """
+  sentences = (MAIN, *sum(DETAILS.values(), ()), *WITNESSES, *DISTRACTORS)
+  phrases = (*sentences, *(f"{phrase}." for _, phrase in SUMMARY))
+  words = sum(WORDS.values(), [])
+  fixed = {
+    word: None  # a dict keeps the order of first appearance
+    for phrase in phrases
+    for word in phrase[:-1].split()
+    if "{" not in word
+  }
+  return vocabulary.word_model([*words, *fixed], punctuation=["."])
+
+
+@functools.lru_cache
+def register_task() -> Any:
+  """Adds the seqio Task `newsroom`, world seed 0, unless it is there.
+
+  Examples have string features document and reference beside the token features
+  inputs and targets.
+
+  Returns:
+    The seqio.Task, from the registry.
+  """
+  tf, seqio = vocabulary.import_seqio()
+  if "newsroom" in seqio.TaskRegistry.names():
+    return seqio.TaskRegistry.get("newsroom")
+
+  def dataset(split, shuffle_files=False):
+    del shuffle_files  # examples are drawn independently of each other
+    items = make_items(split, 0, SPLITS[split])
+    return tf.data.Dataset.from_tensor_slices(
+      {
+        "document": [item.document for item in items],
+        "reference": [item.reference for item in items],
+      }
+    )
+
+  def to_features(example):
+    return {
+      **example,
+      "inputs": example["document"],
+      "targets": example["reference"],
+    }
+
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "vocabulary.model"
+    path.write_bytes(vocabulary_bytes())
+    words = vocabulary.load_vocabulary(path)  # keeps the model, not the file
+  feature = seqio.Feature(words, add_eos=True, dtype=tf.int32)
+  return seqio.TaskRegistry.add(
+    "newsroom",
+    source=seqio.FunctionDataSource(
+      dataset, splits=list(SPLITS), num_input_examples=SPLITS
+    ),
+    preprocessors=[
+      seqio.map_over_dataset(to_features),
+      functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={"inputs": feature, "targets": feature},
+  )

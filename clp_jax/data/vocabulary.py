@@ -1,0 +1,170 @@
+"""SentencePiece vocabularies, and the import of TensorFlow that seqio needs."""
+
+import contextlib
+import functools
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from sentencepiece import sentencepiece_model_pb2
+
+PAD = 0  # everywhere; EOS differs between vocabularies, ask for `eos_id`
+_EXTRA_ID = re.compile(r"▁?<extra_id_\d+>")
+
+
+@functools.lru_cache
+def import_seqio() -> tuple[Any, Any]:
+  """Imports TensorFlow and seqio, late, quietly and without accelerators.
+
+  TensorFlow takes seconds to import, writes to stderr as it does, whatever its
+  settings, and would reserve all memory of a GPU or claim the TPU. What it
+  writes is dropped unless the import fails or TF_CPP_MIN_LOG_LEVEL is set.
+
+  Returns:
+    The modules (tensorflow, seqio).
+  """
+  with contextlib.ExitStack() as stack:
+    if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+      os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+      stack.enter_context(_stderr_kept_for_errors())
+    import seqio
+    import tensorflow as tf
+  for kind in ("GPU", "TPU"):
+    # TensorFlow refuses once its devices are in use: then the program that did
+    # that has decided what TensorFlow sees.
+    with contextlib.suppress(RuntimeError):
+      tf.config.set_visible_devices([], kind)
+  return tf, seqio
+
+
+@contextlib.contextmanager
+def _stderr_kept_for_errors() -> Iterator[None]:
+  """Holds back file descriptor 2; shows what came only on an exception."""
+  sys.stderr.flush()
+  try:
+    stderr = os.dup(2)
+  except OSError:  # closed, as in some services: nothing to hold back
+    yield
+    return
+  with tempfile.TemporaryFile() as held:
+    os.dup2(held.fileno(), 2)
+    failed = True
+    try:
+      yield
+      failed = False
+    finally:
+      sys.stderr.flush()
+      os.dup2(stderr, 2)
+      os.close(stderr)
+      if failed:
+        held.seek(0)
+        sys.stderr.write(held.read().decode(errors="replace"))
+
+
+def word_model(words: Sequence[str], punctuation: Sequence[str]) -> bytes:
+  """Builds a SentencePiece model with one piece a word.
+
+  Args:
+    words: pieces that start a word, without spaces.
+    punctuation: pieces that follow a word without a space.
+
+  Returns:
+    A serialised ModelProto: PAD 0, EOS 1, unknown 2, then the words and the
+    punctuation in the order given; the text is not normalised.
+  """
+  model = sentencepiece_model_pb2.ModelProto()
+  kinds = model.SentencePiece
+  for piece, kind in (
+    ("<pad>", kinds.CONTROL),
+    ("</s>", kinds.CONTROL),
+    ("<unk>", kinds.UNKNOWN),
+  ):
+    model.pieces.add(piece=piece, score=0, type=kind)
+  for piece in (*(f"▁{word}" for word in words), *punctuation):
+    model.pieces.add(piece=piece, score=-1, type=kinds.NORMAL)
+  spec = model.trainer_spec
+  spec.model_type = spec.UNIGRAM
+  spec.vocab_size = len(model.pieces)
+  spec.pad_id, spec.eos_id, spec.unk_id, spec.bos_id = PAD, 1, 2, -1
+  spec.pad_piece = "<pad>"
+  model.normalizer_spec.name = "identity"
+  return model.SerializeToString(deterministic=True)
+
+
+def load_vocabulary(path: str | os.PathLike, extra_ids: int = 0) -> Any:
+  """Loads a SentencePiece model.
+
+  Args:
+    path: file of the model; may be gs://.
+    extra_ids: how many of T5's sentinel pieces to append, where the file has
+      none; `vocabulary.sp_model` holds the bytes with them, to be saved and
+      loaded with 0.
+
+  Returns:
+    A seqio.SentencePieceVocabulary, loaded: the file isn't read again.
+
+  Raises:
+    ValueError: the file is no SentencePiece model, or lacks an EOS, or its PAD
+      is not 0.
+    OSError: it can't be read.
+  """
+  tf, seqio = import_seqio()
+  vocabulary = seqio.SentencePieceVocabulary(os.fspath(path), extra_ids)
+  try:
+    vocabulary.load_model()
+  except (tf.errors.OpError, OSError) as error:
+    if not isinstance(error, tf.errors.OpError):
+      raise
+    raise OSError(
+      f"can't read the vocabulary {path}: {error.message}"
+    ) from error
+  except Exception as error:  # protobuf's and SentencePiece's own, undocumented
+    raise ValueError(
+      f"{path} is not a SentencePiece model ({error}); give the .model file."
+    ) from error
+  tokenizer = vocabulary.tokenizer
+  if tokenizer.pad_id() != PAD or tokenizer.eos_id() < 0:
+    raise ValueError(
+      f"the vocabulary {path} has PAD {tokenizer.pad_id()} and EOS "
+      f"{tokenizer.eos_id()}; expected PAD {PAD} and an EOS, as T5's has: "
+      "train it with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1."
+    )
+  return vocabulary
+
+
+def allowed_tokens(vocabulary: Any, vocab_size: int) -> np.ndarray:
+  """Tells the tokens that a policy may produce.
+
+  Args:
+    vocabulary: a seqio.SentencePieceVocabulary.
+    vocab_size: V, rows of the model's embedding; may exceed the pieces.
+
+  Returns:
+    [V] bool: True for EOS and for pieces of text; False for PAD, unknown,
+    control and unused pieces, sentinels, and rows beyond the pieces.
+
+  Raises:
+    ValueError: the model has fewer rows than the vocabulary has pieces.
+  """
+  tokenizer = vocabulary.tokenizer
+  pieces = tokenizer.get_piece_size()
+  if vocab_size < pieces:
+    raise ValueError(
+      f"the model has {vocab_size} rows of vocabulary for {pieces} pieces; use "
+      "the vocabulary that the model was trained with, or a larger model."
+    )
+  allowed = np.zeros(vocab_size, bool)
+  for i in range(pieces):
+    piece = tokenizer.id_to_piece(i)
+    allowed[i] = piece != "" and not (
+      tokenizer.is_control(i)
+      or tokenizer.is_unknown(i)
+      or tokenizer.is_unused(i)
+      or _EXTRA_ID.fullmatch(piece)
+    )
+  allowed[vocabulary.eos_id] = True
+  return allowed
