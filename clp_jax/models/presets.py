@@ -1,7 +1,7 @@
 """Published sizes of T5 v1.1, which the LM-adapted and Flan models share.
 
-A preset is a `T5Config`; change it with `dataclasses.replace`. Dropout is off in
-all of them, as it was in pretraining: turn it on for supervised finetuning.
+A preset is a `T5Config`; change it with `dataclasses.replace`. Dropout is off
+in all of them, as in pretraining: turn it on for supervised finetuning.
 """
 
 from clp_jax.models.t5 import T5Config

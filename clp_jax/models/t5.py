@@ -19,139 +19,33 @@ Q queries (S or T), D model, H heads, K head width, F mlp, V vocabulary,
 L layers.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
+
+from clp_jax.models.layers import (
+  MLP,
+  Attention,
+  Embedding,
+  KeysValues,
+  Linear,
+  RelativeBias,
+  RMSNorm,
+  T5Config,
+  constrain,
+  dropout,
+  relative_position_buckets,
+)
 
 Params = Any  # a nested dict of arrays
 Axes = Any  # the same nesting with a tuple of axis names for each array
 
 PAD_ID = 0  # padding in the encoder, and the decoder's first input
-NORM_EPSILON = 1e-6
-MASKED = -1e10  # finite, so that a row with nothing to attend to is not NaN
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-  "gelu": functools.partial(nn.gelu, approximate=True),
-  "relu": nn.relu,
-  "silu": nn.silu,
-  "linear": lambda x: x,
-}
-DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "minimal", "full")
-
-
-@dataclasses.dataclass(frozen=True)
-class T5Config:
-  """What a T5 is, under t5x's field names where t5x has the field.
-
-  v1.1 is `mlp_activations=("gelu", "linear")`, `logits_via_embedding=False`;
-  v1.0 is `("relu",)`, `True`.
-
-  Attributes:
-    vocab_size: rows of the embedding, padding rows included (32128).
-    emb_dim: width D of the residual stream.
-    num_heads: heads H.
-    head_dim: width K of a head; H * K need not be D.
-    num_encoder_layers: encoder layers.
-    num_decoder_layers: decoder layers.
-    mlp_dim: hidden width F.
-    mlp_activations: one activation a parallel input projection; their results
-      are multiplied.
-    logits_via_embedding: the embedding is the logit layer, and the logits are
-      divided by sqrt(D).
-    dropout_rate: probability of dropping; the mask is broadcast over length.
-    dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
-    relative_attention_num_buckets: rows of a relative-position table.
-    relative_attention_max_distance: tokens; all farther ones share a bucket.
-    scan_layers: stack the layers' parameters and loop over them, which keeps
-      the compile time of a deep model that of one layer.
-    remat: what the backward pass computes again: "none" of it, "minimal" all
-      but the outputs of linear maps, "full" whole layers.
-  """
-
-  vocab_size: int = 32128
-  emb_dim: int = 512
-  num_heads: int = 6
-  head_dim: int = 64
-  num_encoder_layers: int = 8
-  num_decoder_layers: int = 8
-  mlp_dim: int = 1024
-  mlp_activations: tuple[str, ...] = ("gelu", "linear")
-  logits_via_embedding: bool = False
-  dropout_rate: float = 0.0
-  dtype: str = "float32"
-  relative_attention_num_buckets: int = 32
-  relative_attention_max_distance: int = 128
-  scan_layers: bool = False
-  remat: str = "none"
-
-  def __post_init__(self):
-    for name in (
-      "vocab_size",
-      "emb_dim",
-      "num_heads",
-      "head_dim",
-      "num_encoder_layers",
-      "num_decoder_layers",
-      "mlp_dim",
-    ):
-      value = getattr(self, name)
-      if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    activations = self.mlp_activations
-    if (
-      isinstance(activations, str)
-      or not activations
-      or not set(activations) <= set(ACTIVATIONS)
-    ):
-      raise ValueError(
-        "mlp_activations must be a tuple of names out of "
-        f"{sorted(ACTIVATIONS)}, such as ('gelu', 'linear'), got "
-        f"{activations!r}."
-      )
-    # A list, as a JSON file gives it, would make the config unhashable.
-    object.__setattr__(self, "mlp_activations", tuple(activations))
-    if not 0.0 <= self.dropout_rate < 1.0:
-      raise ValueError(
-        f"dropout_rate must be in [0, 1), got {self.dropout_rate!r}."
-      )
-    if self.dtype not in DTYPES:
-      raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}.")
-    if self.remat not in REMAT:
-      raise ValueError(f"remat must be one of {REMAT}, got {self.remat!r}.")
-    buckets = self.relative_attention_num_buckets
-    if buckets < 4 or buckets % 4:
-      raise ValueError(
-        "relative_attention_num_buckets must be a positive multiple of 4, got "
-        f"{buckets!r}."
-      )
-    if self.relative_attention_max_distance <= buckets // 2:
-      raise ValueError(
-        "relative_attention_max_distance must be more than half of "
-        f"relative_attention_num_buckets = {buckets}, got "
-        f"{self.relative_attention_max_distance!r}."
-      )
-
-  @property
-  def compute_dtype(self) -> jnp.dtype:
-    return jnp.dtype(self.dtype)
-
-
-class KeysValues(NamedTuple):
-  """Keys and values of one attention; heads come before the length, which
-  makes a decoding step twice as fast on CPU as the other order."""
-
-  keys: jax.Array  # [B, H, S, K] in the compute dtype
-  values: jax.Array  # [B, H, S, K]
-
-
 # One KeysValues a layer in a tuple, or, with scan_layers, a single KeysValues
 # with a leading axis L.
 LayersKeysValues = tuple[KeysValues, ...] | KeysValues
@@ -170,243 +64,6 @@ def shift_right(decoder_target_tokens: jax.Array) -> jax.Array:
   return shifted.at[..., 0].set(PAD_ID)
 
 
-def relative_position_buckets(
-  distance: np.ndarray,
-  *,
-  bidirectional: bool,
-  num_buckets: int = 32,
-  max_distance: int = 128,
-) -> np.ndarray:
-  """The bucket of each distance between a query and a key.
-
-  Half of the buckets (of each direction's share) hold one distance each, the
-  others grow logarithmically up to max_distance. Source: t5x, `layers.py`.
-
-  Args:
-    distance: int array, query position minus key position.
-    bidirectional: keys after the query have buckets of their own (encoder);
-      otherwise they fall into bucket 0, and a mask hides them (decoder).
-    num_buckets: buckets in all.
-    max_distance: tokens, from which on all distances share the last bucket.
-
-  Returns:
-    int32 array of distance's shape.
-  """
-  distance = np.asarray(distance)
-  first = np.zeros(distance.shape, np.int32)
-  if bidirectional:
-    num_buckets //= 2
-    first = np.where(distance < 0, num_buckets, 0)
-    distance = np.abs(distance)
-  distance = np.maximum(distance, 0)
-  exact = num_buckets // 2
-  # The epsilon keeps powers of two, whose logarithms ought to be exact, from
-  # falling into the bucket below.
-  ratio = np.maximum(distance, 1) / exact + np.finfo(np.float32).eps
-  growth = np.log(ratio) / np.log(max_distance / exact) * (num_buckets - exact)
-  large = np.minimum(exact + growth.astype(np.int32), num_buckets - 1)
-  return (first + np.where(distance < exact, distance, large)).astype(np.int32)
-
-
-def _constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Shards an activation; nothing happens outside nn.logical_axis_rules."""
-  return nn.with_logical_constraint(x, names)
-
-
-class Linear(nn.Module):
-  """A linear map without a bias; every one in the model goes through here."""
-
-  features: int
-  axes: tuple[str, str]
-  dtype: jnp.dtype
-  init: nn.initializers.Initializer
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.param(
-      "kernel",
-      nn.with_logical_partitioning(self.init, self.axes),
-      (x.shape[-1], self.features),
-      jnp.float32,
-    )
-    y = x.astype(self.dtype) @ kernel.astype(self.dtype)
-    # The name is what remat "minimal" saves: unlike the shape of the product,
-    # it is the same under vmap over parameter sets.
-    return checkpoint_name(y, "linear")
-
-
-class RMSNorm(nn.Module):
-  """Root mean square norm in float32: no mean, no bias."""
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param(
-      "scale",
-      nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",)),
-      (x.shape[-1],),
-      jnp.float32,
-    )
-    x = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(mean_square + NORM_EPSILON)
-    scale = scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-    return x.astype(self.dtype) * scale
-
-
-class Embedding(nn.Module):
-  """The token table, and the logit layer where it is tied."""
-
-  config: T5Config
-
-  def setup(self):
-    self.embedding = self.param(
-      "embedding",
-      nn.with_logical_partitioning(
-        nn.initializers.normal(stddev=1.0), ("vocab", "embed")
-      ),
-      (self.config.vocab_size, self.config.emb_dim),
-      jnp.float32,
-    )
-
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    # jnp.take gives NaN for an id outside of the table; indexing would give
-    # the last row, and nobody would notice.
-    embedded = jnp.take(self.embedding, tokens, axis=0)
-    return embedded.astype(self.config.compute_dtype)
-
-  def attend(self, x: jax.Array) -> jax.Array:
-    """[..., D] -> logits [..., V] float32, scaled as tied logits are."""
-    scale = self.config.emb_dim**-0.5
-    return x.astype(jnp.float32) @ self.embedding.T * scale
-
-
-class RelativeBias(nn.Module):
-  """A float32 attention bias for each head and bucket of distances."""
-
-  config: T5Config
-
-  @nn.compact
-  def __call__(self, buckets: jax.Array | np.ndarray) -> jax.Array:
-    """buckets: [...] int -> [H, ...] float32."""
-    table = self.param(
-      "rel_embedding",
-      nn.with_logical_partitioning(
-        nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-        ("heads", "relpos_buckets"),
-      ),
-      (self.config.num_heads, self.config.relative_attention_num_buckets),
-      jnp.float32,
-    )
-    return jnp.take(table, buckets, axis=1)
-
-
-class Attention(nn.Module):
-  """Multi-head attention of N query rows to each row of keys and values."""
-
-  config: T5Config
-
-  def setup(self):
-    cfg = self.config
-    heads_width = cfg.num_heads * cfg.head_dim
-    init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-    # T5 does not divide the logits by sqrt(K); its initial queries are smaller.
-    query_init = nn.initializers.variance_scaling(
-      1.0 / cfg.head_dim, "fan_in", "normal"
-    )
-    linear = functools.partial(Linear, dtype=cfg.compute_dtype)
-    axes = ("embed", "joined_kv")
-    self.query = linear(heads_width, axes, init=query_init)
-    self.key = linear(heads_width, axes, init=init)
-    self.value = linear(heads_width, axes, init=init)
-    self.out = linear(cfg.emb_dim, ("joined_kv", "embed"), init=init)
-    self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
-
-  def _split(self, x: jax.Array) -> jax.Array:
-    """[..., H * K] -> [..., H, K]."""
-    return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
-
-  def keys_values(self, x: jax.Array) -> KeysValues:
-    """x: [B, S, D] -> keys and values [B, H, S, K]."""
-    keys, values = self._split(self.key(x)), self._split(self.value(x))
-    names = ("batch", "heads", "length", "kv")
-    return KeysValues(
-      _constrain(jnp.swapaxes(keys, 1, 2), *names),
-      _constrain(jnp.swapaxes(values, 1, 2), *names),
-    )
-
-  def __call__(
-    self,
-    x: jax.Array,
-    keys_values: KeysValues,
-    mask: jax.Array,
-    bias: jax.Array | None = None,
-    deterministic: bool = True,
-  ) -> jax.Array:
-    """Attends from the rows of x to keys and values.
-
-    Args:
-      x: [B * N, Q, D], rows prompt-major.
-      keys_values: [B, H, S, K] each.
-      mask: [B or 1, Q or 1, S] bool, True where a query may look.
-      bias: [H, Q, S] float32, or None.
-      deterministic: no dropout.
-
-    Returns:
-      [B * N, Q, D].
-    """
-    keys, values = keys_values
-    rows, length, _ = x.shape
-    query = self._split(self.query(x))
-    query = _constrain(query, "batch", "length", "heads", "kv")
-    # The N rows of a prompt are queries to the same keys: no copy of the keys.
-    prompts = keys.shape[0]
-    query = query.reshape(prompts, rows // prompts, *query.shape[1:])
-    logits = jnp.einsum(
-      "bnqhk,bhsk->bhnqs", query, keys, preferred_element_type=jnp.float32
-    )
-    if bias is not None:
-      logits = logits + bias[None, :, None]
-    logits = jnp.where(mask[:, None, None], logits, MASKED)
-    probs = jax.nn.softmax(logits, axis=-1).astype(self.config.compute_dtype)
-    probs = self.dropout(probs, deterministic=deterministic)
-    attended = jnp.einsum("bhnqs,bhsk->bnqhk", probs, values)
-    return self.out(attended.reshape(rows, length, -1))
-
-
-class MLP(nn.Module):
-  """Parallel input projections, multiplied after activation, and an output."""
-
-  config: T5Config
-
-  @nn.compact
-  def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
-    cfg = self.config
-    linear = functools.partial(
-      Linear,
-      dtype=cfg.compute_dtype,
-      init=nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
-    )
-    single = len(cfg.mlp_activations) == 1
-    hidden = None
-    for i, name in enumerate(cfg.mlp_activations):
-      wi = linear(
-        cfg.mlp_dim, ("embed", "mlp"), name="wi" if single else f"wi_{i}"
-      )
-      factor = ACTIVATIONS[name](wi(x))
-      hidden = factor if hidden is None else hidden * factor
-    assert hidden is not None  # T5Config rejects an empty mlp_activations
-    hidden = _dropout(cfg)(hidden, deterministic=deterministic)
-    hidden = _constrain(hidden, "batch", "length", "mlp")
-    return linear(cfg.emb_dim, ("mlp", "embed"), name="wo")(hidden)
-
-
-def _dropout(config: T5Config) -> nn.Dropout:
-  """Dropout of features [..., length, features], the same at all positions."""
-  return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
-
-
 class EncoderLayer(nn.Module):
   """Self-attention, then MLP, each normed before and added after."""
 
@@ -418,7 +75,7 @@ class EncoderLayer(nn.Module):
     self.attention = Attention(cfg)
     self.pre_mlp_layer_norm = RMSNorm(cfg.compute_dtype)
     self.mlp = MLP(cfg)
-    self.dropout = _dropout(cfg)
+    self.dropout = dropout(cfg)
 
   def __call__(
     self,
@@ -432,9 +89,9 @@ class EncoderLayer(nn.Module):
     y = self.pre_attention_layer_norm(x)
     keys_values = self.attention.keys_values(y)
     x = x + drop(self.attention(y, keys_values, mask, bias, deterministic))
-    x = _constrain(x, "batch", "length", "embed")
+    x = constrain(x, "batch", "length", "embed")
     x = x + drop(self.mlp(self.pre_mlp_layer_norm(x), deterministic))
-    return _constrain(x, "batch", "length", "embed")
+    return constrain(x, "batch", "length", "embed")
 
 
 class DecoderLayer(nn.Module):
@@ -450,7 +107,7 @@ class DecoderLayer(nn.Module):
     self.encoder_decoder_attention = Attention(cfg)
     self.pre_mlp_layer_norm = RMSNorm(cfg.compute_dtype)
     self.mlp = MLP(cfg)
-    self.dropout = _dropout(cfg)
+    self.dropout = dropout(cfg)
 
   def __call__(
     self,
@@ -479,7 +136,7 @@ class DecoderLayer(nn.Module):
       y, self.self_attention.keys_values(y), mask, bias, deterministic
     )
     x = x + self.dropout(attended, deterministic=deterministic)
-    x = _constrain(x, "batch", "length", "embed")
+    x = constrain(x, "batch", "length", "embed")
     cross = self.encoder_decoder_attention.keys_values(encoded)
     return self._after_self_attention(x, cross, encoder_mask, deterministic)
 
@@ -488,10 +145,10 @@ class DecoderLayer(nn.Module):
     x: jax.Array,
     cache: KeysValues,
     layer: jax.Array | None,
+    cross: KeysValues,
     position: jax.Array,
     mask: jax.Array,
     bias: jax.Array,
-    cross: KeysValues,
     encoder_mask: jax.Array,
   ) -> tuple[jax.Array, KeysValues]:
     """One position of every row.
@@ -500,10 +157,10 @@ class DecoderLayer(nn.Module):
       x: [R, 1, D].
       cache: [R, H, T, K] each; or [L, R, H, T, K] with `layer`.
       layer: [] int32, whose part of the cache this is; None if all of it.
+      cross: [B, H, S, K] each.
       position: [] int32, where to write.
       mask: [1, 1, T] bool, True up to position.
       bias: [H, 1, T] float32.
-      cross: [B, H, S, K] each.
       encoder_mask: [B, 1, S] bool.
 
     Returns:
@@ -542,9 +199,9 @@ class DecoderLayer(nn.Module):
     y = self.encoder_decoder_attention(
       y, cross, encoder_mask, deterministic=deterministic
     )
-    x = _constrain(x + drop(y), "batch", "length", "embed")
+    x = constrain(x + drop(y), "batch", "length", "embed")
     x = x + drop(self.mlp(self.pre_mlp_layer_norm(x), deterministic))
-    return _constrain(x, "batch", "length", "embed")
+    return constrain(x, "batch", "length", "embed")
 
 
 def _through_layers(
@@ -554,6 +211,7 @@ def _through_layers(
   carry: Any,
   per_layer: Any,
   *shared: Any,
+  num_layers: int,
   remat: bool,
 ) -> tuple[Any, Any]:
   """Threads a carry through the layers, a scanned stack or a list of them.
@@ -566,6 +224,7 @@ def _through_layers(
     per_layer: inputs of the layers: a tree with a leading axis L when scanned,
       a sequence over layers otherwise; None for none.
     *shared: what every layer gets.
+    num_layers: how many a stack holds.
     remat: apply config.remat; decoding steps have no gradient.
 
   Returns:
@@ -582,7 +241,7 @@ def _through_layers(
       variable_axes={"params": 0},
       split_rngs={"params": True, "dropout": True},
       in_axes=(0,) + (nn.broadcast,) * len(shared),
-      length=_num_layers(config, layers),
+      length=num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scan(layers, carry, per_layer, *shared)
@@ -594,12 +253,6 @@ def _through_layers(
   return carry, tuple(outputs)
 
 
-def _num_layers(config: T5Config, layer: nn.Module) -> int:
-  if isinstance(layer, EncoderLayer):
-    return config.num_encoder_layers
-  return config.num_decoder_layers
-
-
 class Encoder(nn.Module):
   """All the encoder layers, with their shared relative bias and last norm."""
 
@@ -609,11 +262,11 @@ class Encoder(nn.Module):
     cfg = self.config
     self.relpos_bias = RelativeBias(cfg)
     if cfg.scan_layers:
-      self.layers = EncoderLayer(cfg)
+      self.layers: Any = EncoderLayer(cfg)
     else:
       self.layers = [EncoderLayer(cfg) for _ in range(cfg.num_encoder_layers)]
     self.encoder_norm = RMSNorm(cfg.compute_dtype)
-    self.dropout = _dropout(cfg)
+    self.dropout = dropout(cfg)
 
   def __call__(
     self, x: jax.Array, mask: jax.Array, deterministic: bool = True
@@ -635,7 +288,15 @@ class Encoder(nn.Module):
 
     x = self.dropout(x, deterministic=deterministic)
     x, _ = _through_layers(
-      cfg, self.layers, body, x, None, mask[:, None], bias, remat=True
+      cfg,
+      self.layers,
+      body,
+      x,
+      None,
+      mask[:, None],
+      bias,
+      num_layers=cfg.num_encoder_layers,
+      remat=True,
     )
     x = self.encoder_norm(x)
     return self.dropout(x, deterministic=deterministic)
@@ -650,17 +311,17 @@ class Decoder(nn.Module):
     cfg = self.config
     self.relpos_bias = RelativeBias(cfg)
     if cfg.scan_layers:
-      self.layers = DecoderLayer(cfg)
+      self.layers: Any = DecoderLayer(cfg)
     else:
       self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
     self.decoder_norm = RMSNorm(cfg.compute_dtype)
-    self.dropout = _dropout(cfg)
+    self.dropout = dropout(cfg)
     if not cfg.logits_via_embedding:
       self.logits_dense = Linear(
         cfg.vocab_size,
         ("embed", "vocab"),
         dtype=jnp.dtype("float32"),
-        init=nn.initializers.variance_scaling(
+        kernel_init=nn.initializers.variance_scaling(
           1.0, "fan_in", "truncated_normal"
         ),
       )
@@ -702,6 +363,7 @@ class Decoder(nn.Module):
       bias,
       encoded,
       encoder_mask[:, None],
+      num_layers=self.config.num_decoder_layers,
       remat=True,
     )
     x = self.decoder_norm(x)
@@ -714,7 +376,13 @@ class Decoder(nn.Module):
       return encoded, layer.encoder_decoder_attention.keys_values(encoded)
 
     _, cross = _through_layers(
-      self.config, self.layers, body, encoded, None, remat=False
+      self.config,
+      self.layers,
+      body,
+      encoded,
+      None,
+      num_layers=self.config.num_decoder_layers,
+      remat=False,
     )
     return cross
 
@@ -733,44 +401,33 @@ class Decoder(nn.Module):
     buckets = jnp.take(self._buckets(length), jnp.maximum(distance, 0))
     bias = self.relpos_bias(buckets)[:, None]
     mask = (distance >= 0)[None, None]
-    shared = (position, mask, bias)
-
+    through = functools.partial(
+      _through_layers,
+      cfg,
+      self.layers,
+      num_layers=cfg.num_decoder_layers,
+      remat=False,
+    )
+    shared = (position, mask, bias, encoder_mask[:, None])
     if cfg.scan_layers:
-
-      def body(layer, carry, mine, *shared):
-        index, cross = mine
-        *shared, encoder_mask = shared
-        return layer.step(*carry, index, *shared, cross, encoder_mask), None
-
-      layers = jnp.arange(cfg.num_decoder_layers, dtype=jnp.int32)
-      (x, cache), _ = _through_layers(
-        cfg,
-        self.layers,
-        body,
-        (x, cache),
-        (layers, cross),
-        *shared,
-        encoder_mask[:, None],
-        remat=False,
+      index = jnp.arange(cfg.num_decoder_layers, dtype=jnp.int32)
+      (x, cache), _ = through(
+        _step_stacked, (x, cache), (index, cross), *shared
       )
     else:
-
-      def body(layer, x, mine, *shared):
-        cache, cross = mine
-        *shared, encoder_mask = shared
-        return layer.step(x, cache, None, *shared, cross, encoder_mask)
-
-      x, cache = _through_layers(
-        cfg,
-        self.layers,
-        body,
-        x,
-        list(zip(cache, cross, strict=True)),
-        *shared,
-        encoder_mask[:, None],
-        remat=False,
-      )
+      per_layer = tuple(zip(cache, cross, strict=True))
+      x, cache = through(_step_listed, x, per_layer, *shared)
     return self.decoder_norm(x), cache
+
+
+def _step_stacked(layer, carry, index_cross, *shared):
+  index, cross = index_cross
+  return layer.step(*carry, index, cross, *shared), None
+
+
+def _step_listed(layer, x, cache_cross, *shared):
+  cache, cross = cache_cross
+  return layer.step(x, cache, None, cross, *shared)
 
 
 class T5(nn.Module):
@@ -882,7 +539,7 @@ class T5(nn.Module):
       logits = self.token_embedder.attend(x)
     else:
       logits = self.decoder.logits_dense(x)
-    return _constrain(logits, "batch", "length", "vocab")
+    return constrain(logits, "batch", "length", "vocab")
 
 
 def _encoder_mask(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -918,13 +575,14 @@ def init_cache(
     Zeros [R, H, T, K] in the compute dtype for each decoder layer.
   """
   shape = (num_rows, config.num_heads, max_length, config.head_dim)
+
+  def zeros(*leading: int) -> KeysValues:
+    full, dtype = (*leading, *shape), config.compute_dtype
+    return KeysValues(jnp.zeros(full, dtype), jnp.zeros(full, dtype))
+
   if config.scan_layers:
-    shape = (config.num_decoder_layers, *shape)
-    return KeysValues(*(jnp.zeros(shape, config.compute_dtype),) * 2)
-  return tuple(
-    KeysValues(*(jnp.zeros(shape, config.compute_dtype),) * 2)
-    for _ in range(config.num_decoder_layers)
-  )
+    return zeros(config.num_decoder_layers)
+  return tuple(zeros() for _ in range(config.num_decoder_layers))
 
 
 def _boxed_init(config: T5Config, key: jax.Array) -> Params:
@@ -956,7 +614,7 @@ def logical_axes(config: T5Config) -> Axes:
   """The tree of `init_params` with a tuple of t5x's axis names for each array.
 
   The tuples are leaves by meaning but nodes to jax.tree: map over them with
-  `is_leaf=lambda x: isinstance(x, tuple)`. Stacked layers add "layers" in front.
+  `is_leaf=lambda x: isinstance(x, tuple)`. Stacked layers put "layers" first.
 
   Args:
     config: of the model.

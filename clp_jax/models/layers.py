@@ -1,0 +1,375 @@
+"""What T5's encoder and decoder are made of: norms, attention, MLP, embedding.
+
+Names, shapes and logical axes of the parameters are t5x's; see `t5.py`, where
+the parts are put together, for the axis letters.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+NORM_EPSILON = 1e-6
+MASKED = -1e10  # finite, so that a row with nothing to attend to is not NaN
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "gelu": functools.partial(nn.gelu, approximate=True),
+  "relu": nn.relu,
+  "silu": nn.silu,
+  "linear": lambda x: x,
+}
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "minimal", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """What a T5 is, under t5x's field names where t5x has the field.
+
+  v1.1 is `mlp_activations=("gelu", "linear")`, `logits_via_embedding=False`;
+  v1.0 is `("relu",)`, `True`.
+
+  Attributes:
+    vocab_size: rows of the embedding, padding rows included (32128).
+    emb_dim: width D of the residual stream.
+    num_heads: heads H.
+    head_dim: width K of a head; H * K need not be D.
+    num_encoder_layers: encoder layers.
+    num_decoder_layers: decoder layers.
+    mlp_dim: hidden width F.
+    mlp_activations: one activation a parallel input projection; their results
+      are multiplied.
+    logits_via_embedding: the embedding is the logit layer, and the logits are
+      divided by sqrt(D).
+    dropout_rate: probability of dropping; the mask is broadcast over length.
+    dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
+    relative_attention_num_buckets: rows of a relative-position table.
+    relative_attention_max_distance: tokens; all farther ones share a bucket.
+    scan_layers: stack the layers' parameters and loop over them, which keeps
+      the compile time of a deep model that of one layer.
+    remat: what the backward pass computes again: "none" of it, "minimal" all
+      but the outputs of linear maps, "full" whole layers.
+  """
+
+  vocab_size: int = 32128
+  emb_dim: int = 512
+  num_heads: int = 6
+  head_dim: int = 64
+  num_encoder_layers: int = 8
+  num_decoder_layers: int = 8
+  mlp_dim: int = 1024
+  mlp_activations: tuple[str, ...] = ("gelu", "linear")
+  logits_via_embedding: bool = False
+  dropout_rate: float = 0.0
+  dtype: str = "float32"
+  relative_attention_num_buckets: int = 32
+  relative_attention_max_distance: int = 128
+  scan_layers: bool = False
+  remat: str = "none"
+
+  def __post_init__(self):
+    for name in (
+      "vocab_size",
+      "emb_dim",
+      "num_heads",
+      "head_dim",
+      "num_encoder_layers",
+      "num_decoder_layers",
+      "mlp_dim",
+    ):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    activations = self.mlp_activations
+    if (
+      isinstance(activations, str)
+      or not activations
+      or not set(activations) <= set(ACTIVATIONS)
+    ):
+      raise ValueError(
+        "mlp_activations must be a tuple of names out of "
+        f"{sorted(ACTIVATIONS)}, such as ('gelu', 'linear'), got "
+        f"{activations!r}."
+      )
+    # A list, as a JSON file gives it, would make the config unhashable.
+    object.__setattr__(self, "mlp_activations", tuple(activations))
+    if not 0.0 <= self.dropout_rate < 1.0:
+      raise ValueError(
+        f"dropout_rate must be in [0, 1), got {self.dropout_rate!r}."
+      )
+    if self.dtype not in DTYPES:
+      raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}.")
+    if self.remat not in REMAT:
+      raise ValueError(f"remat must be one of {REMAT}, got {self.remat!r}.")
+    buckets = self.relative_attention_num_buckets
+    if buckets < 4 or buckets % 4:
+      raise ValueError(
+        "relative_attention_num_buckets must be a positive multiple of 4, got "
+        f"{buckets!r}."
+      )
+    if self.relative_attention_max_distance <= buckets // 2:
+      raise ValueError(
+        "relative_attention_max_distance must be more than half of "
+        f"relative_attention_num_buckets = {buckets}, got "
+        f"{self.relative_attention_max_distance!r}."
+      )
+
+  @property
+  def compute_dtype(self) -> jnp.dtype:
+    return jnp.dtype(self.dtype)
+
+
+class KeysValues(NamedTuple):
+  """Keys and values of one attention; heads come before the length, which
+  makes a decoding step twice as fast on CPU as the other order."""
+
+  keys: jax.Array  # [B, H, S, K] in the compute dtype
+  values: jax.Array  # [B, H, S, K]
+
+
+def relative_position_buckets(
+  distance: np.ndarray,
+  *,
+  bidirectional: bool,
+  num_buckets: int = 32,
+  max_distance: int = 128,
+) -> np.ndarray:
+  """The bucket of each distance between a query and a key.
+
+  Half of the buckets (of each direction's share) hold one distance each, the
+  others grow logarithmically up to max_distance. Source: t5x, `layers.py`.
+
+  Args:
+    distance: int array, query position minus key position.
+    bidirectional: keys after the query have buckets of their own (encoder);
+      otherwise they fall into bucket 0, and a mask hides them (decoder).
+    num_buckets: buckets in all.
+    max_distance: tokens, from which on all distances share the last bucket.
+
+  Returns:
+    int32 array of distance's shape.
+  """
+  distance = np.asarray(distance)
+  first = np.zeros(distance.shape, np.int32)
+  if bidirectional:
+    num_buckets //= 2
+    first = np.where(distance < 0, num_buckets, 0)
+    distance = np.abs(distance)
+  distance = np.maximum(distance, 0)
+  exact = num_buckets // 2
+  # The epsilon keeps powers of two, whose logarithms ought to be exact, from
+  # falling into the bucket below.
+  ratio = np.maximum(distance, 1) / exact + np.finfo(np.float32).eps
+  growth = np.log(ratio) / np.log(max_distance / exact) * (num_buckets - exact)
+  large = np.minimum(exact + growth.astype(np.int32), num_buckets - 1)
+  return (first + np.where(distance < exact, distance, large)).astype(np.int32)
+
+
+def constrain(x: jax.Array, *names: str) -> jax.Array:
+  """Shards an activation; nothing happens outside nn.logical_axis_rules."""
+  return nn.with_logical_constraint(x, names)
+
+
+def dropout(config: T5Config) -> nn.Dropout:
+  """Dropout of features [..., length, features], the same at all positions."""
+  return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+
+
+def _param(
+  module: nn.Module,
+  name: str,
+  init: nn.initializers.Initializer,
+  shape: tuple[int, ...],
+  axes: tuple[str, ...],
+) -> jax.Array:
+  """A float32 parameter, its logical axes recorded when it is created."""
+  boxed_init = nn.with_logical_partitioning(init, axes)
+  param = module.param(name, boxed_init, shape, jnp.float32)
+  return cast(jax.Array, param)  # param takes the box off
+
+
+class Linear(nn.Module):
+  """A linear map without a bias; every one in the model goes through here."""
+
+  features: int
+  axes: tuple[str, str]
+  dtype: jnp.dtype
+  kernel_init: nn.initializers.Initializer
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (x.shape[-1], self.features)
+    kernel = _param(self, "kernel", self.kernel_init, shape, self.axes)
+    y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+    # The name is what remat "minimal" saves: unlike the shape of the product,
+    # it is the same under vmap over parameter sets.
+    return checkpoint_name(y, "linear")
+
+
+class RMSNorm(nn.Module):
+  """Root mean square norm in float32: no mean, no bias."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = _param(
+      self, "scale", nn.initializers.ones_init(), (x.shape[-1],), ("embed",)
+    )
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(mean_square + NORM_EPSILON)
+    scale = scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return x.astype(self.dtype) * scale
+
+
+class Embedding(nn.Module):
+  """The token table, and the logit layer where it is tied."""
+
+  config: T5Config
+
+  def setup(self):
+    self.embedding = _param(
+      self,
+      "embedding",
+      nn.initializers.normal(stddev=1.0),
+      (self.config.vocab_size, self.config.emb_dim),
+      ("vocab", "embed"),
+    )
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    # jnp.take gives NaN for an id outside of the table; indexing would give
+    # the last row, and nobody would notice.
+    embedded = jnp.take(self.embedding, tokens, axis=0)
+    return embedded.astype(self.config.compute_dtype)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """[..., D] -> logits [..., V] float32, scaled as tied logits are."""
+    scale = self.config.emb_dim**-0.5
+    return x.astype(jnp.float32) @ self.embedding.T * scale
+
+
+class RelativeBias(nn.Module):
+  """A float32 attention bias for each head and bucket of distances."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, buckets: jax.Array | np.ndarray) -> jax.Array:
+    """buckets: [...] int -> [H, ...] float32."""
+    table = _param(
+      self,
+      "rel_embedding",
+      nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+      (self.config.num_heads, self.config.relative_attention_num_buckets),
+      ("heads", "relpos_buckets"),
+    )
+    return jnp.take(table, buckets, axis=1)
+
+
+class Attention(nn.Module):
+  """Multi-head attention of N query rows to each row of keys and values."""
+
+  config: T5Config
+
+  def setup(self):
+    cfg = self.config
+    heads_width = cfg.num_heads * cfg.head_dim
+    init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+    # T5 does not divide the logits by sqrt(K); its initial queries are smaller.
+    query_init = nn.initializers.variance_scaling(
+      1.0 / cfg.head_dim, "fan_in", "normal"
+    )
+    linear = functools.partial(Linear, dtype=cfg.compute_dtype)
+    axes = ("embed", "joined_kv")
+    self.query = linear(heads_width, axes, kernel_init=query_init)
+    self.key = linear(heads_width, axes, kernel_init=init)
+    self.value = linear(heads_width, axes, kernel_init=init)
+    self.out = linear(cfg.emb_dim, ("joined_kv", "embed"), kernel_init=init)
+    self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+  def _split(self, x: jax.Array) -> jax.Array:
+    """[..., H * K] -> [..., H, K]."""
+    return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
+
+  def keys_values(self, x: jax.Array) -> KeysValues:
+    """x: [B, S, D] -> keys and values [B, H, S, K]."""
+    keys, values = self._split(self.key(x)), self._split(self.value(x))
+    names = ("batch", "heads", "length", "kv")
+    return KeysValues(
+      constrain(jnp.swapaxes(keys, 1, 2), *names),
+      constrain(jnp.swapaxes(values, 1, 2), *names),
+    )
+
+  def __call__(
+    self,
+    x: jax.Array,
+    keys_values: KeysValues,
+    mask: jax.Array,
+    bias: jax.Array | None = None,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """Attends from the rows of x to keys and values.
+
+    Args:
+      x: [B * N, Q, D], rows prompt-major.
+      keys_values: [B, H, S, K] each.
+      mask: [B or 1, Q or 1, S] bool, True where a query may look.
+      bias: [H, Q, S] float32, or None.
+      deterministic: no dropout.
+
+    Returns:
+      [B * N, Q, D].
+    """
+    keys, values = keys_values
+    rows, length, _ = x.shape
+    query = self._split(self.query(x))
+    query = constrain(query, "batch", "length", "heads", "kv")
+    # The N rows of a prompt are queries to the same keys: no copy of the keys.
+    prompts = keys.shape[0]
+    query = query.reshape(prompts, rows // prompts, *query.shape[1:])
+    logits = jnp.einsum(
+      "bnqhk,bhsk->bhnqs", query, keys, preferred_element_type=jnp.float32
+    )
+    if bias is not None:
+      logits = logits + bias[None, :, None]
+    logits = jnp.where(mask[:, None, None], logits, MASKED)
+    probs = jax.nn.softmax(logits, axis=-1).astype(self.config.compute_dtype)
+    probs = self.dropout(probs, deterministic=deterministic)
+    attended = jnp.einsum("bhnqs,bhsk->bnqhk", probs, values)
+    return self.out(attended.reshape(rows, length, -1))
+
+
+class MLP(nn.Module):
+  """Parallel input projections, multiplied after activation, and an output."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+    cfg = self.config
+    linear = functools.partial(
+      Linear,
+      dtype=cfg.compute_dtype,
+      kernel_init=nn.initializers.variance_scaling(
+        1.0, "fan_in", "truncated_normal"
+      ),
+    )
+    single = len(cfg.mlp_activations) == 1
+    factors = []
+    for i, name in enumerate(cfg.mlp_activations):
+      wi = linear(
+        cfg.mlp_dim, ("embed", "mlp"), name="wi" if single else f"wi_{i}"
+      )
+      factors.append(ACTIVATIONS[name](wi(x)))
+    hidden = functools.reduce(operator.mul, factors)
+    hidden = dropout(cfg)(hidden, deterministic=deterministic)
+    hidden = constrain(hidden, "batch", "length", "mlp")
+    return linear(cfg.emb_dim, ("mlp", "embed"), name="wo")(hidden)
