@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+PAD_ID = 0  # padding in the encoder, and the decoder's first input
 NORM_EPSILON = 1e-6
 MASKED = -1e10  # finite, so that a row with nothing to attend to is not NaN
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from clp_jax.models.layers import (
   MLP,
+  PAD_ID,
   Attention,
   Embedding,
   KeysValues,
@@ -45,7 +46,6 @@ from clp_jax.models.layers import (
 Params = Any  # a nested dict of arrays
 Axes = Any  # the same nesting with a tuple of axis names for each array
 
-PAD_ID = 0  # padding in the encoder, and the decoder's first input
 # One KeysValues a layer in a tuple, or, with scan_layers, a single KeysValues
 # with a leading axis L.
 LayersKeysValues = tuple[KeysValues, ...] | KeysValues

@@ -1,0 +1,602 @@
+"""Sampling from a T5, and the log-probabilities of what was sampled.
+
+1. `start` encodes the B prompts, projects every layer's cross-attention keys
+   and values once, and makes an empty self-attention cache for B * N rows.
+2. `sample_from` is the loop. At each position it asks for the next token's
+   logits, draws a token from their modified distribution (`choose_tokens`),
+   and notes its log-probability under the unmodified one. It ends when every
+   row has ended. It knows no model: any function of the last tokens, a cache
+   and the position will do, for instance one that mixes two models' logits.
+3. `sample` is 1 and 2 for one set of parameters, `sample_groups` for several.
+4. `token_logp` gives the log-probabilities of given tokens, teacher-forced,
+   which are those that sampling gave.
+
+Where a row ends is kept as a flag and returned as a mask; no id stands for it.
+
+Axes: B prompts, N samples per prompt, R = B * N rows (row b * N + n is sample n
+of prompt b), G groups of prompts, S source, T target, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clp_jax.models import t5
+from clp_jax.models.layers import PAD_ID
+
+Params = Any
+Cache = Any
+# (last tokens [R] int32, cache, position [] int32) -> (logits [R, V], cache)
+NextLogits = Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
+
+EOS_ID = 1
+BLOCK = 128  # tokens; the width of a TPU's vector lane
+
+
+class Samples(NamedTuple):
+  """What was sampled; R = B * N rows, prompt-major."""
+
+  tokens: jax.Array  # [R, T] int32, PAD after EOS
+  logp: jax.Array  # [R, T] float32, nats, 0 where masked
+  mask: jax.Array  # [R, T] bool, True up to and including EOS
+
+
+class _Loop(NamedTuple):
+  position: jax.Array  # [] int32
+  last: jax.Array  # [R] int32
+  ended: jax.Array  # [R] bool
+  samples: Samples
+  cache: Cache
+
+
+def sample(
+  model: t5.T5,
+  params: Params,
+  encoder_input_tokens: jax.Array,
+  keys: jax.Array,
+  *,
+  max_length: int,
+  allowed: jax.Array | np.ndarray,
+  num_samples: int = 1,
+  temperature: jax.Array | float = 1.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  logp_temperature: jax.Array | float = 1.0,
+  eos_id: int = EOS_ID,
+) -> Samples:
+  """Samples N responses to each prompt.
+
+  Args:
+    model: the T5.
+    params: its parameters.
+    encoder_input_tokens: [B, S] int; 0 is padding.
+    keys: [R] typed keys, one a row: what a row draws depends on its key and
+      its position only, not on the other rows or on the devices.
+    max_length: T; a row that has not ended by then ends without EOS.
+    allowed: [V] bool, tokens that may be sampled: EOS among them, padding not.
+    num_samples: N.
+    temperature: [] or [R] float that divides the logits before sampling; 0
+      takes the most likely token. May be traced.
+    top_k: sample among the k most likely tokens; None for all.
+    top_p: sample among the most likely tokens that together reach this
+      probability (after top_k); None for all.
+    logp_temperature: [] or [R] float, positive: the log-probabilities are those
+      of softmax(logits / logp_temperature) over the whole vocabulary, whatever
+      `temperature`, `top_k`, `top_p` and `allowed` are.
+    eos_id: token that ends a row.
+
+  Returns:
+    Samples, whose logp is that of `token_logp` at logp_temperature.
+
+  Raises:
+    ValueError: for arguments that do not fit together.
+  """
+  _check_keys(keys, encoder_input_tokens.shape[0] * num_samples)
+  next_logits, cache = start(
+    model,
+    params,
+    encoder_input_tokens,
+    num_samples=num_samples,
+    max_length=max_length,
+  )
+  return sample_from(
+    next_logits,
+    cache,
+    keys,
+    max_length=max_length,
+    allowed=allowed,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    logp_temperature=logp_temperature,
+    eos_id=eos_id,
+  )
+
+
+def sample_groups(
+  model: t5.T5,
+  params: Params,
+  params_axes: Any,
+  encoder_input_tokens: jax.Array,
+  keys: jax.Array,
+  *,
+  num_groups: int,
+  max_length: int,
+  allowed: jax.Array | np.ndarray,
+  num_samples: int = 1,
+  temperature: jax.Array | float = 1.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  logp_temperature: jax.Array | float = 1.0,
+  eos_id: int = EOS_ID,
+) -> Samples:
+  """Cuts the prompts into G groups, answered by G sets of parameters.
+
+  Args:
+    model: the T5.
+    params: parameters, some leaves [G, ...].
+    params_axes: 0 for those leaves and None for the others, as jax.vmap's
+      in_axes for params.
+    encoder_input_tokens: [B, S] int; group g is its g-th part of B / G rows.
+    keys: [R] typed keys, as in `sample`.
+    num_groups: G, divides B.
+    max_length: as in `sample`, as are the arguments that follow.
+    allowed: [V] bool.
+    num_samples: N.
+    temperature: [] or [R] float.
+    top_k: int or None.
+    top_p: float or None.
+    logp_temperature: [] or [R] float.
+    eos_id: int.
+
+  Returns:
+    Samples, R rows as in `sample`.
+
+  Raises:
+    ValueError: as `sample`, or when G does not divide B.
+  """
+  prompts = encoder_input_tokens.shape[0]
+  if prompts % num_groups:
+    raise ValueError(
+      f"{prompts} prompts can't be cut into num_groups = {num_groups} equal "
+      "groups; change either."
+    )
+  rows = prompts * num_samples
+  _check_keys(keys, rows)
+
+  def by_group(x: jax.Array) -> jax.Array:
+    return x.reshape(num_groups, -1, *x.shape[1:])
+
+  def sample_group(params, tokens, keys, temperature, logp_temperature):
+    return sample(
+      model,
+      params,
+      tokens,
+      keys,
+      max_length=max_length,
+      allowed=allowed,
+      num_samples=num_samples,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      logp_temperature=logp_temperature,
+      eos_id=eos_id,
+    )
+
+  samples = jax.vmap(sample_group, in_axes=(params_axes, 0, 0, 0, 0))(
+    params,
+    by_group(encoder_input_tokens),
+    by_group(keys),
+    by_group(_per_row("temperature", temperature, rows)),
+    by_group(_per_row("logp_temperature", logp_temperature, rows)),
+  )
+  return jax.tree.map(lambda x: x.reshape(rows, max_length), samples)
+
+
+def token_logp(
+  model: t5.T5,
+  params: Params,
+  encoder_input_tokens: jax.Array,
+  tokens: jax.Array,
+  *,
+  num_samples: int = 1,
+  temperature: jax.Array | float = 1.0,
+  deterministic: bool = True,
+  dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Log-probabilities of given tokens, and entropies, teacher-forced.
+
+  Args:
+    model: the T5.
+    params: its parameters.
+    encoder_input_tokens: [B, S] int; 0 is padding. Encoded once.
+    tokens: [R, T] int, prompt-major, for instance `Samples.tokens`.
+    num_samples: N, such that R = B * N.
+    temperature: [] or [R] float, positive; the policy is
+      softmax(logits / temperature) over the whole vocabulary.
+    deterministic: no dropout.
+    dropout_key: typed key; needed when there is dropout.
+
+  Returns:
+    logp [R, T] and entropy [R, T], float32, nats. What stands where a row has
+    ended means nothing: mask it.
+
+  Raises:
+    ValueError: for arguments that do not fit together.
+  """
+  prompts, rows = encoder_input_tokens.shape[0], tokens.shape[0]
+  if rows != prompts * num_samples:
+    raise ValueError(
+      f"tokens must have {prompts} prompts * num_samples = {num_samples} rows, "
+      f"got {rows}."
+    )
+  _check_positive("temperature", temperature)
+  rngs = None
+  if not deterministic and model.config.dropout_rate > 0:
+    if dropout_key is None:
+      raise ValueError("deterministic=False needs a dropout_key.")
+    rngs = {"dropout": dropout_key}
+  logits: jax.Array = model.apply(  # type: ignore[assignment]
+    {"params": params},
+    encoder_input_tokens,
+    t5.shift_right(tokens),
+    deterministic=deterministic,
+    rngs=rngs,
+  )
+  divisor = _per_row("temperature", temperature, rows)
+  logits = logits / divisor[:, None, None]
+  log_total = jax.nn.logsumexp(logits, axis=-1)
+  probs = jnp.exp(logits - log_total[..., None])
+  entropy = log_total - jnp.sum(probs * logits, axis=-1)
+  return _at_token(logits, tokens) - log_total, entropy
+
+
+def start(
+  model: t5.T5,
+  params: Params,
+  encoder_input_tokens: jax.Array,
+  *,
+  num_samples: int = 1,
+  max_length: int,
+) -> tuple[NextLogits, Cache]:
+  """Does once what decoding needs from the prompts.
+
+  Args:
+    model: the T5.
+    params: its parameters.
+    encoder_input_tokens: [B, S] int; 0 is padding.
+    num_samples: N.
+    max_length: T, positions of the cache.
+
+  Returns:
+    A function that gives the logits of a position, and the cache it starts
+    with: what `sample_from` takes.
+  """
+  config = model.config
+  variables = {"params": _in_compute_dtype(config, params)}
+  encoder_mask = encoder_input_tokens != PAD_ID
+  encoded = model.apply(
+    variables, encoder_input_tokens, encoder_mask, method="encode"
+  )
+  cross = model.apply(variables, encoded, method="cross_keys_values")
+
+  def next_logits(tokens, cache, position):
+    return model.apply(
+      variables,
+      tokens,
+      cache,
+      position,
+      cross,
+      encoder_mask,
+      method="decode_step",
+    )
+
+  rows = encoder_input_tokens.shape[0] * num_samples
+  return next_logits, t5.init_cache(config, rows, max_length)
+
+
+def sample_from(
+  next_logits: NextLogits,
+  cache: Cache,
+  keys: jax.Array,
+  *,
+  max_length: int,
+  allowed: jax.Array | np.ndarray,
+  temperature: jax.Array | float = 1.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  logp_temperature: jax.Array | float = 1.0,
+  eos_id: int = EOS_ID,
+) -> Samples:
+  """Samples rows from any next-token distribution.
+
+  Under jax.vmap the loop runs until the rows of all its instances have ended.
+
+  Args:
+    next_logits: function of the last tokens [R] int32 (PAD at the first
+      position and for rows that have ended), the cache and the position []
+      int32, to the logits [R, V] float32 and the cache.
+    cache: any tree of arrays; the first one.
+    keys: [R] typed keys.
+    max_length: T.
+    allowed: [V] bool.
+    temperature: [] or [R] float.
+    top_k: int or None.
+    top_p: float or None.
+    logp_temperature: [] or [R] float.
+    eos_id: int.
+
+  Returns:
+    Samples. The arguments mean what they mean in `sample`.
+
+  Raises:
+    ValueError: for values out of range.
+  """
+  if max_length < 1:
+    raise ValueError(f"max_length must be at least 1, got {max_length}.")
+  _check_allowed(allowed, eos_id)
+  _check_positive("logp_temperature", logp_temperature)
+  rows = keys.shape[0]
+  temperature = _per_row("temperature", temperature, rows)
+  logp_temperature = _per_row("logp_temperature", logp_temperature, rows)
+  allowed = jnp.asarray(allowed, bool)
+
+  def going_on(loop: _Loop) -> jax.Array:
+    return (loop.position < max_length) & _any_left(loop.ended)
+
+  def step(loop: _Loop) -> _Loop:
+    logits, cache = next_logits(loop.last, loop.cache, loop.position)
+    token = choose_tokens(
+      logits,
+      _uniforms(keys, loop.position),
+      temperature=temperature,
+      allowed=allowed,
+      top_k=top_k,
+      top_p=top_p,
+    )
+    scaled = logits / logp_temperature[:, None]
+    logp = _at_token(scaled, token) - jax.nn.logsumexp(scaled, axis=-1)
+    going = ~loop.ended
+    token = jnp.where(going, token, PAD_ID)
+    now = Samples(token, jnp.where(going, logp, 0.0), going)
+    return _Loop(
+      position=loop.position + 1,
+      last=token,
+      ended=loop.ended | (token == eos_id),
+      samples=jax.tree.map(
+        lambda all_, x: jax.lax.dynamic_update_slice_in_dim(
+          all_, x[:, None], loop.position, axis=1
+        ),
+        loop.samples,
+        now,
+      ),
+      cache=cache,
+    )
+
+  shape = (rows, max_length)
+  first = _Loop(
+    position=jnp.zeros((), jnp.int32),
+    last=jnp.full((rows,), PAD_ID, jnp.int32),
+    ended=jnp.zeros((rows,), bool),
+    samples=Samples(
+      tokens=jnp.full(shape, PAD_ID, jnp.int32),
+      logp=jnp.zeros(shape, jnp.float32),
+      mask=jnp.zeros(shape, bool),
+    ),
+    cache=cache,
+  )
+  return jax.lax.while_loop(going_on, step, first).samples
+
+
+def choose_tokens(
+  logits: jax.Array,
+  uniforms: jax.Array,
+  *,
+  temperature: jax.Array,
+  allowed: jax.Array,
+  top_k: int | None = None,
+  top_p: float | None = None,
+) -> jax.Array:
+  """Draws a token a row, by inverting the distribution function.
+
+  That takes two random numbers a row where the Gumbel trick takes V. A token of
+  probability 0, a forbidden one above all, is never returned.
+
+  Args:
+    logits: [R, V] float32.
+    uniforms: [R, 2] float32 in [0, 1).
+    temperature: [R] float32; 0 takes the most likely allowed token.
+    allowed: [V] bool.
+    top_k: int or None.
+    top_p: float or None.
+
+  Returns:
+    [R] int32.
+
+  Raises:
+    ValueError: for top_k or top_p out of range.
+  """
+  if top_k is not None and top_k < 1:
+    raise ValueError(f"top_k must be at least 1, or None, got {top_k}.")
+  if top_p is not None and not 0.0 < top_p <= 1.0:
+    raise ValueError(f"top_p must be in (0, 1], or None, got {top_p}.")
+  vocab_size = logits.shape[-1]
+  if allowed.shape != (vocab_size,):
+    raise ValueError(
+      f"allowed must have the shape of the vocabulary, ({vocab_size},), got "
+      f"{allowed.shape}."
+    )
+  logits = jnp.where(allowed[None], logits, -jnp.inf)
+  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  greedy = temperature == 0
+  divisor = jnp.where(greedy, 1.0, temperature)[:, None]
+  # Unnormalised, the largest is 1. Subnormal numbers are made 0: whether they
+  # count as 0 in a sum or a comparison depends on the hardware.
+  probs = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / divisor)
+  probs = jnp.where(probs < jnp.finfo(jnp.float32).tiny, 0.0, probs)
+  if top_k is not None and top_k < vocab_size:
+    probs = _keep_most_likely(probs, jnp.ones_like(probs), float(top_k))
+  if top_p is not None and top_p < 1.0:
+    probs = _keep_most_likely(probs, probs, top_p * probs.sum(-1))
+  return jnp.where(greedy, best, _invert(probs, uniforms))
+
+
+def _keep_most_likely(
+  probs: jax.Array, measure: jax.Array, target: jax.Array | float
+) -> jax.Array:
+  """Zeroes all but the fewest most likely tokens that reach a target.
+
+  Bisects for the smallest probability that is kept: thirty sums over the
+  vocabulary are cheaper than sorting it. Of equally likely tokens at the edge,
+  the first ones stay.
+
+  Args:
+    probs: [R, V] float32 in [0, 1], the largest of a row 1.
+    measure: [R, V] float32, what a token adds: 1, or its probability.
+    target: [] or [R] float32, what those kept must add up to.
+
+  Returns:
+    [R, V] float32.
+  """
+  # Floats that are not negative are ordered as their bits are.
+  bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+  target = jnp.broadcast_to(target, probs.shape[:1])
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = low + (high - low) // 2
+    total = jnp.sum(jnp.where(bits >= middle[:, None], measure, 0.0), axis=-1)
+    enough = total >= target
+    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+  above_one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1
+  bounds = (
+    jnp.zeros(probs.shape[:1], jnp.int32),
+    jnp.full(probs.shape[:1], above_one),
+  )
+  edge, _ = jax.lax.fori_loop(0, 30, halve, bounds)
+  above, at_edge = bits > edge[:, None], bits == edge[:, None]
+  missing = target - jnp.sum(jnp.where(above, measure, 0.0), axis=-1)
+  at_edge_before = jnp.cumsum(jnp.where(at_edge, measure, 0.0), axis=-1)
+  at_edge_before = jnp.where(at_edge, at_edge_before - measure, 0.0)
+  keep = above | (at_edge & (at_edge_before < missing[:, None]))
+  return jnp.where(keep, probs, 0.0)
+
+
+def _invert(probs: jax.Array, uniforms: jax.Array) -> jax.Array:
+  """Draws from probs [R, V] (of any total) a block, then a token in it.
+
+  Two levels, each with its own random number: a prefix sum over the whole
+  vocabulary, and one random number of 24 bits for it, would both be too coarse
+  for unlikely tokens.
+  """
+  rows, vocab_size = probs.shape
+  probs = jnp.pad(probs, ((0, 0), (0, -vocab_size % BLOCK)))
+  blocks = probs.reshape(rows, -1, BLOCK)
+  block = _invert_short(blocks.sum(-1), uniforms[:, 0])
+  within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+  return block * BLOCK + _invert_short(within, uniforms[:, 1])
+
+
+def _invert_short(probs: jax.Array, uniform: jax.Array) -> jax.Array:
+  """probs [R, n] of any total, uniform [R] in [0, 1) -> [R] int32.
+
+  Never an entry of probability 0 as long as there is another one: parallel
+  prefix sums may fall by a rounding error, so a positive entry is asked for
+  explicitly; and uniform * total may round up to the total, so that no prefix
+  sum exceeds it: then it is the last positive entry.
+  """
+  prefix = jnp.cumsum(probs, axis=-1)
+  positive = probs > 0
+  hit = (prefix > uniform[:, None] * prefix[:, -1:]) & positive
+  last = probs.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)
+  found = jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), last)
+  return found.astype(jnp.int32)
+
+
+def _uniforms(keys: jax.Array, position: jax.Array) -> jax.Array:
+  """[R] keys -> [R, 2] float32 in [0, 1), from 64 random bits a row."""
+
+  def draw(key):
+    return jax.random.uniform(jax.random.fold_in(key, position), (2,))
+
+  return jax.vmap(draw)(keys)
+
+
+@jax.custom_batching.custom_vmap
+def _any_left(ended: jax.Array) -> jax.Array:
+  """Whether a row of ended [...] bool has not ended."""
+  return ~jnp.all(ended)
+
+
+@_any_left.def_vmap
+def _any_left_of_all(axis_size, in_batched, ended):
+  # With a condition for each instance, vmap would copy the whole state at every
+  # step to hold back the instances that are done. Going on does them no harm:
+  # rows that have ended only add padding to padding.
+  del axis_size, in_batched
+  return _any_left(ended), False
+
+
+def _at_token(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """logits [..., V] at tokens [...]. A sum, not a gather: it stays on the
+  device that holds the token's column when the vocabulary is cut."""
+  ids = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1)
+  return jnp.sum(jnp.where(ids == tokens[..., None], logits, 0.0), axis=-1)
+
+
+def _in_compute_dtype(config: t5.T5Config, params: Params) -> Params:
+  """Casts, before the loop and not in each step, what the model casts anyway.
+
+  Norms, relative biases, the embedding and the logit layer keep their dtype:
+  they enter computations in float32, or a step reads few of their rows.
+  """
+
+  def cast(path, leaf):
+    names = [entry.key for entry in path]
+    if names[-1] == "kernel" and "logits_dense" not in names:
+      return leaf.astype(config.compute_dtype)
+    return leaf
+
+  return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _per_row(name: str, value: jax.Array | float, rows: int) -> jax.Array:
+  value = jnp.asarray(value, jnp.float32)
+  if value.shape not in ((), (rows,)):
+    raise ValueError(
+      f"{name} must be a scalar or have one value for each of the {rows} rows, "
+      f"got shape {value.shape}."
+    )
+  return jnp.broadcast_to(value, (rows,))
+
+
+def _check_positive(name: str, value: jax.Array | float) -> None:
+  if isinstance(value, int | float) and not value > 0:
+    raise ValueError(f"{name} must be positive, got {value}.")
+
+
+def _check_keys(keys: jax.Array, rows: int) -> None:
+  if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+    raise ValueError(
+      f"keys must be typed keys (jax.random.key), got {keys.dtype} of shape "
+      f"{keys.shape}."
+    )
+  if keys.shape != (rows,):
+    raise ValueError(
+      f"keys must hold one key for each of the {rows} rows (prompts * "
+      f"num_samples), got shape {keys.shape}."
+    )
+
+
+def _check_allowed(allowed: jax.Array | np.ndarray, eos_id: int) -> None:
+  # Only where the values are on the host: reading an array from a device here
+  # would hold up the caller.
+  if isinstance(allowed, np.ndarray):
+    if not allowed[eos_id]:
+      raise ValueError(f"allowed must include the end of sequence, {eos_id}.")
+    if allowed[PAD_ID]:
+      raise ValueError(f"allowed must exclude padding, {PAD_ID}.")
