@@ -336,6 +336,12 @@ class TestMethodsTable:
     for figure in ("1,000,000,000", "[twice]", "± 0.0010", "0.80 1.00"):
       assert figure in text
 
+  def test_print_table_prints_it_to_stdout(self, capsys):
+    report.print_table([_front(), _front(method="soups")])
+    assert capsys.readouterr().out == (
+      _rendered([_front(), _front(method="soups")])
+    )
+
   def test_other_reference_points_are_an_error(self):
     with pytest.raises(report.FrontError, match="soups from"):
       report.methods_table(

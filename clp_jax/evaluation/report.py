@@ -20,6 +20,7 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -473,6 +474,11 @@ def methods_table(fronts: Sequence[Front]) -> Table:
   for row in rows:
     table.add_row(*(Text(row[column]) for column in shown))
   return table
+
+
+def print_table(fronts: Sequence[Front]) -> None:
+  """Prints methods_table to stdout; 80 columns where that is no terminal."""
+  Console().print(methods_table(fronts))
 
 
 def _shared_objectives(fronts: Sequence[Front]) -> tuple[str, ...]:
