@@ -604,22 +604,21 @@ def register_task() -> Any:
   if "newsroom" in seqio.TaskRegistry.names():
     return seqio.TaskRegistry.get("newsroom")
 
+  @functools.lru_cache
+  def columns(split):
+    items = make_items(split, 0, SPLITS[split])
+    documents = [item.document for item in items]
+    references = [item.reference for item in items]
+    return {
+      "document": documents,
+      "reference": references,
+      "inputs": documents,
+      "targets": references,
+    }
+
   def dataset(split, shuffle_files=False):
     del shuffle_files  # examples are drawn independently of each other
-    items = make_items(split, 0, SPLITS[split])
-    return tf.data.Dataset.from_tensor_slices(
-      {
-        "document": [item.document for item in items],
-        "reference": [item.reference for item in items],
-      }
-    )
-
-  def to_features(example):
-    return {
-      **example,
-      "inputs": example["document"],
-      "targets": example["reference"],
-    }
+    return tf.data.Dataset.from_tensor_slices(columns(split))
 
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "vocabulary.model"
@@ -632,7 +631,6 @@ def register_task() -> Any:
       dataset, splits=list(SPLITS), num_input_examples=SPLITS
     ),
     preprocessors=[
-      seqio.map_over_dataset(to_features),
       functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
       seqio.preprocessors.append_eos_after_trim,
     ],

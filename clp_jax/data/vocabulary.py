@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import re
+import struct
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,22 +23,22 @@ def import_seqio() -> tuple[Any, Any]:
 
   TensorFlow takes seconds to import, writes to stderr as it does, whatever its
   settings, and would reserve all memory of a GPU or claim the TPU. What it
-  writes is dropped unless the import fails or TF_CPP_MIN_LOG_LEVEL is set.
+  writes is dropped unless the import fails or TF_CPP_MIN_LOG_LEVEL is 0.
 
   Returns:
     The modules (tensorflow, seqio).
   """
   with contextlib.ExitStack() as stack:
-    if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
-      os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") != "0":
       stack.enter_context(_stderr_kept_for_errors())
     import seqio
     import tensorflow as tf
-  for kind in ("GPU", "TPU"):
-    # TensorFlow refuses once its devices are in use: then the program that did
-    # that has decided what TensorFlow sees.
-    with contextlib.suppress(RuntimeError):
-      tf.config.set_visible_devices([], kind)
+
+    for kind in ("GPU", "TPU"):
+      # TensorFlow refuses once its devices are in use: then the program that
+      # did that has decided what TensorFlow sees.
+      with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices([], kind)
   return tf, seqio
 
 
@@ -92,6 +93,14 @@ def word_model(words: Sequence[str], punctuation: Sequence[str]) -> bytes:
   spec.pad_id, spec.eos_id, spec.unk_id, spec.bos_id = PAD, 1, 2, -1
   spec.pad_piece = "<pad>"
   model.normalizer_spec.name = "identity"
+  # A table of replacements without entries changes no character, as no table at
+  # all would, but without one TensorFlow Text logs a line for each operation.
+  # The format is a double-array trie (here the root looks for byte c in cell
+  # c ^ 1, and no cell j holds j ^ 1) with its size before and a string after.
+  trie = struct.pack("<256I", 1 << 10, *range(1, 256))
+  model.normalizer_spec.precompiled_charsmap = (
+    struct.pack("<I", len(trie)) + trie + b"\0"
+  )
   return model.SerializeToString(deterministic=True)
 
 

@@ -1,0 +1,177 @@
+"""Rewards that run on the host: named callables from texts to scores.
+
+A reward's callable takes three equally long sequences of strings, the
+documents, the reference summaries and the responses, and returns one number a
+response, [B]: higher is better. Any Python callable will do, and a config names
+it by its import path:
+
+  def brevity(documents, references, responses, limit=20):
+    return [min(1.0, limit / max(1, len(r.split()))) for r in responses]
+
+  {"source": "my_package.my_module:brevity", "limit": 12}
+"""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Score = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
+
+# Rewards that have a short name.
+BUILT_IN = {"rouge": "clp_jax.rewards.rouge:rouge"}
+
+
+class RewardError(RuntimeError):
+  """A reward failed or returned what can't be trained on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """A named reward.
+
+  Attributes:
+    name: what configs, logs and errors call it.
+    score: (documents, references, responses), each [B] strings -> [B] numbers.
+  """
+
+  name: str
+  score: Score
+
+
+def load_reward(name: str, spec: Mapping[str, Any]) -> Reward:
+  """Finds the reward that a config describes.
+
+  Args:
+    name: the reward's name.
+    spec: `source`, a built-in ("rouge") or the import path of a callable,
+      "package.module:attribute"; `normalise`, which concerns training and is
+      ignored here; all other keys are keyword arguments for the callable.
+
+  Returns:
+    The reward.
+
+  Raises:
+    ValueError: there is no source, or it can't be imported, is not callable, or
+      doesn't take these arguments.
+  """
+  options = dict(spec)
+  options.pop("normalise", None)
+  source = options.pop("source", None)
+  if not isinstance(source, str):
+    raise ValueError(
+      f"reward {name!r} has no source; set one of {', '.join(BUILT_IN)} or an "
+      f"import path such as 'package.module:attribute', got {source!r}."
+    )
+  score = _import(name, BUILT_IN.get(source, source))
+  try:
+    inspect.signature(score).bind([], [], [], **options)
+  except TypeError as error:
+    raise ValueError(
+      f"reward {name!r}: {source} can't be called as score(documents, "
+      f"references, responses{''.join(f', {key}=...' for key in options)}): "
+      f"{error}."
+    ) from error
+  except ValueError:  # some callables written in C have no signature
+    pass
+  return Reward(name, functools.partial(score, **options) if options else score)
+
+
+def _import(name: str, path: str) -> Score:
+  """Imports "package.module:attribute"."""
+  module_name, _, attribute = path.partition(":")
+  if not module_name or not attribute:
+    raise ValueError(
+      f"reward {name!r} has the source {path!r}; expected one of "
+      f"{', '.join(BUILT_IN)} or an import path 'package.module:attribute'."
+    )
+  try:
+    score = functools.reduce(
+      getattr, attribute.split("."), importlib.import_module(module_name)
+    )
+  except Exception as error:  # importing runs the user's code: all can happen
+    raise ValueError(
+      f"reward {name!r}: can't import {path!r}: {type(error).__name__}: "
+      f"{error}; correct the path, or install the package or add its folder to "
+      "PYTHONPATH."
+    ) from error
+  if not callable(score):
+    raise ValueError(
+      f"reward {name!r}: {path!r} is {type(score).__name__}, not a callable "
+      "(documents, references, responses) -> [B]."
+    )
+  return score
+
+
+def score_all(
+  rewards: Sequence[Reward],
+  documents: Sequence[str],
+  references: Sequence[str],
+  responses: Sequence[str],
+  *,
+  step: int,
+) -> np.ndarray:
+  """Scores responses with every reward, and checks what comes back.
+
+  Args:
+    rewards: the m rewards.
+    documents: [B] texts.
+    references: [B] texts.
+    responses: [B] texts.
+    step: the training step, for errors.
+
+  Returns:
+    [B, m] float32, finite.
+
+  Raises:
+    ValueError: the three sequences differ in length.
+    RewardError: a reward raised, or returned another shape, no numbers, or
+      something not finite; the message names the reward, the step and, of
+      several bad samples, the first.
+  """
+  count = len(responses)
+  if not len(documents) == len(references) == count:
+    raise ValueError(
+      "expected as many documents and references as responses, got "
+      f"{len(documents)}, {len(references)} and {count}."
+    )
+  scores = np.zeros([count, len(rewards)], np.float32)
+  for column, reward in enumerate(rewards):
+    where = f"reward {reward.name!r} at step {step}"
+    try:
+      values = reward.score(documents, references, responses)
+    except Exception as error:
+      raise RewardError(
+        f"{where} raised {type(error).__name__}: {error}; it must score any "
+        "text that a policy may produce, empty text included."
+      ) from error
+    try:
+      values = np.asarray(values).astype(np.float32)
+    except (TypeError, ValueError) as error:
+      raise RewardError(
+        f"{where} returned what is no array of numbers ({error}); return one "
+        "number a response."
+      ) from error
+    if values.shape != (count,):
+      raise RewardError(
+        f"{where} returned shape {list(values.shape)} for {count} responses; "
+        f"expected [{count}]: return one number a response."
+      )
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+      i = int(bad[0])
+      raise RewardError(
+        f"{where} returned {values[i]} for sample {i} ({bad.size} of {count} "
+        f"samples are bad), whose response is {_clip(responses[i])!r}; return "
+        "a finite number, such as 0, for what can't be scored."
+      )
+    scores[:, column] = values
+  return scores
+
+
+def _clip(text: str, limit: int = 80) -> str:
+  return text if len(text) <= limit else text[: limit - 3] + "..."
