@@ -437,53 +437,59 @@ def choose_tokens(
   # count as 0 in a sum or a comparison depends on the hardware.
   probs = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / divisor)
   probs = jnp.where(probs < jnp.finfo(jnp.float32).tiny, 0.0, probs)
-  if top_k is not None and top_k < vocab_size:
-    probs = _keep_most_likely(probs, jnp.ones_like(probs), float(top_k))
-  if top_p is not None and top_p < 1.0:
-    probs = _keep_most_likely(probs, probs, top_p * probs.sum(-1))
-  return jnp.where(greedy, best, _invert(probs, uniforms))
+  if top_k is None or top_k >= vocab_size:
+    if top_p is not None and top_p < 1.0:
+      probs = _keep_most_likely(probs, top_p)
+    drawn = _invert(probs, uniforms)
+  else:
+    # Sorted, with the lower id first among equals.
+    probs, ids = jax.lax.top_k(probs, top_k)
+    if top_p is not None and top_p < 1.0:
+      before = jnp.cumsum(probs, axis=-1) - probs
+      reached = before >= top_p * probs.sum(-1, keepdims=True)
+      probs = jnp.where(reached, 0.0, probs)
+    place = _invert(probs, uniforms)
+    drawn = jnp.take_along_axis(ids, place[:, None], axis=-1)[:, 0]
+  return jnp.where(greedy, best, drawn)
 
 
-def _keep_most_likely(
-  probs: jax.Array, measure: jax.Array, target: jax.Array | float
-) -> jax.Array:
-  """Zeroes all but the fewest most likely tokens that reach a target.
+def _keep_most_likely(probs: jax.Array, top_p: float) -> jax.Array:
+  """Zeroes all but the fewest most likely tokens with top_p of the total.
 
   Bisects for the smallest probability that is kept: thirty sums over the
-  vocabulary are cheaper than sorting it. Of equally likely tokens at the edge,
-  the first ones stay.
+  vocabulary cost a fraction of sorting it. Of equally likely tokens at the
+  edge, those with lower ids stay.
 
   Args:
-    probs: [R, V] float32 in [0, 1], the largest of a row 1.
-    measure: [R, V] float32, what a token adds: 1, or its probability.
-    target: [] or [R] float32, what those kept must add up to.
+    probs: [R, V] float32 in [0, 1], of any total, the largest of a row 1.
+    top_p: in (0, 1).
 
   Returns:
     [R, V] float32.
   """
   # Floats that are not negative are ordered as their bits are.
   bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
-  target = jnp.broadcast_to(target, probs.shape[:1])
+  target = top_p * probs.sum(-1)
 
   def halve(_, bounds):
     low, high = bounds
     middle = low + (high - low) // 2
-    total = jnp.sum(jnp.where(bits >= middle[:, None], measure, 0.0), axis=-1)
+    total = jnp.sum(jnp.where(bits >= middle[:, None], probs, 0.0), axis=-1)
     enough = total >= target
     return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
   above_one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1
-  bounds = (
-    jnp.zeros(probs.shape[:1], jnp.int32),
-    jnp.full(probs.shape[:1], above_one),
-  )
-  edge, _ = jax.lax.fori_loop(0, 30, halve, bounds)
+  low = jnp.zeros_like(bits[:, 0])
+  high = jnp.full_like(low, above_one)
+  # 30 halvings of fewer than 2^30 bit patterns leave one.
+  edge, _ = jax.lax.fori_loop(0, 30, halve, (low, high))
   above, at_edge = bits > edge[:, None], bits == edge[:, None]
-  missing = target - jnp.sum(jnp.where(above, measure, 0.0), axis=-1)
-  at_edge_before = jnp.cumsum(jnp.where(at_edge, measure, 0.0), axis=-1)
-  at_edge_before = jnp.where(at_edge, at_edge_before - measure, 0.0)
-  keep = above | (at_edge & (at_edge_before < missing[:, None]))
-  return jnp.where(keep, probs, 0.0)
+  missing = target - jnp.sum(jnp.where(above, probs, 0.0), axis=-1)
+  edge_prob = jax.lax.bitcast_convert_type(edge, jnp.float32)
+  # How many at the edge come first, and how many of them it takes.
+  rank = jnp.cumsum(at_edge.astype(jnp.int32), axis=-1)
+  needed = jnp.ceil(missing / edge_prob)
+  return jnp.where(above | (at_edge & (rank <= needed[:, None])), probs, 0.0)
 
 
 def _invert(probs: jax.Array, uniforms: jax.Array) -> jax.Array:
