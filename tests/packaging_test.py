@@ -176,7 +176,7 @@ class TestMakefile:
       tmp_path / "bin" / "uv",
       'echo "$@" >> "$LOG"',
       'if [ "$1" = venv ]; then',
-      f"  mkdir -p .venv/bin; ln -sf {sys.executable} .venv/bin/python",
+      f"  mkdir -p .venv/bin; ln -sf '{sys.executable}' .venv/bin/python",
       "fi",
       '[ "$1" = venv ] || [ ! -e fail ]',
     )
