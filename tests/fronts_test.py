@@ -7,6 +7,7 @@ import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import scipy.stats
 
 from clp_jax.evaluation import fronts
 
@@ -170,6 +171,17 @@ class TestMonotonicity:
     np.testing.assert_allclose(
       fronts.monotonicity([[0.1], [0.4], [0.5]], [[0.3], [0.3], [0.9]]),
       [expected],
+    )
+
+  @hypothesis.given(st.data(), st.integers(2, 9))
+  def test_agrees_with_scipy(self, data, points):
+    column = hnp.arrays(np.float64, (points, 1), elements=_VALUES)
+    weights, rewards = data.draw(column), data.draw(column)
+    hypothesis.assume(np.ptp(weights) > 0 and np.ptp(rewards) > 0)
+    np.testing.assert_allclose(
+      fronts.monotonicity(weights, rewards)[0],
+      scipy.stats.spearmanr(weights[:, 0], rewards[:, 0]).statistic,
+      atol=1e-12,
     )
 
   def test_a_reward_that_never_moves_is_nan(self):

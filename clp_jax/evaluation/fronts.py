@@ -10,8 +10,6 @@ here runs on a device.
 
 import moocore
 import numpy as np
-import scipy.spatial
-import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
 
@@ -84,9 +82,8 @@ def spread(rewards: ArrayLike) -> float:
     ValueError: not a non-empty [P, m] array, or a value that is not finite.
   """
   rewards = _matrix("rewards", rewards)
-  if len(rewards) == 1:
-    return 0.0
-  return float(scipy.spatial.distance.pdist(rewards).max())
+  differences = rewards[:, None, :] - rewards[None, :, :]
+  return float(np.linalg.norm(differences, axis=2).max())
 
 
 def monotonicity(weights: ArrayLike, rewards: ArrayLike) -> NDArray[np.float64]:
@@ -114,7 +111,7 @@ def monotonicity(weights: ArrayLike, rewards: ArrayLike) -> NDArray[np.float64]:
     [
       np.nan
       if np.ptp(w) == 0 or np.ptp(r) == 0
-      else scipy.stats.spearmanr(w, r).statistic
+      else np.corrcoef(_ranks(w), _ranks(r))[0, 1]
       for w, r in zip(weights.T, rewards.T, strict=True)
     ]
   )
@@ -187,6 +184,12 @@ def _pair(
       "shape: a weight for each reward of each point."
     )
   return weights, rewards
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+  """[P] ranks from 1; equal values share their mean rank."""
+  _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+  return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
 def _require_finite(name: str, array: NDArray[np.float64]) -> None:
