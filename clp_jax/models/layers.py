@@ -320,7 +320,8 @@ class Attention(nn.Module):
     """Attends from the rows of x to keys and values.
 
     Args:
-      x: [B * N, Q, D], rows prompt-major.
+      x: [B * N, Q, D], rows prompt-major; N is 1 where mask or bias tell
+        queries apart.
       keys_values: [B, H, S, K] each.
       mask: [B or 1, Q or 1, S] bool, True where a query may look.
       bias: [H, Q, S] float32, or None.
@@ -331,20 +332,27 @@ class Attention(nn.Module):
     """
     keys, values = keys_values
     rows, length, _ = x.shape
+    prompts, heads = keys.shape[:2]
     query = self._split(self.query(x))
     query = constrain(query, "batch", "length", "heads", "kv")
     # The N rows of a prompt are queries to the same keys: no copy of the keys.
-    prompts = keys.shape[0]
-    query = query.reshape(prompts, rows // prompts, *query.shape[1:])
+    samples = rows // prompts
+    query = query.reshape(prompts, samples * length, heads, -1)
     logits = jnp.einsum(
-      "bnqhk,bhsk->bhnqs", query, keys, preferred_element_type=jnp.float32
+      "bhqk,bhsk->bhqs",
+      jnp.swapaxes(query, 1, 2),
+      keys,
+      preferred_element_type=jnp.float32,
     )
     if bias is not None:
-      logits = logits + bias[None, :, None]
-    logits = jnp.where(mask[:, None, None], logits, MASKED)
+      logits = logits + bias[None]
+    logits = jnp.where(mask[:, None], logits, MASKED)
     probs = jax.nn.softmax(logits, axis=-1).astype(self.config.compute_dtype)
-    probs = self.dropout(probs, deterministic=deterministic)
-    attended = jnp.einsum("bhnqs,bhsk->bnqhk", probs, values)
+    # Dropout is the same at all queries of a row, not of a prompt.
+    by_row = probs.reshape(prompts, heads, samples, length, -1)
+    dropped = self.dropout(by_row, deterministic=deterministic)
+    probs = dropped.reshape(probs.shape)
+    attended = jnp.swapaxes(jnp.einsum("bhqs,bhsk->bhqk", probs, values), 1, 2)
     return self.out(attended.reshape(rows, length, -1))
 
 
