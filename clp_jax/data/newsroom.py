@@ -51,6 +51,7 @@ import functools
 import itertools
 import math
 import pathlib
+import re
 import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -324,53 +325,50 @@ def make_items(
   order = [np.full(n, event), *(event + next(columns) for _ in DETAILS)]
   order += [next(columns) for _ in range(3)]
 
-  def words(indices):
-    kinds = [np.asarray(WORDS[kind])[indices[kind]] for kind in Facts._fields]
-    return np.stack(kinds, 1).tolist()
-
-  def rows(table):
-    return np.stack([table[kind] for kind in DETAILS], 1).tolist()
-
+  own, others = _words(fact), _words(decoy)
+  sentences = [_fill(MAIN, own)]
+  for kind, ways in DETAILS.items():
+    written = _choose(wording[kind], ways, own)
+    sentences.append(np.where(shown[kind], written, ""))
+  sentences += [
+    _choose(witness, WITNESSES, others),
+    _choose(first, DISTRACTORS, others),
+    _choose(second, (*DISTRACTORS, ""), others),  # -1, the last, is none
+  ]
+  ranks = np.argsort(np.stack(order, 1), axis=1)
+  sentences = np.take_along_axis(np.stack(sentences, 1), ranks, axis=1)
+  true = [Facts(*row) for row in zip(*own.values(), strict=True)]
+  own |= {k: np.where(mask, own[k], None) for k, mask in stated.items()}
+  told = [Facts(*row) for row in zip(*own.values(), strict=True)]
   return [
-    _item(*row)
-    for row in zip(
-      words(fact),
-      words(decoy),
-      rows(shown),
-      rows(stated),
-      rows(wording),
-      np.stack([witness, first, second], 1).tolist(),
-      np.stack(order, 1).tolist(),
-      strict=True,
-    )
+    Item(" ".join(filter(None, row)), summarise(summary), facts)
+    for row, summary, facts in zip(sentences.tolist(), told, true, strict=True)
   ]
 
 
-def _item(facts, decoys, shown, stated, wording, extras, order) -> Item:
-  """Writes one item from its rows of words, flags and choices."""
-  facts = Facts(*facts)
-  words = facts._asdict()
-  sentences = [MAIN.format(**words)]
-  for (_, ways), is_shown, way in zip(
-    DETAILS.items(), shown, wording, strict=True
-  ):
-    sentences.append(ways[way].format(**words) if is_shown else "")
-  decoys = Facts(*decoys)._asdict()
-  witness, first, second = extras
-  sentences.append(WITNESSES[witness].format(**decoys))
-  sentences.append(DISTRACTORS[first].format(**decoys))
-  sentences.append(DISTRACTORS[second].format(**decoys) if second >= 0 else "")
-  document = " ".join(
-    sentence
-    for _, sentence in sorted(zip(order, sentences, strict=True))
-    if sentence
-  )
-  unstated = {
-    kind: None
-    for kind, is_stated in zip(DETAILS, stated, strict=True)
-    if not is_stated
+def _words(indices: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The words, [n] object, of indices [n], in the order of `Facts`."""
+  return {
+    kind: np.asarray(WORDS[kind], object)[indices[kind]]
+    for kind in Facts._fields
   }
-  return Item(document, summarise(facts._replace(**unstated)), facts)
+
+
+def _fill(template: str, words: dict[str, np.ndarray]) -> np.ndarray:
+  """Writes a template with the words of each item: [n] object, or [] object."""
+  text, *rest = re.split(r"\{(\w+)\}", template)
+  for kind, fixed in zip(rest[::2], rest[1::2], strict=True):
+    text = text + words[kind] + fixed
+  return np.asarray(text, object)
+
+
+def _choose(
+  which: np.ndarray, templates: Sequence[str], words: dict[str, np.ndarray]
+) -> np.ndarray:
+  """Writes template which[i] for item i: [n] object."""
+  return np.choose(
+    which, [_fill(template, words) for template in templates], mode="wrap"
+  )
 
 
 def summarise(facts: Facts) -> str:

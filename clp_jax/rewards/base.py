@@ -150,7 +150,8 @@ def score_all(
         "text that a policy may produce, empty text included."
       ) from error
     try:
-      values = np.asarray(values).astype(np.float32)
+      with np.errstate(over="ignore"):  # infinite is refused below
+        values = np.asarray(values).astype(np.float32)
     except (TypeError, ValueError) as error:
       raise RewardError(
         f"{where} returned what is no array of numbers ({error}); return one "
