@@ -1,0 +1,1 @@
+"""Losses and advantages of the policy-gradient algorithms, all pure."""

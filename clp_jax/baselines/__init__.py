@@ -1,0 +1,1 @@
+"""What CLP is compared with."""

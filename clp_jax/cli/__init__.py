@@ -1,0 +1,1 @@
+"""The command `clp`: one thin file a command."""

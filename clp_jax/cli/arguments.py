@@ -1,0 +1,94 @@
+"""Arguments that several commands share, and how they are read."""
+
+import argparse
+import os
+
+from clp_jax.config import ConfigError
+
+
+def parse_weights(text: str) -> dict[str, float]:
+  """ "nli=0.7,rouge=0.3" to {"nli": 0.7, "rouge": 0.3}.
+
+  Raises:
+    argparse.ArgumentTypeError: for anything else.
+  """
+  weights = {}
+  for part in text.split(","):
+    name, equals, value = part.partition("=")
+    name = name.strip()
+    try:
+      number = float(value)
+    except ValueError:
+      number = None
+    if not name or not equals or number is None:
+      raise argparse.ArgumentTypeError(
+        f"expected name=weight,name=weight such as nli=0.7,rouge=0.3, got "
+        f"{text!r}"
+      )
+    if name in weights:
+      raise argparse.ArgumentTypeError(f"{name} is given twice in {text!r}")
+    weights[name] = number
+  return weights
+
+
+def positive(text: str) -> int:
+  """An integer of at least 1."""
+  try:
+    value = int(text)
+  except ValueError:
+    value = 0
+  if value < 1:
+    raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+  return value
+
+
+def add_workdir(parser: argparse.ArgumentParser, default=None) -> None:
+  """--workdir DIR."""
+  parser.add_argument(
+    "--workdir",
+    required=default is None,
+    default=default,
+    metavar="DIR",
+    help="the run's folder" + (f" (default: {default})" if default else ""),
+  )
+
+
+def load_config(path: str, overrides: list[str]):
+  """A config file with --config.path.to.field=value applied.
+
+  Args:
+    path: a Python file with get_config().
+    overrides: the command line's other arguments.
+
+  Returns:
+    The locked ConfigDict.
+
+  Raises:
+    ConfigError: names the file, field or value that is wrong.
+  """
+  from absl import flags
+  from ml_collections import config_flags
+
+  if not os.path.exists(path):
+    raise ConfigError(f"--config {path}: no such file.")
+  unknown = [
+    a for a in overrides if a.startswith("-") and not a.startswith("--config.")
+  ]
+  if unknown:
+    raise ConfigError(f"unknown arguments: {' '.join(unknown)}.")
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    "config", flag_values=values, lock_config=True
+  )
+  try:
+    rest = values(["clp", f"--config={path}", *overrides])[1:]
+    config = values.config
+  except (AttributeError, KeyError) as error:
+    raise ConfigError(
+      f"unknown config field: {error.args[0] if error.args else error}"
+    ) from error
+  except Exception as error:  # a config file is the user's code
+    raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+  if rest:
+    raise ConfigError(f"unknown arguments: {' '.join(rest)}.")
+  return config

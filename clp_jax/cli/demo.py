@@ -1,0 +1,22 @@
+"""`clp demo`: the whole method on the built-in world."""
+
+import argparse
+
+from clp_jax.cli import arguments
+
+EXAMPLE = "clp demo --workdir runs/demo --seed 0"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the command's arguments."""
+  arguments.add_workdir(parser, default="runs/demo")
+  parser.add_argument(
+    "--seed", type=int, default=0, help="of everything (default: 0)"
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Runs the command."""
+  from clp_jax import demo
+
+  demo.run(args.workdir, args.seed)

@@ -1,0 +1,117 @@
+"""`clp generate`: summarises documents at any weighting, JSONL in and out."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from clp_jax.cli import arguments
+from clp_jax.config import ConfigError
+from clp_jax.run_folder import RunError
+
+EXAMPLE = (
+  'echo \'{"document": "..."}\' | clp generate --workdir runs/demo '
+  "--weights nli=0.7,rouge=0.3"
+)
+CHUNK = 64  # lines decoded together
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the command's arguments."""
+  arguments.add_workdir(parser)
+  parser.add_argument(
+    "--weights",
+    type=arguments.parse_weights,
+    metavar="NAME=W,...",
+    help='the weighting of lines without "weights" of their own',
+  )
+  parser.add_argument(
+    "--alpha",
+    type=float,
+    help="KL weight, where the run was trained on a range of it",
+  )
+  parser.add_argument(
+    "--input",
+    default="-",
+    metavar="FILE",
+    help='JSONL with "document", and optional "weights" and "alpha" '
+    "(default: -, standard input)",
+  )
+  parser.add_argument(
+    "--temperature", type=float, default=1.0, help="0 is greedy (default: 1)"
+  )
+  parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Runs the command."""
+  if not args.temperature >= 0:
+    raise ConfigError(f"--temperature must be >= 0, got {args.temperature}.")
+  from clp_jax.policy import Policy
+
+  policy = Policy.load(args.workdir)
+  if args.weights is not None:
+    try:  # before any line is read
+      policy.coefficients(args.weights, args.alpha)
+    except ValueError as error:
+      raise ConfigError(f"--weights: {error}") from error
+  if args.input == "-":
+    _generate(policy, sys.stdin, "standard input", args)
+  else:
+    try:
+      with open(args.input, encoding="utf-8") as lines:
+        _generate(policy, lines, args.input, args)
+    except UnicodeDecodeError as error:
+      raise RunError(f"{args.input} is not UTF-8 text: {error}") from error
+
+
+def _generate(policy, lines: TextIO, name: str, args: argparse.Namespace):
+  done = 0
+  for rows in _chunks(_read(policy, lines, name, args)):
+    summaries = policy.generate(
+      [row["document"] for row, _, _ in rows],
+      [weights for _, weights, _ in rows],
+      [alpha for _, _, alpha in rows],
+      temperature=args.temperature,
+      seed=args.seed,
+      first_row=done,
+    )
+    for (row, _, _), summary in zip(rows, summaries, strict=True):
+      print(json.dumps(row | {"summary": summary}, ensure_ascii=False))
+    sys.stdout.flush()
+    done += len(rows)
+
+
+def _read(
+  policy, lines: TextIO, name: str, args: argparse.Namespace
+) -> Iterator[tuple[dict[str, Any], Any, Any]]:
+  """(row, weights, alpha) of every line that is not blank, checked."""
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    where = f"{name}, line {number}"
+    try:
+      row = json.loads(line)
+    except ValueError as error:
+      raise RunError(f"{where}: not valid JSON: {error}.") from error
+    if not isinstance(row, dict) or not isinstance(row.get("document"), str):
+      raise RunError(f'{where}: expected an object with a "document" string.')
+    weights = row.get("weights", args.weights)
+    alpha = row.get("alpha", args.alpha)
+    try:
+      policy.coefficients(weights, alpha)
+    except (AttributeError, TypeError, ValueError) as error:
+      raise RunError(f"{where}: {error}") from error
+    yield row, weights, alpha
+
+
+def _chunks(rows):
+  chunk = []
+  for row in rows:
+    chunk.append(row)
+    if len(chunk) == CHUNK:
+      yield chunk
+      chunk = []
+  if chunk:
+    yield chunk

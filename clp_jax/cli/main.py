@@ -1,0 +1,99 @@
+"""`clp`: parses, calls one command and turns errors into exit statuses.
+
+0 the work is done; 1 a run failed; 2 bad arguments or config; 75 stopped by
+SIGTERM with everything saved; 130 interrupted from the keyboard.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# Command -> (module, help). A module is imported when its command runs, so
+# that `clp --help` needs neither JAX nor TensorFlow.
+COMMANDS = {
+  "demo": "train and compare everything on the built-in world, in minutes",
+  "train": "train, or resume, the run that a config file describes",
+  "evaluate": "sweep the weightings of a run on held-out prompts",
+  "generate": "summarise documents at any weighting",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+  """argparse whose errors are one line, with status 2."""
+
+  def error(self, message):
+    self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command line and returns its exit status."""
+  argv = sys.argv[1:] if argv is None else list(argv)
+  parser = _Parser(
+    prog="clp",
+    description="Conditional Language Policy: one model, steered between "
+    "rewards by a weighting.",
+    epilog='example: clp demo, then: echo \'{"document": "..."}\' | clp '
+    "generate --workdir runs/demo --weights nli=0.7,rouge=0.3",
+    allow_abbrev=False,
+  )
+  commands = parser.add_subparsers(
+    dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+  )
+  chosen = next((a for a in argv if not a.startswith("-")), None)
+  for name, text in COMMANDS.items():
+    # Only the chosen command's module is imported, for its arguments.
+    if name == chosen:
+      module = importlib.import_module(f"clp_jax.cli.{name}")
+      command = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example: {module.EXAMPLE}",
+        allow_abbrev=False,
+      )
+      module.add_arguments(command)
+      command.set_defaults(run=module.run)
+    else:
+      commands.add_parser(name, help=text)
+  arguments, rest = parser.parse_known_args(argv)
+  if rest and chosen != "train":
+    parser.error(f"unknown arguments: {' '.join(rest)}")
+  arguments.rest = rest
+  return _run(chosen, arguments)
+
+
+def _run(name: str, arguments: argparse.Namespace) -> int:
+  # Before JAX and TensorFlow are imported: their chatter is not progress.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+  from clp_jax.cli import setup
+
+  setup.configure()
+  from clp_jax.config import ConfigError
+  from clp_jax.rewards.base import RewardError
+  from clp_jax.run_folder import RunError
+  from clp_jax.train.loop import EXIT_PREEMPTED, Preempted
+
+  try:
+    arguments.run(arguments)
+    return 0
+  except ConfigError as error:
+    return _fail(name, error, 2)
+  except (RunError, RewardError, OSError) as error:
+    return _fail(name, error, 1)
+  except Preempted as error:
+    return _fail(name, error, EXIT_PREEMPTED)
+  except KeyboardInterrupt:
+    return _fail(name, "interrupted; start the same command to resume", 130)
+
+
+def _fail(name: str, error: object, status: int) -> int:
+  if isinstance(error, BrokenPipeError):
+    # The reader has left: nothing more can be said on stdout.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+  text = " ".join(str(error).split())
+  print(f"clp {name}: error: {text}", file=sys.stderr)
+  return status

@@ -1,0 +1,25 @@
+"""What every command sets up before its work: logs and compiled programs."""
+
+import logging
+import os
+
+import jax
+
+
+def configure() -> None:
+  """Quiets libraries and keeps compiled programs between runs.
+
+  The compilation cache lies in ~/.cache/clp_jax; JAX_COMPILATION_CACHE_DIR
+  names another folder.
+  """
+  logging.basicConfig(format="clp: %(levelname)s: %(message)s")
+  for library in ("absl", "jax", "orbax", "tensorflow"):
+    # What they raise is reported by the command; their threads log it too.
+    logging.getLogger(library).setLevel(logging.CRITICAL)
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    jax.config.update(
+      "jax_compilation_cache_dir", os.path.join(cache, "clp_jax", "compiled")
+    )
+  # Small programs as well: a demo run is made of them.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,253 @@
+"""Every field of a training config with its default, and their validation.
+
+A file under configs/ imports `get_config`, changes lines and returns it. The
+code reads fields and never falls back to a default of its own.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+
+import ml_collections
+from ml_collections import config_dict
+
+from clp_jax import conditioning
+from clp_jax.algorithms import reinforce
+from clp_jax.rewards import base
+from clp_jax.weightings import Distribution
+
+ALGORITHMS = ("reinforce",)
+OPTIMIZERS = ("adam", "adafactor")
+NORMALISATIONS = ("none", "fixed", "running")
+
+
+class ConfigError(ValueError):
+  """A config that can't be trained; the message says what to change."""
+
+
+def reward(source: str, normalise: str = "none") -> ml_collections.ConfigDict:
+  """The description of one objective under `config.rewards`.
+
+  Args:
+    source: a built-in reward ("rouge") or the import path of any callable
+      (documents, references, responses) -> [B], "package.module:name".
+    normalise: "none"; "fixed", by mean and deviation under the reference
+      policy; "running", by those of all training samples so far.
+  """
+  return ml_collections.ConfigDict({"source": source, "normalise": normalise})
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The defaults. None means off."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.algorithm = "reinforce"
+  # Which parameters exist once per objective: full, attention, logits, none.
+  c.steering = "full"
+  # Names of rewards; the order of weights everywhere.
+  c.objectives = ("rouge",)
+  c.rewards = ml_collections.ConfigDict({"rouge": reward("rouge")})
+
+  c.model = ml_collections.ConfigDict()
+  c.model.init = "tiny"  # a preset or a folder that holds a T5
+  # SentencePiece model file; None takes the checkpoint's or the task's own.
+  c.model.vocabulary = config_dict.placeholder(str)
+  c.model.dtype = "float32"  # of the computation; parameters stay float32
+  c.model.scan_layers = False  # compiles large models faster
+  c.model.remat = "none"  # none, minimal or full
+
+  c.data = ml_collections.ConfigDict()
+  c.data.task = "newsroom"  # a seqio task
+  c.data.train_split = "train"
+  c.data.eval_split = "validation"
+  c.data.source_length = 512  # tokens, EOS included; longer inputs are cut
+  c.data.target_length = 64  # tokens, EOS included; also the decoding limit
+
+  c.weightings = ml_collections.ConfigDict()  # the distribution Q
+  c.weightings.concentration = 1.0  # of the Dirichlet; 1 is uniform
+  c.weightings.weights = config_dict.placeholder(tuple)  # instead, fixed
+  c.weightings.alpha = 0.01  # KL weight in [0, 1]
+  # Instead, (low, high) of a log-uniform alpha: KL becomes an objective.
+  c.weightings.alpha_range = config_dict.placeholder(tuple)
+
+  c.rollout = ml_collections.ConfigDict()
+  c.rollout.prompts = 16  # B, a step
+  c.rollout.samples = 4  # N, a prompt
+  c.rollout.weightings = 2  # G, a step; divides prompts
+  c.rollout.temperature = 1.0  # the policy's, in training
+
+  c.reinforce = ml_collections.ConfigDict()
+  c.reinforce.baseline = "leave_one_out"  # none, group_mean, leave_one_out
+
+  c.optimizer = ml_collections.ConfigDict()
+  c.optimizer.name = "adam"  # adam or adafactor
+  c.optimizer.learning_rate = 1e-3
+  c.optimizer.warmup_steps = 20  # linear from 0
+  # Cosine to a tenth of the rate over so many steps; None keeps it constant.
+  c.optimizer.decay_steps = config_dict.placeholder(int)
+  c.optimizer.clip_norm = 1.0  # of the global gradient
+
+  c.train = ml_collections.ConfigDict()
+  c.train.steps = 1000
+  c.train.microbatches = 1  # gradient accumulation over prompts
+  c.train.checkpoint_every = 100
+  c.train.keep = 3  # newest checkpoints that are kept
+  c.train.log_samples_every = 100
+  c.train.normalisation_batches = 8  # that estimate a "fixed" normalisation
+
+  # Supervised finetuning before, on the task's references; its result is then
+  # the reference policy. 0 steps: model.init is the reference.
+  c.sft = ml_collections.ConfigDict()
+  c.sft.steps = 0
+  c.sft.batch = 64
+  c.sft.learning_rate = 1e-3
+  c.sft.warmup_steps = 20
+  c.sft.decay_steps = config_dict.placeholder(int)
+  c.sft.dropout = 0.0
+  c.sft.checkpoint_every = 100
+
+  c.eval = ml_collections.ConfigDict()
+  c.eval.grid = 11  # points an edge of the simplex
+  c.eval.prompts = 256
+  c.eval.samples = 2  # a prompt
+  c.eval.temperature = 1.0  # 0 is greedy
+  c.eval.batch = 256  # prompts decoded together
+  # Of the hypervolume, one value an objective; None is the origin.
+  c.eval.reference_point = config_dict.placeholder(tuple)
+
+  c.mesh = ml_collections.ConfigDict()
+  c.mesh.data = config_dict.placeholder(int)  # None: all remaining devices
+  c.mesh.model = 1
+  c.mesh.fsdp = False  # cut parameters over the data axis too
+  return c
+
+
+def distribution(config: ml_collections.ConfigDict) -> Distribution:
+  """Q as the config describes it."""
+  q = config.weightings
+  return Distribution(
+    num_rewards=len(config.objectives),
+    concentration=q.concentration,
+    weights=None if q.weights is None else tuple(q.weights),
+    alpha=q.alpha,
+    alpha_range=None if q.alpha_range is None else tuple(q.alpha_range),
+  )
+
+
+@contextlib.contextmanager
+def as_config_error() -> Iterator[None]:
+  """Turns a ValueError about what a config names into a ConfigError."""
+  try:
+    yield
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+
+
+def load_rewards(config: ml_collections.ConfigDict) -> list[base.Reward]:
+  """The rewards of the config's objectives, in their order.
+
+  Raises:
+    ConfigError: when one can't be loaded.
+  """
+  with as_config_error():
+    return [
+      base.load_reward(name, config.rewards[name].to_dict())
+      for name in config.objectives
+    ]
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Checks facts that span fields, before anything is loaded or written.
+
+  Raises:
+    ConfigError: says what was found and what to change.
+  """
+  _one_of("algorithm", config.algorithm, ALGORITHMS)
+  _one_of("steering", config.steering, conditioning.STEERING)
+  _one_of("reinforce.baseline", config.reinforce.baseline, reinforce.BASELINES)
+  _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
+  objectives = tuple(config.objectives)
+  if not objectives:
+    raise ConfigError("objectives is empty; name at least one reward.")
+  if len(set(objectives)) != len(objectives):
+    raise ConfigError(f"objectives has duplicates: {', '.join(objectives)}.")
+  for name in objectives:
+    if name not in config.rewards:
+      raise ConfigError(
+        f"unknown objective {name!r}; config.rewards describes "
+        f"{', '.join(sorted(config.rewards))}."
+      )
+    _one_of(
+      f"rewards.{name}.normalise",
+      config.rewards[name].normalise,
+      NORMALISATIONS,
+    )
+  try:
+    distribution(config)
+  except (TypeError, ValueError) as error:
+    raise ConfigError(f"weightings: {error}") from error
+
+  positive = (
+    "data.source_length data.target_length rollout.prompts rollout.samples "
+    "rollout.weightings optimizer.learning_rate optimizer.clip_norm "
+    "train.microbatches train.checkpoint_every train.keep "
+    "train.log_samples_every train.normalisation_batches sft.batch "
+    "sft.learning_rate sft.checkpoint_every rollout.temperature "
+    "eval.prompts eval.samples eval.batch mesh.model"
+  )
+  for path in positive.split():
+    if not _get(config, path) > 0:  # also false for NaN
+      raise ConfigError(f"{path} must be > 0, got {_get(config, path)}.")
+  for path in "train.steps sft.steps sft.warmup_steps".split():
+    if not _get(config, path) >= 0:
+      raise ConfigError(f"{path} must be >= 0, got {_get(config, path)}.")
+  if config.eval.grid < 2:
+    raise ConfigError(f"eval.grid must be at least 2, got {config.eval.grid}.")
+  rollout, train = config.rollout, config.train
+  groups = rollout.weightings
+  if rollout.prompts % (groups * train.microbatches):
+    raise ConfigError(
+      f"rollout.prompts = {rollout.prompts} is not a multiple of "
+      f"rollout.weightings x train.microbatches = {groups} x "
+      f"{train.microbatches}; change one of them."
+    )
+  if config.reinforce.baseline == "leave_one_out" and rollout.samples < 2:
+    raise ConfigError(
+      "reinforce.baseline leave_one_out needs rollout.samples >= 2, got "
+      f"{rollout.samples}; raise it or choose group_mean."
+    )
+  point = config.eval.reference_point
+  if point is not None and len(point) != len(objectives):
+    raise ConfigError(
+      f"eval.reference_point has {len(point)} values for {len(objectives)} "
+      "objectives; give one each, or None for the origin."
+    )
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict:
+  """The config as plain JSON values; tuples become lists."""
+  return json.loads(config.to_json_best_effort())
+
+
+def from_json(values: dict) -> ml_collections.ConfigDict:
+  """The inverse of `to_json`: lists become tuples again."""
+
+  def convert(value):
+    if isinstance(value, dict):
+      return {key: convert(v) for key, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+  return ml_collections.ConfigDict(convert(values))
+
+
+def _one_of(path, value, allowed):
+  if value not in allowed:
+    raise ConfigError(
+      f"{path} must be one of {', '.join(allowed)}, got {value!r}."
+    )
+
+
+def _get(config, path):
+  for name in path.split("."):
+    config = config[name]
+  return config

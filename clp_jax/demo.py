@@ -1,0 +1,155 @@
+"""`clp demo`: supervised finetuning, CLP and its baseline, compared.
+
+Stages, each a run folder of its own below the work directory:
+  sft           a small T5 learns to write the references of the built-in world
+  .             full-CLP over sampled weightings: this is the folder to steer
+  attention     attn-CLP, the same but for what is steerable
+  single/<name> one single-objective run for each reward
+  soups         Rewarded Soups: their average, at equal total training samples
+and the sweeps over the same held-out prompts. Nothing here is special to the
+demo but the sizes: every stage is a config that `clp train` takes.
+"""
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+import ml_collections
+from etils import epath
+
+from clp_jax import config as config_lib
+from clp_jax.baselines import soups
+from clp_jax.evaluation import report, sweep
+from clp_jax.policy import Policy
+from clp_jax.train import moft
+
+SHOWN_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """full-CLP on the built-in world, from scratch."""
+  config = config_lib.get_config()
+  config.objectives = ("rouge", "nli")
+  config.rewards = ml_collections.ConfigDict(
+    {
+      "rouge": config_lib.reward("rouge"),
+      "nli": config_lib.reward("clp_jax.data.newsroom:entailment"),
+      "tldr": config_lib.reward("clp_jax.data.newsroom:preference"),
+    }
+  )
+  config.data.source_length = 64
+  config.data.target_length = 20
+  config.sft.steps = 600
+  config.sft.learning_rate = 3e-3
+  config.sft.decay_steps = 600
+  config.train.steps = 400
+  config.optimizer.decay_steps = 400
+  return config
+
+
+def run(workdir: str, seed: int) -> list[report.Front]:
+  """Runs all stages, or those that are not finished yet.
+
+  Args:
+    workdir: the folder.
+    seed: of models, data order, weightings and samples.
+
+  Returns:
+    The fronts, full-CLP first.
+  """
+  seconds: dict[str, float] = {}
+  full = get_config()
+  full.seed = seed
+  with _timed("supervised finetuning", seconds):
+    moft.prepare(full, workdir)
+  with _timed("train full-CLP", seconds):
+    moft.train(full, workdir)
+
+  def variant() -> ml_collections.ConfigDict:
+    config = full.copy_and_resolve_references()
+    config.sft.steps = 0
+    config.model.init = f"{workdir}/sft"
+    return config
+
+  attention = variant()
+  attention.steering = "attention"
+  with _timed("train attn-CLP", seconds):
+    moft.train(attention, f"{workdir}/attention")
+
+  singles = {}
+  with _timed("train Rewarded Soups", seconds):
+    for name in full.objectives:
+      single = variant()
+      single.objectives = (name,)
+      single.steering = "none"
+      single.train.steps = full.train.steps // len(full.objectives)
+      single.optimizer.decay_steps = single.train.steps
+      singles[name] = f"{workdir}/single/{name}"
+      moft.train(single, singles[name])
+    soup_dir = f"{workdir}/soups"
+    soups.make_soup(variant(), singles, soup_dir)
+
+  fronts = []
+  with _timed("evaluate", seconds):
+    for path, method in (
+      (workdir, "full-CLP"),
+      (f"{workdir}/attention", "attn-CLP"),
+      (soup_dir, "Rewarded Soups"),
+    ):
+      fronts.append(sweep.evaluate_run(path, method=method, seed=seed))
+  picture = f"{workdir}/evaluation/fronts.png"
+  report.plot_fronts(fronts, picture)
+
+  _show_steering(workdir, full.objectives)
+  print()
+  report.print_table(fronts)
+  _print_costs(seconds)
+  print(f"fronts     {picture}")
+  print(f"samples    {workdir}/evaluation/samples.jsonl")
+  print(f"numbers    {workdir}/evaluation/front.json")
+  weights = ",".join(
+    f"{n}={w}" for n, w in zip(full.objectives, (0.3, 0.7), strict=True)
+  )
+  print(
+    f"steer it   clp generate --workdir {workdir} --weights {weights} < "
+    "documents.jsonl"
+  )
+  return fronts
+
+
+def _show_steering(workdir: str, objectives: tuple[str, ...]) -> None:
+  """Prints one held-out article and its greedy summaries along the front."""
+  policy = Policy.load(workdir)
+  first = json.loads(
+    epath.Path(f"{workdir}/evaluation/samples.jsonl")
+    .read_text()
+    .splitlines()[0]
+  )
+  a, b = objectives
+  print(f"\nArticle\n  {first['document']}")
+  print(f"Reference\n  {first['reference']}")
+  print("Summaries (greedy)")
+  for w in SHOWN_WEIGHTS:
+    (summary,) = policy.generate(
+      [first["document"]], {a: w, b: 1 - w}, temperature=0
+    )
+    print(f"  {a} {w:4.2f}  {b} {1 - w:4.2f}  {summary}")
+
+
+@contextlib.contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+  start = time.perf_counter()
+  yield
+  seconds[stage] = time.perf_counter() - start
+  print(f"{stage}: {seconds[stage]:.0f} s", file=sys.stderr)
+
+
+def _print_costs(seconds: dict[str, float]) -> None:
+  stages = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  gib = peak * (1 if sys.platform == "darwin" else 1024) / 2**30
+  print(f"time       {stages}; {sum(seconds.values()):.0f} s in all")
+  print(f"memory     {gib:.1f} GiB at the peak")

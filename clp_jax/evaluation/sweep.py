@@ -1,0 +1,326 @@
+"""The sweep: one policy at every weighting of a grid, on held-out prompts.
+
+Every point answers the same prompts with the same decoding and the same random
+keys, and so does every method, so that differences between points are those
+of the policies.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from clp_jax import config as config_lib
+from clp_jax import sharding, weightings
+from clp_jax.cli import progress
+from clp_jax.data import tasks
+from clp_jax.evaluation import report
+from clp_jax.models import decoding, t5
+from clp_jax.policy import Policy
+from clp_jax.rewards import base as rewards_lib
+from clp_jax.rollout import row_keys
+
+METHODS = {
+  "full": "full-CLP",
+  "attention": "attn-CLP",
+  "logits": "logit-CLP",
+  "none": "single objective",
+}
+SHOWN_PROMPTS = 5  # whose samples go to samples.jsonl
+
+
+class Measured(NamedTuple):
+  """What one policy said to the prompts; P prompts, n samples each."""
+
+  responses: list[str]  # P * n, prompt-major
+  rewards: np.ndarray  # [P, n, m] float32
+  kl: np.ndarray  # [P, n] float32, summed log-ratio, nats
+
+
+def sweep(
+  policy: Policy,
+  rewards: list[rewards_lib.Reward],
+  *,
+  method: str,
+  grid: int,
+  num_prompts: int,
+  seed: int,
+  training_samples: int | None = None,
+) -> tuple[report.Front, list[dict[str, Any]]]:
+  """Evaluates a policy over the simplex, as its config's `eval` says.
+
+  Args:
+    policy: of a run with objectives.
+    rewards: those objectives, in order.
+    method: the name in the front.
+    grid: points an edge of the simplex; with a range of alpha, also the
+      number of alphas.
+    num_prompts: held-out prompts.
+    seed: of the sampling.
+    training_samples: responses sampled in training, for the report.
+
+  Returns:
+    (the front, rows of samples.jsonl).
+
+  Raises:
+    ValueError: for too few prompts or an unusable grid.
+    RewardError: when a reward fails its checks.
+  """
+  config = policy.config
+  batch = tasks.eval_batch(
+    tasks.get_task(config.data.task, policy.vocabulary),
+    config.data.eval_split,
+    num_examples=num_prompts,
+    source_length=config.data.source_length,
+    target_length=config.data.target_length,
+  )
+  measure = make_measure(policy, rewards, batch, seed)
+  points, samples = [], []
+  todo = weightings_grid(policy, grid)
+  with progress.track(len(todo), f"evaluate {method}") as advance:
+    for weights, alpha in todo:
+      named = dict(zip(policy.objectives, map(float, weights), strict=True))
+      steer = alpha if _has_alpha(policy) else None
+      measured = measure(policy.params(named, steer))
+      value = (1 - alpha) * measured.rewards @ weights - alpha * measured.kl
+      means = {
+        name: report.standard_error(measured.rewards[:, :, i])
+        for i, name in enumerate(policy.objectives)
+      }
+      points.append(
+        report.Point(
+          weights=named,
+          alpha=alpha,
+          rewards=means,
+          kl=report.standard_error(measured.kl),
+          value=report.standard_error(value),
+        )
+      )
+      samples += _sample_rows(policy, batch, named, alpha, measured)
+      advance(1, {name: mean.mean for name, mean in means.items()})
+  reference_point = config.eval.reference_point
+  if reference_point is None:
+    reference_point = (0.0,) * len(policy.objectives)
+  front = report.front_from_points(
+    points,
+    method=method,
+    objectives=policy.objectives,
+    step=policy.step,
+    prompts=num_prompts,
+    decoding={
+      "temperature": config.eval.temperature,
+      "samples": config.eval.samples,
+      "max_length": config.data.target_length,
+      "split": config.data.eval_split,
+      "seed": seed,
+    },
+    reference_point=reference_point,
+    training_samples=training_samples,
+  )
+  return front, samples
+
+
+def weightings_grid(
+  policy: Policy, grid: int
+) -> list[tuple[np.ndarray, float]]:
+  """[(weights [m], alpha)]: the points of a sweep."""
+  q = config_lib.distribution(policy.config)
+  if q.weights is not None and not _is_steerable(policy):
+    weights = np.asarray([q.weights], np.float32)
+  else:
+    weights = weightings.simplex_grid(len(policy.objectives), grid)
+  if q.alpha_range is None:
+    alphas = [q.alpha]
+  else:
+    low, high = q.alpha_range
+    # The ends exactly: a rounded one would lie outside of the range.
+    alphas = [low, *np.geomspace(low, high, grid)[1:-1].tolist(), high]
+  return [(w, a) for a in alphas for w in weights]
+
+
+def _has_alpha(policy: Policy) -> bool:
+  return policy.config.weightings.alpha_range is not None
+
+
+def _is_steerable(policy: Policy) -> bool:
+  return policy.config.steering != "none"
+
+
+def make_measure(
+  policy: Policy,
+  rewards: list[rewards_lib.Reward],
+  batch: tasks.Batch,
+  seed: int,
+) -> Callable[[Any], Measured]:
+  """Compiles sampling and scoring once; returns params -> Measured."""
+  config = policy.config
+  settings = config.eval
+  data = policy.mesh.shape["data"]
+  prompts = len(batch.documents)
+  size = min(settings.batch, -(-prompts // data) * data)
+  if size % data:
+    raise config_lib.ConfigError(
+      f"eval.batch = {settings.batch} is not a multiple of the mesh's data "
+      f"axis, {data}; change one of them."
+    )
+  model = t5.T5(policy.model_config)
+  temperature = settings.temperature
+  rows = sharding.row_sharding(policy.mesh)
+  # The divergence is that of what is sampled; greedy decoding has none, there
+  # it is the log-ratio of the models themselves.
+  logp_temperature = temperature or 1.0
+
+  @jax.jit
+  def sample(params, reference, tokens, keys):
+    tokens = jax.lax.with_sharding_constraint(tokens, rows)
+    samples = decoding.sample(
+      model,
+      params,
+      tokens,
+      keys,
+      max_length=config.data.target_length,
+      num_samples=settings.samples,
+      temperature=temperature,
+      logp_temperature=logp_temperature,
+      allowed=policy.allowed,
+    )
+    ref_logp, _ = decoding.token_logp(
+      model,
+      reference,
+      tokens,
+      samples.tokens,
+      num_samples=settings.samples,
+      temperature=logp_temperature,
+    )
+    kl = jnp.where(samples.mask, samples.logp - ref_logp, 0).sum(-1)
+    return samples.tokens, samples.mask, kl
+
+  n = settings.samples
+  num_batches = -(-prompts // size)
+  last = prompts - 1
+  keys = row_keys(jax.random.key(seed), num_batches * size * n)
+
+  def measure(params) -> Measured:
+    responses: list[str] = []
+    kls = []
+    for i in range(num_batches):
+      # The last batch repeats its last prompt; the copies are dropped.
+      index = np.minimum(np.arange(i * size, (i + 1) * size), last)
+      real = min(size, prompts - i * size) * n
+      tokens, mask, kl = sample(
+        params,
+        policy.reference,
+        batch.encoder_input_tokens[index],
+        keys[i * size * n : (i + 1) * size * n],
+      )
+      responses += tasks.decode_tokens(
+        policy.vocabulary, np.asarray(tokens)[:real], np.asarray(mask)[:real]
+      )
+      kls.append(np.asarray(kl)[:real])
+    scores = rewards_lib.score_all(
+      rewards,
+      [d for d in batch.documents for _ in range(n)],
+      [r for r in batch.references for _ in range(n)],
+      responses,
+      step=policy.step,
+    )
+    return Measured(
+      responses,
+      scores.reshape(prompts, n, len(rewards)),
+      np.concatenate(kls).reshape(prompts, n),
+    )
+
+  return measure
+
+
+def evaluate_run(
+  workdir: str,
+  *,
+  step: int | None = None,
+  grid: int | None = None,
+  num_prompts: int | None = None,
+  seed: int = 0,
+  method: str | None = None,
+  training_samples: int | None = None,
+) -> report.Front:
+  """Sweeps a run and writes DIR/evaluation.
+
+  Args:
+    workdir: the run's folder.
+    step: a checkpoint; None takes the newest.
+    grid: None takes the config's eval.grid.
+    num_prompts: None takes the config's eval.prompts.
+    seed: of the sampling.
+    method: the name in the front; None names the steering.
+    training_samples: responses sampled in training; None takes what the
+      config's steps have sampled.
+
+  Returns:
+    The front.
+
+  Raises:
+    ConfigError, RunError, RewardError: what a user can cause.
+  """
+  policy = Policy.load(workdir, step)
+  config = policy.config
+  if not policy.objectives:
+    raise config_lib.ConfigError(
+      f"{workdir} is a supervised run without objectives; evaluate a run that "
+      "`clp train` made from it."
+    )
+  if method is None:
+    method = METHODS[config.steering]
+  if training_samples is None:
+    training_samples = (
+      policy.step * config.rollout.prompts * config.rollout.samples
+    )
+  with config_lib.as_config_error():
+    front, samples = sweep(
+      policy,
+      config_lib.load_rewards(config),
+      method=method,
+      grid=config.eval.grid if grid is None else grid,
+      num_prompts=(config.eval.prompts if num_prompts is None else num_prompts),
+      seed=seed,
+      training_samples=training_samples,
+    )
+  save(f"{workdir}/evaluation", front, samples)
+  return front
+
+
+def _sample_rows(policy, batch, weights, alpha, measured) -> list[dict]:
+  n = measured.kl.shape[1]
+  return [
+    {
+      "document": batch.documents[i],
+      "reference": batch.references[i],
+      "weights": weights,
+      "alpha": alpha,
+      "summary": measured.responses[i * n],
+      "rewards": dict(
+        zip(
+          policy.objectives,
+          measured.rewards[i, 0].tolist(),
+          strict=True,
+        )
+      ),
+    }
+    for i in range(min(SHOWN_PROMPTS, len(batch.documents)))
+  ]
+
+
+def save(
+  directory: str, front: report.Front, samples: list[dict[str, Any]]
+) -> None:
+  """Writes front.json, front.csv, pareto.png and samples.jsonl."""
+  path = epath.Path(directory)
+  path.mkdir(parents=True, exist_ok=True)
+  report.save_front(directory, front)
+  report.plot_fronts([front], path / "pareto.png")
+  (path / "samples.jsonl").write_text(
+    "".join(json.dumps(row) + "\n" for row in samples)
+  )

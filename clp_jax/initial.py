@@ -1,0 +1,96 @@
+"""The model a run starts from: a preset, a run's folder or a T5 checkpoint."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from etils import epath
+
+from clp_jax import config as config_lib
+from clp_jax import run_folder
+from clp_jax.config import ConfigError
+from clp_jax.data import tasks
+from clp_jax.data.vocabulary import load_vocabulary
+from clp_jax.models import t5
+from clp_jax.models.presets import PRESETS
+from clp_jax.train import checkpoints
+
+Params = Any
+
+
+class Initial(NamedTuple):
+  """An ordinary T5 and its vocabulary."""
+
+  model_config: t5.T5Config
+  params: Params
+  vocabulary: bytes  # the SentencePiece model file
+
+
+def load_initial(config: ml_collections.ConfigDict) -> Initial:
+  """What `config.model.init` names.
+
+  Args:
+    config: a training config.
+
+  Returns:
+    The model in the layout and dtype of computation that the config asks for.
+
+  Raises:
+    ConfigError: when it names nothing that can be loaded.
+  """
+  init = config.model.init
+  if init in PRESETS:
+    vocabulary = _vocabulary(config)
+    model_config = PRESETS[init]
+    if init == "tiny":
+      # The one preset without a public vocabulary: as many rows as pieces, up
+      # to a multiple that cuts well over devices.
+      rows = -(-vocabulary.vocab_size // 16) * 16
+      model_config = dataclasses.replace(model_config, vocab_size=rows)
+    model_config = _computation(model_config, config)
+    # Its own fold of the seed: the run's key must not depend on the model.
+    key = jax.random.fold_in(jax.random.key(config.seed), 0x1217)
+    params = t5.init_params(model_config, key)
+    content = vocabulary.sp_model
+  elif (epath.Path(init) / "model.json").exists():
+    model_config = run_folder.load_model_config(init)
+    params, _ = checkpoints.load_params(init, t5.abstract_params(model_config))
+    if model_config.scan_layers and not config.model.scan_layers:
+      params = t5.unstack_layers(params)
+    elif config.model.scan_layers and not model_config.scan_layers:
+      params = t5.stack_layers(params)
+    model_config = _computation(model_config, config)
+    content = run_folder.load_vocabulary_bytes(init)
+    vocabulary = load_vocabulary(run_folder.vocabulary_path(init))
+  else:
+    raise ConfigError(
+      f"model.init = {init!r} is neither a preset ({', '.join(PRESETS)}) nor "
+      "a folder that holds a T5."
+    )
+  if vocabulary.vocab_size > model_config.vocab_size:
+    raise ConfigError(
+      f"the vocabulary has {vocabulary.vocab_size} pieces, but the model "
+      f"{init!r} embeds {model_config.vocab_size}; choose another "
+      "model.vocabulary or model.init."
+    )
+  return Initial(model_config, params, content)
+
+
+def _vocabulary(config: ml_collections.ConfigDict) -> Any:
+  with config_lib.as_config_error():
+    if config.model.vocabulary is not None:
+      return load_vocabulary(config.model.vocabulary)
+    task = tasks.get_task(config.data.task)
+  return task.output_features["inputs"].vocabulary
+
+
+def _computation(
+  model_config: t5.T5Config, config: ml_collections.ConfigDict
+) -> t5.T5Config:
+  return dataclasses.replace(
+    model_config,
+    dtype=config.model.dtype,
+    scan_layers=config.model.scan_layers,
+    remat=config.model.remat,
+  )

@@ -1,0 +1,360 @@
+"""Policy: a trained run as one steerable language model.
+
+  policy = Policy.load("runs/demo")
+  policy.generate(["..."], weights={"nli": 0.7, "rouge": 0.3})
+
+For every weighting it mixes an ordinary T5 from the parameter sets and runs
+that; nothing is trained and nothing is stored per weighting.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from clp_jax import conditioning, run_folder, sharding, weightings
+from clp_jax import config as config_lib
+from clp_jax.models import decoding, t5
+from clp_jax.rollout import row_keys
+from clp_jax.train import checkpoints
+
+Params = Any
+Weights = Mapping[str, float]
+BATCH = 64  # rows decoded together; smaller requests take the next power of 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policy:
+  """Parameter sets, model and vocabulary, for any weighting.
+
+  Attributes:
+    config: of the run.
+    model_config: of the T5.
+    sets: steerable leaves [M, ...], shared leaves [...].
+    step: updates that the sets have seen.
+    vocabulary: seqio SentencePieceVocabulary.
+    mesh: where all of it lies.
+    workdir: the run's folder.
+  """
+
+  config: ml_collections.ConfigDict
+  model_config: t5.T5Config
+  sets: Params
+  step: int
+  vocabulary: Any
+  mesh: Mesh
+  workdir: str
+
+  @classmethod
+  def load(
+    cls, workdir: str, step: int | None = None, mesh: Mesh | None = None
+  ) -> "Policy":
+    """Loads a run of `clp train` or `clp demo`.
+
+    Args:
+      workdir: the run's folder.
+      step: a checkpoint; None takes the newest.
+      mesh: None takes all devices as the data axis.
+
+    Raises:
+      RunError: when there is no such run or step, or it can't be read.
+    """
+    # Lazily: seqio's vocabularies import TensorFlow.
+    from clp_jax.data.vocabulary import load_vocabulary
+
+    config = run_folder.load_config(workdir)
+    model_config = run_folder.load_model_config(workdir)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    abstract = t5.abstract_params(model_config)
+    if "objectives" in config:  # a supervised run has neither
+      steerable = conditioning.steerable_leaves(abstract, config.steering)
+      num_sets = config_lib.distribution(config).num_sets
+      abstract = jax.eval_shape(
+        lambda p: conditioning.expand(p, steerable, num_sets), abstract
+      )
+    shardings = sharding.param_shardings(
+      mesh, t5.logical_axes(model_config), abstract
+    )
+    sets, step = checkpoints.load_params(
+      workdir, checkpoints.abstract_like(abstract, shardings), step
+    )
+    vocabulary = load_vocabulary(run_folder.vocabulary_path(workdir))
+    return cls(config, model_config, sets, step, vocabulary, mesh, workdir)
+
+  @property
+  def objectives(self) -> tuple[str, ...]:
+    """Names of the m rewards, in the order of weights; () without any."""
+    return tuple(self.config.get("objectives", ()))
+
+  @functools.cached_property
+  def reference(self) -> Params:
+    """The frozen start's parameters."""
+    abstract = t5.abstract_params(self.model_config)
+    shardings = sharding.param_shardings(
+      self.mesh, t5.logical_axes(self.model_config), abstract
+    )
+    return run_folder.load_reference(
+      self.workdir, checkpoints.abstract_like(abstract, shardings)
+    )
+
+  def coefficients(
+    self, weights: Weights | None, alpha: float | None = None
+  ) -> np.ndarray:
+    """[M] coefficients of a weighting, checked.
+
+    Args:
+      weights: name -> weight on the simplex; objectives left out weigh 0.
+        None where there is but one.
+      alpha: KL weight, for runs that were trained on a range of it.
+
+    Raises:
+      ValueError: for unknown names, weights off the simplex, an alpha that is
+        missing or that this run was not trained for.
+    """
+    if not self.objectives:
+      if weights is not None or alpha is not None:
+        raise ValueError("this run has no objectives: give no weights.")
+      return np.ones([1], np.float32)
+    if weights is None:
+      if len(self.objectives) > 1:
+        raise ValueError(
+          f"give weights for {', '.join(self.objectives)}, such as "
+          f"{self.objectives[0]}=1."
+        )
+      weights = {self.objectives[0]: 1.0}
+    array = weightings.weights_array(weights, self.objectives)
+    q = config_lib.distribution(self.config)
+    if q.alpha_range is None:
+      if alpha is not None and alpha != q.alpha:
+        raise ValueError(
+          f"this run was trained with the one alpha {q.alpha:g}, got "
+          f"{alpha:g}; leave alpha out."
+        )
+      return np.asarray(weightings.coefficients(array))
+    low, high = q.alpha_range
+    if alpha is None or not low <= alpha <= high:
+      raise ValueError(
+        f"this run is steered by alpha in [{low:g}, {high:g}] too, got "
+        f"{alpha}; give one of them."
+      )
+    return np.asarray(weightings.coefficients(array, alpha))
+
+  def params(
+    self, weights: Weights | None = None, alpha: float | None = None
+  ) -> Params:
+    """The ordinary T5 parameter tree of a weighting."""
+    return self._mix(self.sets, self.coefficients(weights, alpha))
+
+  def generate(
+    self,
+    texts: Sequence[str],
+    weights: Weights | Sequence[Weights] | None = None,
+    alpha: float | Sequence[float | None] | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    first_row: int = 0,
+  ) -> list[str]:
+    """Samples one response to each text.
+
+    Args:
+      texts: documents.
+      weights: one weighting for all texts, or one per text.
+      alpha: likewise.
+      temperature: 0 decodes greedily.
+      top_k: sample among the k likeliest tokens only; None is off.
+      top_p: sample among the likeliest tokens of this mass; None is off.
+      seed: row i's randomness depends on seed and i alone.
+      first_row: the number i of the first text, for texts given in parts.
+
+    Returns:
+      The responses.
+
+    Raises:
+      ValueError: see `coefficients`; also for decoding settings out of range.
+    """
+    if not temperature >= 0:
+      raise ValueError(f"temperature must be >= 0, got {temperature}.")
+    if top_k is not None and top_k < 1:
+      raise ValueError(f"top_k must be at least 1, got {top_k}.")
+    if top_p is not None and not 0 < top_p <= 1:
+      raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
+    from clp_jax.data import tasks
+
+    texts = list(texts)
+    keys = row_keys(jax.random.key(seed), first_row + len(texts))[first_row:]
+    responses = [""] * len(texts)
+    for coefficients, rows in self._by_weighting(len(texts), weights, alpha):
+      policy = self._mix(self.sets, coefficients)
+      for start in range(0, len(rows), BATCH):
+        chunk = rows[start : start + BATCH]
+        samples = self._sample(
+          policy,
+          self._tokenize([texts[i] for i in chunk]),
+          keys[_pad_rows(np.asarray(chunk), self._batch_rows(len(chunk)))],
+          temperature,
+          top_k=top_k,
+          top_p=top_p,
+        )
+        decoded = tasks.decode_tokens(
+          self.vocabulary,
+          np.asarray(samples.tokens)[: len(chunk)],
+          np.asarray(samples.mask)[: len(chunk)],
+        )
+        for i, response in zip(chunk, decoded, strict=True):
+          responses[i] = response
+    return responses
+
+  def score(
+    self,
+    texts: Sequence[str],
+    responses: Sequence[str],
+    weights: Weights | Sequence[Weights] | None = None,
+    alpha: float | Sequence[float | None] | None = None,
+  ) -> np.ndarray:
+    """Log-probabilities of responses, summed over tokens, EOS included.
+
+    Args:
+      texts: documents.
+      responses: as many; longer ones than data.target_length are cut.
+      weights: one weighting for all texts, or one per text.
+      alpha: likewise.
+
+    Returns:
+      [B] float32, nats.
+    """
+    from clp_jax.data import tasks
+
+    texts, responses = list(texts), list(responses)
+    if len(texts) != len(responses):
+      raise ValueError(
+        f"got {len(texts)} texts but {len(responses)} responses."
+      )
+    scores = np.zeros([len(texts)], np.float32)
+    for coefficients, rows in self._by_weighting(len(texts), weights, alpha):
+      policy = self._mix(self.sets, coefficients)
+      for start in range(0, len(rows), BATCH):
+        chunk = rows[start : start + BATCH]
+        targets = tasks.tokenize_inputs(
+          self.vocabulary,
+          [responses[i] for i in chunk],
+          self.config.data.target_length,
+        )
+        scores[chunk] = np.asarray(
+          self._score(
+            policy,
+            self._tokenize([texts[i] for i in chunk]),
+            _pad_rows(targets, self._batch_rows(len(chunk))),
+          )
+        )[: len(chunk)]
+    return scores
+
+  def _by_weighting(self, num, weights, alpha):
+    """Rows that share a weighting: [(coefficients [M], row numbers)]."""
+    per_row_weights = _per_row("weights", num, weights, Mapping)
+    per_row_alpha = _per_row("alpha", num, alpha, float | int)
+    groups: dict[bytes, tuple[np.ndarray, list[int]]] = {}
+    for i, (w, a) in enumerate(
+      zip(per_row_weights, per_row_alpha, strict=True)
+    ):
+      coefficients = self.coefficients(w, a)
+      key = coefficients.tobytes()
+      groups.setdefault(key, (coefficients, []))[1].append(i)
+    return list(groups.values())
+
+  def _tokenize(self, texts: list[str]) -> np.ndarray:
+    from clp_jax.data import tasks
+
+    tokens = tasks.tokenize_inputs(
+      self.vocabulary, texts, self.config.data.source_length
+    )
+    return _pad_rows(tokens, self._batch_rows(len(texts)))
+
+  def _batch_rows(self, num: int) -> int:
+    """Rows of the compiled shape that `num` rows are padded to."""
+    data = self.mesh.shape["data"]
+    power = 1 << (num - 1).bit_length()
+    return -(-power // data) * data
+
+  @functools.cached_property
+  def allowed(self) -> np.ndarray:
+    """[V] bool, the tokens that may be sampled."""
+    from clp_jax.data.vocabulary import allowed_tokens
+
+    return allowed_tokens(self.vocabulary, self.model_config.vocab_size)
+
+  @functools.cached_property
+  def _mix(self):
+    abstract = t5.abstract_params(self.model_config)
+    if self.objectives:
+      steerable = conditioning.steerable_leaves(abstract, self.config.steering)
+    else:
+      steerable = conditioning.steerable_leaves(abstract, "none")
+    return jax.jit(
+      lambda sets, c: conditioning.mix(sets, steerable, c),
+      out_shardings=sharding.param_shardings(
+        self.mesh, t5.logical_axes(self.model_config), abstract
+      ),
+    )
+
+  @functools.cached_property
+  def _sample(self):
+    rows = sharding.row_sharding(self.mesh)
+
+    @functools.partial(
+      jax.jit,
+      static_argnames=("top_k", "top_p", "num_samples"),
+      out_shardings=rows,
+    )
+    def sample(
+      params, tokens, keys, temperature, top_k=None, top_p=None, num_samples=1
+    ):
+      return decoding.sample(
+        t5.T5(self.model_config),
+        params,
+        jax.lax.with_sharding_constraint(tokens, rows),
+        keys,
+        max_length=self.config.data.target_length,
+        num_samples=num_samples,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        allowed=self.allowed,
+      )
+
+    return sample
+
+  @functools.cached_property
+  def _score(self):
+    @jax.jit
+    def score(params, tokens, targets):
+      logp, _ = decoding.token_logp(
+        t5.T5(self.model_config), params, tokens, targets
+      )
+      return jnp.where(targets > 0, logp, 0).sum(-1)
+
+    return score
+
+
+def _per_row(name, num, value, kind):
+  if value is None or isinstance(value, kind):
+    return [value] * num
+  value = list(value)
+  if len(value) != num:
+    raise ValueError(
+      f"got {len(value)} {name} for {num} texts; give one for all, or one "
+      "per text."
+    )
+  return value
+
+
+def _pad_rows(rows: np.ndarray, num: int) -> np.ndarray:
+  """Repeats the last row up to `num` rows; the copies are dropped later."""
+  return rows[np.minimum(np.arange(num), len(rows) - 1)]

@@ -1,0 +1,115 @@
+"""Rollouts: weightings drawn, policies mixed, responses sampled and scored.
+
+1. Draw G weightings from Q and mix the G policies.
+2. Cut the B prompts into G groups; group g is answered by policy g, N samples
+   a prompt, each row with its own key.
+3. Score the responses under the frozen reference.
+The rewards join later, in the update: some are computed on the host.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from clp_jax import conditioning
+from clp_jax.models import decoding
+from clp_jax.models.t5 import T5
+from clp_jax.weightings import Distribution, Weighting
+
+Params = Any
+
+
+@struct.dataclass
+class Rollout:
+  """Sampled responses of a step, R = B * N rows, prompt-major.
+
+  Rows of group g are [g R/G, (g + 1) R/G): the axis is cut over devices, so it
+  stays flat between programs and is folded to [G, R/G] inside of them.
+  """
+
+  encoder_input_tokens: jax.Array  # [B, S] int32
+  tokens: jax.Array  # [R, T] int32, PAD after EOS
+  mask: jax.Array  # [R, T] bool, True up to and including EOS
+  logp: jax.Array  # [R, T] float32, nats, under the sampling policy
+  ref_logp: jax.Array  # [R, T] float32, nats, under the reference
+  weighting: Weighting  # G weightings
+  coefficients: jax.Array  # [G, M] float32
+
+
+def sample_rollout(
+  model: T5,
+  params: Params,
+  reference: Params,
+  encoder_input_tokens: jax.Array,
+  weightings_key: jax.Array,
+  samples_key: jax.Array,
+  *,
+  steerable: Params,
+  distribution: Distribution,
+  num_weightings: int,
+  num_samples: int,
+  max_length: int,
+  temperature: float,
+  allowed: jax.Array,
+) -> Rollout:
+  """Steps 1 to 3 of the module.
+
+  Args:
+    model: the T5.
+    params: steerable leaves [M, ...].
+    reference: an ordinary T5's parameters.
+    encoder_input_tokens: [B, S] int32 prompts.
+    weightings_key: key of the weightings.
+    samples_key: key of the samples.
+    steerable: from `conditioning.steerable_leaves`.
+    distribution: Q.
+    num_weightings: G, divides B.
+    num_samples: N.
+    max_length: T, tokens.
+    temperature: of the policy and the reference alike: both are
+      softmax(logits / temperature), so that their KL is that of what samples.
+    allowed: [V] bool, tokens that may be sampled.
+
+  Returns:
+    A Rollout.
+  """
+  weighting = distribution.sample(weightings_key, num_weightings)
+  coefficients = distribution.coefficients(weighting)
+  policies = conditioning.mix(params, steerable, coefficients)
+  samples = decoding.sample_groups(
+    model,
+    policies,
+    conditioning.batched_axes(steerable),
+    encoder_input_tokens,
+    row_keys(samples_key, encoder_input_tokens.shape[0] * num_samples),
+    num_groups=num_weightings,
+    num_samples=num_samples,
+    max_length=max_length,
+    temperature=temperature,
+    logp_temperature=temperature,
+    allowed=allowed,
+  )
+  ref_logp, _ = decoding.token_logp(
+    model,
+    reference,
+    encoder_input_tokens,
+    samples.tokens,
+    num_samples=num_samples,
+    temperature=temperature,
+  )
+  return Rollout(
+    encoder_input_tokens=encoder_input_tokens,
+    tokens=samples.tokens,
+    mask=samples.mask,
+    logp=samples.logp,
+    ref_logp=jnp.where(samples.mask, ref_logp, 0),
+    weighting=weighting,
+    coefficients=coefficients,
+  )
+
+
+def row_keys(key: jax.Array, num_rows: int) -> jax.Array:
+  """One key a row, by its number: no device or batch layout changes them."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_rows))

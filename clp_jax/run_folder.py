@@ -1,0 +1,169 @@
+"""A run's folder: the files that say what the run is.
+
+  config.json        the config
+  model.json         the T5Config
+  vocabulary.model   the SentencePiece model
+  reference/         Orbax: the frozen start, an ordinary T5
+  checkpoints/<n>/   Orbax: train/checkpoints.py
+  metrics.jsonl, metrics/, evaluation/
+
+All paths may be gs://. A file appears whole or not at all.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import ml_collections
+import orbax.checkpoint as ocp
+from etils import epath
+
+from clp_jax import config as config_lib
+from clp_jax.models.t5 import T5Config
+
+# What a resumed run may change: how long, how often, and on which mesh.
+_FREE = ("train.steps", "train.checkpoint_every", "train.keep")
+_FREE_PREFIXES = ("train.log_", "eval.", "mesh.")
+
+
+class RunError(RuntimeError):
+  """A run's folder can't be used; the message says what to change."""
+
+
+def start(workdir: str, config: ml_collections.ConfigDict) -> None:
+  """Claims a folder for a run, or checks that it holds this very run.
+
+  A folder is resumed when its config differs in nothing that changes the
+  course of training; the new values of those other fields take effect.
+
+  Raises:
+    RunError: when the folder can't be written.
+    config.ConfigError: when it holds a run of another config.
+  """
+  path = epath.Path(workdir)
+  new = config_lib.to_json(config)
+  file = path / "config.json"
+  try:
+    if file.exists():
+      _check_same(workdir, _read(file), new)
+    elif path.exists() and any(path.glob("checkpoints/*")):
+      raise config_lib.ConfigError(
+        f"{workdir} holds checkpoints but no config.json; choose another "
+        "--workdir."
+      )
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(file, new)
+  except OSError as error:
+    raise RunError(f"can't write to {workdir}: {error}") from error
+
+
+def _check_same(workdir: str, old: dict, new: dict) -> None:
+  old, new = dict(_flatten(old)), dict(_flatten(new))
+  differing = [
+    f"{name} = {old.get(name, 'absent')!r} there, "
+    f"{new.get(name, 'absent')!r} here"
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+    and name not in _FREE
+    and not name.startswith(_FREE_PREFIXES)
+  ]
+  if differing:
+    shown = "; ".join(differing[:3]) + ("; ..." if differing[3:] else "")
+    raise config_lib.ConfigError(
+      f"{workdir} holds another run's config ({shown}); choose another "
+      "--workdir or the same config."
+    )
+
+
+def load_config(workdir: str) -> ml_collections.ConfigDict:
+  """The config of the run in `workdir`."""
+  file = epath.Path(workdir) / "config.json"
+  if not file.exists():
+    raise RunError(
+      f"{workdir} holds no run (no config.json); give the --workdir of "
+      "`clp train` or `clp demo`."
+    )
+  return config_lib.from_json(_read(file))
+
+
+def save_model(
+  workdir: str, model_config: T5Config, vocabulary: bytes, reference: Any
+) -> None:
+  """Writes what the policies of a run have in common.
+
+  Args:
+    workdir: the run's folder.
+    model_config: of the policy and the reference.
+    vocabulary: the SentencePiece model file's content.
+    reference: parameters of an ordinary T5, [..] arrays.
+  """
+  path = epath.Path(workdir)
+  _write(path / "vocabulary.model", vocabulary)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path / "reference", reference, force=True)
+  # Last: its presence says that all three are complete.
+  write_json(path / "model.json", dataclasses.asdict(model_config))
+
+
+def has_model(workdir: str) -> bool:
+  """Whether `save_model` has completed in this folder."""
+  return (epath.Path(workdir) / "model.json").exists()
+
+
+def load_model_config(workdir: str) -> T5Config:
+  """The T5Config of the run in `workdir`."""
+  file = epath.Path(workdir) / "model.json"
+  if not file.exists():
+    raise RunError(
+      f"{workdir} holds no model yet (no model.json); let `clp train` run "
+      "to its first checkpoint."
+    )
+  values = _read(file)
+  return T5Config(
+    **values | {"mlp_activations": tuple(values["mlp_activations"])}
+  )
+
+
+def load_reference(workdir: str, abstract: Any) -> Any:
+  """The reference's parameters, placed as `abstract` says."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(epath.Path(workdir) / "reference", abstract)
+
+
+def vocabulary_path(workdir: str) -> str:
+  """Path of the run's SentencePiece model."""
+  return str(epath.Path(workdir) / "vocabulary.model")
+
+
+def load_vocabulary_bytes(workdir: str) -> bytes:
+  """The content of the run's SentencePiece model."""
+  return epath.Path(vocabulary_path(workdir)).read_bytes()
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+  """Writes a JSON file that is either the old one or the new one, whole."""
+  _write(epath.Path(path), (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+  temporary = path.parent / f".{path.name}.partial"
+  temporary.write_bytes(content)
+  temporary.replace(path)
+
+
+def _read(path: epath.Path) -> dict:
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise RunError(
+      f"{path} is not valid JSON ({error}); restore it or choose another "
+      "--workdir."
+    ) from error
+
+
+def _flatten(values: dict, prefix: str = ""):
+  for key, value in values.items():
+    if isinstance(value, dict):
+      yield from _flatten(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, value

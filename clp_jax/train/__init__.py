@@ -1,0 +1,1 @@
+"""Training: supervised finetuning and multi-objective finetuning."""

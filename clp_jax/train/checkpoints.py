@@ -1,0 +1,233 @@
+"""Checkpoints of a run over Orbax: DIR/checkpoints/<step>/.
+
+A step holds two trees and a note, each restorable alone:
+  params   the parameter sets and the shared parameters
+  train    optimizer state, step, the run's key, reward statistics
+  data     JSON: how many batches the data iterator has given
+Saving is asynchronous; Orbax renames a finished step into place, so that a
+step that was interrupted is never picked up.
+"""
+
+import logging
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from clp_jax.run_folder import RunError
+from clp_jax.train.state import TrainState
+
+Tree = Any
+
+
+class Checkpoints:
+  """Owner of a run's checkpoints while it trains."""
+
+  def __init__(self, workdir: str, keep: int):
+    """Opens DIR/checkpoints, keeping the `keep` newest steps."""
+    self.directory = epath.Path(workdir) / "checkpoints"
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+        enable_async_checkpointing=True,
+      ),
+    )
+
+  def save(self, state: TrainState, batches: int) -> None:
+    """Starts to save a step; a step that is already saved is left alone.
+
+    Args:
+      state: the state after `state.step` updates.
+      batches: how many batches of data it has consumed.
+
+    Raises:
+      RunError: when this or the save before it can't be written.
+    """
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    params, train = _split(state)
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(params),
+          train=ocp.args.StandardSave(train),
+          data=ocp.args.JsonSave({"batches": batches}),
+        ),
+        force=True,
+      )
+    except Exception as error:  # a full disk surfaces as many types
+      raise self._cannot_save(error) from error
+
+  def restore(
+    self, abstract_state: TrainState
+  ) -> tuple[TrainState, int] | None:
+    """The newest step that can be read, or None when there is none.
+
+    Args:
+      abstract_state: shapes, dtypes and shardings of the state.
+
+    Returns:
+      (state, batches of data it has consumed).
+
+    Raises:
+      RunError: when there are steps and none of them can be read.
+    """
+    params, train = _split(abstract_state)
+    failed = []
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        item = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(params),
+            train=ocp.args.StandardRestore(train),
+            data=ocp.args.JsonRestore(),
+          ),
+        )
+      except Exception as error:  # Orbax raises many types for a bad file
+        logging.warning(
+          "checkpoint %d in %s can't be read, trying the one before: %s",
+          step,
+          self.directory,
+          one_line(error),
+        )
+        failed.append((step, error))
+        continue
+      # A step that can't be read would block saving it again.
+      for bad, _ in failed:
+        self._manager.delete(bad)
+      return _join(item.params, item.train), item.data["batches"]
+    if failed:
+      step, error = failed[0]
+      raise RunError(
+        f"no checkpoint in {self.directory} can be read; the newest, {step}, "
+        f"says: {one_line(error)}. Move the folder away to start anew, or "
+        "restore it from a copy."
+      )
+    return None
+
+  def wait(self) -> None:
+    """Waits until all that was saved is on disk.
+
+    Raises:
+      RunError: when it could not be written.
+    """
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._cannot_save(error) from error
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    """Waits for what is being saved, then releases Orbax's threads."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as failure:
+      if error is None:  # else the first error is the one to report
+        raise self._cannot_save(failure) from failure
+    finally:
+      self._manager.close()
+
+  def _cannot_save(self, error: Exception) -> RunError:
+    return RunError(
+      f"can't save to {self.directory}: {one_line(error)}. Free space or make "
+      "it writable, then start the same command again: it resumes from the "
+      "newest complete checkpoint."
+    )
+
+
+def _split(state: TrainState) -> tuple[Tree, Tree]:
+  train = {
+    "step": state.step,
+    "opt_state": state.opt_state,
+    "key": state.key,
+    "reward_stats": state.reward_stats,
+  }
+  return state.params, train
+
+
+def _join(params: Tree, train: Tree) -> TrainState:
+  return TrainState(params=params, **train)
+
+
+def save_params(workdir: str, step: int, params: Tree) -> None:
+  """Saves parameter sets that were not trained here (Rewarded Soups)."""
+  manager = ocp.CheckpointManager(epath.Path(workdir) / "checkpoints")
+  if step not in manager.all_steps():
+    manager.save(
+      step, args=ocp.args.Composite(params=ocp.args.StandardSave(params))
+    )
+  manager.close()
+
+
+def load_params(
+  workdir: str, abstract: Tree, step: int | None = None
+) -> tuple[Tree, int]:
+  """The parameters of a step, without optimizer state.
+
+  Args:
+    workdir: the run's folder.
+    abstract: shapes, dtypes and shardings; or None to take what was saved,
+      as on this process's first device.
+    step: None takes the newest.
+
+  Returns:
+    (params, step).
+
+  Raises:
+    RunError: when there is no such step or it can't be read.
+  """
+  directory = epath.Path(workdir) / "checkpoints"
+  if not directory.exists():
+    raise RunError(
+      f"{workdir} holds no checkpoints; let `clp train` run to its first one."
+    )
+  manager = ocp.CheckpointManager(
+    directory, options=ocp.CheckpointManagerOptions(read_only=True)
+  )
+  steps = sorted(manager.all_steps())
+  if not steps:
+    raise RunError(
+      f"{directory} holds no complete checkpoint; let `clp train` run to its "
+      "first one."
+    )
+  step = steps[-1] if step is None else step
+  if step not in steps:
+    raise RunError(
+      f"{directory} has no step {step}; it has {', '.join(map(str, steps))}."
+    )
+  try:
+    restored = manager.restore(
+      step,
+      args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)),
+    )
+  except Exception as error:  # Orbax raises many types for a bad file
+    raise RunError(
+      f"checkpoint {step} in {directory} can't be read: {one_line(error)}. "
+      "Choose another --step, or remove that step's folder and let "
+      "`clp train` resume."
+    ) from error
+  finally:
+    manager.close()
+  return restored.params, step
+
+
+def abstract_like(shapes: Tree, shardings: Tree) -> Tree:
+  """ShapeDtypeStructs with shardings: what `restore` needs to know."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+
+
+def one_line(error: BaseException) -> str:
+  """An error's type and the start of its text, on one line."""
+  text = " ".join(str(error).split())
+  return f"{type(error).__name__}: {text[:200]}"

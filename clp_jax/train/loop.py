@@ -1,0 +1,152 @@
+"""The loop that every kind of training shares.
+
+Restores, then steps until done: update, write metrics, checkpoint, listen for
+SIGTERM. What a step does is the caller's.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from clp_jax.cli import progress
+from clp_jax.masked import Mean
+from clp_jax.run_folder import RunError
+from clp_jax.train.checkpoints import Checkpoints
+from clp_jax.train.metrics import MetricsWriter
+from clp_jax.train.state import TrainState
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
+
+
+class Preempted(Exception):
+  """SIGTERM came; the state was saved."""
+
+
+class Step(NamedTuple):
+  """What one step gives back."""
+
+  state: TrainState
+  metrics: dict[str, Mean | jax.Array]  # on the device
+  tokens: int  # that the step has worked on, for the rate
+  texts: dict[str, str] | None = None  # to look at, when they were asked for
+
+
+def run(
+  workdir: str,
+  *,
+  label: str,
+  abstract_state: TrainState,
+  start: Callable[[], TrainState],
+  batches_from: Callable[[int], Iterator[Any]],
+  step_fn: Callable[[TrainState, int, Any, bool], Step],
+  steps: int,
+  checkpoint_every: int,
+  keep: int,
+  log_samples_every: int,
+) -> TrainState:
+  """Trains to `steps` updates, from the newest checkpoint if there is one.
+
+  Args:
+    workdir: the run's folder.
+    label: what the progress bar says.
+    abstract_state: shapes, dtypes and shardings of the state.
+    start: makes the state before the first update.
+    batches_from: data from a numbered batch on.
+    step_fn: (state, step, batch, want_texts) -> Step; may donate the state.
+    steps: updates in all.
+    checkpoint_every: updates between checkpoints; the last is always saved.
+    keep: newest checkpoints that are kept.
+    log_samples_every: updates between texts.
+
+  Returns:
+    The state after `steps` updates.
+
+  Raises:
+    Preempted: after SIGTERM, once everything is saved.
+    RunError: when the loss or the gradient is not finite, or a checkpoint
+      can't be read or written; what was saved before stays.
+  """
+  with (
+    Checkpoints(workdir, keep) as checkpoints,
+    _sigterm() as stopping,
+  ):
+    restored = checkpoints.restore(abstract_state)
+    state, consumed = (start(), 0) if restored is None else restored
+    step = int(state.step)
+    if step >= steps:
+      return state
+    batches = batches_from(consumed)
+    pending: tuple[int, Step, float] | None = None
+    with (
+      MetricsWriter(workdir, step) as writer,
+      progress.track(steps, label, start=step) as advance,
+    ):
+      clock = time.perf_counter()
+      while step < steps and not stopping:
+        wants_texts = (step + 1) % log_samples_every == 0
+        result = step_fn(state, step, next(batches), wants_texts)
+        state, step, consumed = result.state, step + 1, consumed + 1
+        # Metrics are read one step late, when the device has finished them.
+        if pending is not None:
+          advance(1, _write(writer, *pending))
+        now = time.perf_counter()
+        pending, clock = (step, result, now - clock), now
+        if step % checkpoint_every == 0 or step == steps:
+          # Their check comes first: a state gone wrong must not be saved.
+          advance(1, _write(writer, *pending))
+          pending = None
+          checkpoints.save(state, consumed)
+      if pending is not None:
+        advance(1, _write(writer, *pending))
+    if step < steps:
+      checkpoints.save(state, consumed)
+      checkpoints.wait()
+      raise Preempted(
+        f"stopped by SIGTERM after {step} of {steps} steps, all saved; start "
+        "the same command again to go on."
+      )
+    return state
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[list[int]]:
+  """A list that SIGTERM adds to."""
+  received: list[int] = []
+  try:
+    previous = signal.signal(
+      signal.SIGTERM, lambda number, _: received.append(number)
+    )
+  except ValueError:  # only the main thread may; a notebook's goes without
+    yield received
+    return
+  try:
+    yield received
+  finally:
+    signal.signal(signal.SIGTERM, previous)
+
+
+def _write(
+  writer: MetricsWriter, step: int, result: Step, seconds: float
+) -> dict[str, float]:
+  values = {}
+  for name, metric in jax.device_get(result.metrics).items():
+    if isinstance(metric, Mean):
+      metric = metric.sum / np.maximum(metric.count, 1)
+    values[name] = float(metric)
+  for name in ("loss", "gradient_norm"):
+    if not np.isfinite(values[name]):
+      raise RunError(
+        f"{name} is {values[name]} at step {step}; lower the learning rate, "
+        "then start again in a new --workdir or from an older checkpoint."
+      )
+  values["perf/steps_per_second"] = 1 / seconds
+  values["perf/tokens_per_second"] = result.tokens / seconds
+  writer.write(step, values)
+  if result.texts:
+    writer.write_texts(step, result.texts)
+  return values

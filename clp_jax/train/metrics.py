@@ -1,0 +1,71 @@
+"""Where a run's metrics go: metrics.jsonl and TensorBoard, from process 0."""
+
+import json
+import math
+from collections.abc import Mapping
+
+import jax
+from etils import epath
+
+
+class MetricsWriter:
+  """Appends a row a step; a resumed run continues as if never interrupted.
+
+  Keys that measure time start with "perf/": they alone differ between two runs
+  of the same config.
+  """
+
+  def __init__(self, workdir: str, step: int):
+    """Opens the files, dropping rows of steps after `step`.
+
+    Rows past the restored checkpoint were written by a run that was killed;
+    the steps are about to run again.
+    """
+    self._enabled = jax.process_index() == 0
+    if not self._enabled:
+      return
+    # Lazily: TensorBoard's writer imports TensorFlow.
+    from clu import metric_writers
+
+    path = epath.Path(workdir)
+    self._path = path / "metrics.jsonl"
+    kept = []
+    if self._path.exists():
+      for line in self._path.read_text().splitlines():
+        try:
+          row = json.loads(line)
+        except ValueError:
+          continue  # the line a killed run was writing
+        if row["step"] <= step:
+          kept.append(line + "\n")
+    partial = path / ".metrics.jsonl.partial"
+    partial.write_text("".join(kept))
+    partial.replace(self._path)
+    self._file = self._path.open("a")
+    self._tensorboard = metric_writers.SummaryWriter(str(path / "metrics"))
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes one row; non-finite values become null."""
+    if not self._enabled:
+      return
+    row = {"step": step} | {
+      key: value if math.isfinite(value) else None
+      for key, value in values.items()
+    }
+    self._file.write(json.dumps(row) + "\n")
+    self._file.flush()
+    self._tensorboard.write_scalars(step, dict(values))
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    """Shows texts in TensorBoard."""
+    if self._enabled:
+      self._tensorboard.write_texts(step, dict(texts))
+
+  def __enter__(self) -> "MetricsWriter":
+    return self
+
+  def __exit__(self, *_) -> None:
+    """Flushes and closes both."""
+    if self._enabled:
+      self._file.close()
+      self._tensorboard.close()

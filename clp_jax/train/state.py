@@ -1,0 +1,139 @@
+"""The train state, its optimizer and where both lie on the mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from clp_jax import sharding
+from clp_jax.rewards.normalisation import RewardStats
+
+Tree = Any
+
+
+@struct.dataclass
+class TrainState:
+  """All that changes during training, and all that a checkpoint holds.
+
+  Attributes:
+    step: [] int32, completed updates.
+    params: steerable leaves [M, ...], shared leaves [...], float32.
+    opt_state: of the optax optimizer.
+    key: the run's key; only ever folded with the step, never used up.
+    reward_stats: moments of the rewards, for their normalisation; None in
+      supervised training.
+  """
+
+  step: jax.Array
+  params: Tree
+  opt_state: optax.OptState
+  key: jax.Array
+  reward_stats: RewardStats | None
+
+
+def step_keys(key: jax.Array, step: jax.Array) -> jax.Array:
+  """Three keys of one step, for weightings, samples and dropout.
+
+  A function of the run's key and the step alone, so that a resumed run draws
+  what an uninterrupted one would have drawn.
+  """
+  return jax.random.split(jax.random.fold_in(key, step), 3)
+
+
+def make_optimizer(
+  *,
+  name: str,
+  learning_rate: float,
+  warmup_steps: int,
+  decay_steps: int | None,
+  clip_norm: float,
+) -> optax.GradientTransformation:
+  """Clipping, then Adam or Adafactor under the config's schedule.
+
+  Args:
+    name: "adam" or "adafactor".
+    learning_rate: the peak rate.
+    warmup_steps: linear from 0 over so many updates.
+    decay_steps: cosine to a tenth of the rate over so many updates, warm-up
+      included; None keeps it constant.
+    clip_norm: of the global gradient norm.
+  """
+  if decay_steps is None:
+    schedule = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    if warmup_steps == 0:
+      schedule = optax.constant_schedule(learning_rate)
+  else:
+    schedule = optax.warmup_cosine_decay_schedule(
+      init_value=0.0 if warmup_steps else learning_rate,
+      peak_value=learning_rate,
+      warmup_steps=warmup_steps,
+      decay_steps=max(decay_steps, warmup_steps + 1),
+      end_value=learning_rate / 10,
+    )
+  if name == "adam":
+    optimizer = optax.adam(schedule)
+  else:
+    # t5x's finetuning settings: relative steps off, scaled by the parameter.
+    optimizer = optax.adafactor(
+      schedule,
+      multiply_by_parameter_scale=True,
+      clipping_threshold=1.0,
+      momentum=None,
+    )
+  return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+def rl_optimizer(config: ml_collections.ConfigDict):
+  """The optimizer that `config.optimizer` describes."""
+  return make_optimizer(**config.optimizer)
+
+
+def state_shardings(
+  mesh: Mesh,
+  optimizer: optax.GradientTransformation,
+  abstract_params: Tree,
+  param_shardings: Tree,
+  num_rewards: int = 0,
+) -> TrainState:
+  """A TrainState of shardings: optimizer moments lie like their parameters.
+
+  Moments of another shape than their parameter (Adafactor's factored ones)
+  are small and replicated.
+  """
+  whole = sharding.replicated(mesh)
+  abstract_opt = jax.eval_shape(optimizer.init, abstract_params)
+  opt_shardings = optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda moment, param, s: s if moment.shape == param.shape else whole,
+    abstract_opt,
+    abstract_params,
+    param_shardings,
+    transform_non_params=lambda _: whole,
+  )
+  return TrainState(
+    step=whole,
+    params=param_shardings,
+    opt_state=opt_shardings,
+    key=whole,
+    reward_stats=RewardStats(whole, whole, whole) if num_rewards else None,
+  )
+
+
+def init_state(
+  params: Tree,
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  reward_stats: RewardStats | None = None,
+) -> TrainState:
+  """The state before the first update."""
+  return TrainState(
+    step=jnp.zeros([], jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    key=key,
+    reward_stats=reward_stats,
+  )

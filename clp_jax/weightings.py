@@ -1,0 +1,198 @@
+"""Weightings (alpha, weights): checked, sampled from Q, laid out on grids.
+
+weights lie on the simplex over the m rewards; alpha in [0, 1] weighs the KL
+term. With one fixed alpha the parameter sets are combined with the weights
+alone; with several, the KL term is one more objective and has a set of its own
+with coefficient alpha (arXiv 2407.15762; our reading, see BUILD_NOTES.md).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TOLERANCE = 1e-4  # weights typed by hand, such as 0.333,0.333,0.334
+
+
+class Weighting(NamedTuple):
+  """G weightings: what a step trains on and what the policy is steered by."""
+
+  weights: jax.Array  # [G, m] float32, rows on the simplex
+  alpha: jax.Array  # [G] float32, in [0, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+  """Q, the distribution over weightings.
+
+  Attributes:
+    num_rewards: m.
+    concentration: of the symmetric Dirichlet over weights; 1 is uniform over
+      the simplex, small values favour its vertices, large ones its centre.
+    weights: instead, one fixed weighting of the m rewards, or None.
+    alpha: the one KL weight, in [0, 1].
+    alpha_range: instead, (low, high) between which log(alpha) is uniform, or
+      None. The policy then has a parameter set for the KL term.
+  """
+
+  num_rewards: int
+  concentration: float = 1.0
+  weights: tuple[float, ...] | None = None
+  alpha: float = 0.0
+  alpha_range: tuple[float, float] | None = None
+
+  def __post_init__(self):
+    if self.num_rewards < 1:
+      raise ValueError("objectives is empty; name at least one reward.")
+    if not self.concentration > 0:
+      raise ValueError(
+        f"weightings.concentration must be > 0, got {self.concentration}."
+      )
+    if self.weights is not None:
+      check_weights(np.asarray(self.weights, np.float32), self.num_rewards)
+    check_alpha(self.alpha)
+    if self.alpha_range is not None:
+      low, high = self.alpha_range
+      if not 0 < low <= high <= 1:
+        raise ValueError(
+          "weightings.alpha_range must be 0 < low <= high <= 1, got "
+          f"{tuple(self.alpha_range)}."
+        )
+
+  @property
+  def num_sets(self) -> int:
+    """M: one parameter set a reward, and one for KL if alpha varies."""
+    return self.num_rewards + (self.alpha_range is not None)
+
+  def sample(self, key: jax.Array, num: int) -> Weighting:
+    """Draws G = num weightings; a pure function of the key."""
+    weights_key, alpha_key = jax.random.split(key)
+    if self.weights is not None:
+      weights = jnp.tile(jnp.asarray([self.weights], jnp.float32), (num, 1))
+    else:
+      # The Dirichlet through log-gammas: small concentrations underflow
+      # ordinary gamma variates to 0 / 0.
+      loggamma = jax.random.loggamma(
+        weights_key, self.concentration, (num, self.num_rewards)
+      )
+      weights = jax.nn.softmax(loggamma, axis=-1)
+    if self.alpha_range is None:
+      alpha = jnp.full([num], self.alpha, jnp.float32)
+    else:
+      low, high = np.log(self.alpha_range)
+      alpha = jnp.exp(
+        jax.random.uniform(alpha_key, [num], minval=low, maxval=high)
+      )
+    return Weighting(weights, alpha)
+
+  def coefficients(self, weighting: Weighting) -> jax.Array:
+    """[G, M] coefficients of the parameter sets for the weightings."""
+    alpha = weighting.alpha if self.alpha_range is not None else None
+    return coefficients(weighting.weights, alpha)
+
+
+def coefficients(weights, alpha=None) -> jax.Array:
+  """Convex coefficients of the parameter sets for a weighting.
+
+  Args:
+    weights: [..., m] float on the simplex.
+    alpha: [...] float in [0, 1] where the KL term has a set, else None.
+
+  Returns:
+    [..., m] float32 equal to weights, or [..., m + 1] float32 equal to
+    ((1 - alpha) weights, alpha): the KL set comes last.
+
+  Raises:
+    ValueError: for concrete weights off the simplex or alpha out of [0, 1]
+      (traced values can't be checked).
+  """
+  if not isinstance(weights, jax.core.Tracer):
+    host = np.asarray(weights, np.float32)
+    if host.ndim == 0:
+      raise ValueError(f"weights must be a vector on the simplex, got {host}.")
+    for row in host.reshape(-1, host.shape[-1]):
+      check_weights(row, host.shape[-1])
+  weights = jnp.asarray(weights, jnp.float32)
+  if alpha is None:
+    return weights
+  if not isinstance(alpha, jax.core.Tracer):
+    for value in np.asarray(alpha, np.float32).reshape(-1):
+      check_alpha(value)
+  alpha = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), weights.shape[:-1])[
+    ..., None
+  ]
+  return jnp.concatenate([(1 - alpha) * weights, alpha], axis=-1)
+
+
+def check_weights(weights: np.ndarray, num_rewards: int) -> None:
+  """Raises ValueError unless weights [m] are finite, >= 0 and sum to 1."""
+  shown = ", ".join(f"{w:g}" for w in weights.reshape(-1))
+  if weights.shape != (num_rewards,):
+    raise ValueError(
+      f"expected {num_rewards} weights, one a reward, got ({shown})."
+    )
+  if not np.all(np.isfinite(weights)) or np.any(weights < 0):
+    raise ValueError(f"weights must be finite and >= 0, got ({shown}).")
+  if abs(float(weights.sum()) - 1) > TOLERANCE:
+    raise ValueError(
+      f"weights must sum to 1, got ({shown}) with sum {float(weights.sum()):g}."
+    )
+
+
+def check_alpha(alpha: float) -> None:
+  """Raises ValueError unless the KL weight alpha lies in [0, 1]."""
+  if not 0 <= alpha <= 1:  # also false for NaN
+    raise ValueError(f"alpha, the KL weight, must be in [0, 1], got {alpha}.")
+
+
+def weights_array(
+  weights: Mapping[str, float], objectives: Sequence[str]
+) -> np.ndarray:
+  """Named weights to [m] float32 in the order of the objectives.
+
+  Objectives that are not named get weight 0.
+
+  Raises:
+    ValueError: for an unknown name or weights off the simplex.
+  """
+  unknown = sorted(set(weights) - set(objectives))
+  if unknown:
+    raise ValueError(
+      f"unknown objective {', '.join(map(repr, unknown))}; this run has "
+      f"{', '.join(objectives)}."
+    )
+  try:
+    values = [float(weights.get(name, 0.0)) for name in objectives]
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"weights must be numbers, got {weights}.") from error
+  array = np.asarray(values, np.float32)
+  check_weights(array, len(objectives))
+  return array
+
+
+def simplex_grid(num_rewards: int, points: int) -> np.ndarray:
+  """All weights that are multiples of 1 / (points - 1).
+
+  Args:
+    num_rewards: m.
+    points: how many points an edge of the simplex has, at least 2.
+
+  Returns:
+    [P, m] float32, P = C(points - 2 + m, m - 1), in lexicographic order;
+    the vertices are exact.
+  """
+  if points < 2:
+    raise ValueError(f"a grid needs at least 2 points an edge, got {points}.")
+  steps = points - 1
+  rows = []
+  # Stars and bars: m - 1 bars among steps + m - 1 places.
+  for bars in itertools.combinations(
+    range(steps + num_rewards - 1), num_rewards - 1
+  ):
+    edges = (-1, *bars, steps + num_rewards - 1)
+    rows.append([b - a - 1 for a, b in itertools.pairwise(edges)])
+  return (np.asarray(rows, np.float64) / steps).astype(np.float32)
