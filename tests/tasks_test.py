@@ -357,7 +357,7 @@ class TestVocabulary:
     assert not allowed[-5:].any() and allowed[-6]
 
   def test_says_what_is_wrong_with_a_file(self, tmp_path):
-    with pytest.raises(OSError, match="can't read the vocabulary .*absent"):
+    with pytest.raises(ValueError, match="can't read the vocabulary .*absent"):
       vocabularies.load_vocabulary(tmp_path / "absent.model")
     for name, content in (("text", b"not a model"), ("empty", b"")):
       path = tmp_path / f"{name}.model"

@@ -326,23 +326,28 @@ def make_items(
   order += [next(columns) for _ in range(3)]
 
   own, others = _words(fact), _words(decoy)
-  sentences = [_fill(MAIN, own)]
+  parts = [_fill(MAIN, own)]
   for kind, ways in DETAILS.items():
-    written = _choose(wording[kind], ways, own)
-    sentences.append(np.where(shown[kind], written, ""))
-  sentences += [
+    parts.append(np.where(shown[kind], _choose(wording[kind], ways, own), ""))
+  parts += [
     _choose(witness, WITNESSES, others),
     _choose(first, DISTRACTORS, others),
     _choose(second, (*DISTRACTORS, ""), others),  # -1, the last, is none
   ]
   ranks = np.argsort(np.stack(order, 1), axis=1)
-  sentences = np.take_along_axis(np.stack(sentences, 1), ranks, axis=1)
-  true = [Facts(*row) for row in zip(*own.values(), strict=True)]
-  own |= {k: np.where(mask, own[k], None) for k, mask in stated.items()}
-  told = [Facts(*row) for row in zip(*own.values(), strict=True)]
+  sentences = np.take_along_axis(np.stack(parts, 1), ranks, axis=1)
+  silence = np.asarray(None)
+  told = own | {
+    k: np.where(kept, own[k], silence) for k, kept in stated.items()
+  }
   return [
-    Item(" ".join(filter(None, row)), summarise(summary), facts)
-    for row, summary, facts in zip(sentences.tolist(), told, true, strict=True)
+    Item(" ".join(filter(None, row)), summarise(Facts(*told)), Facts(*true))
+    for row, told, true in zip(
+      sentences.tolist(),
+      zip(*told.values(), strict=True),
+      zip(*own.values(), strict=True),
+      strict=True,
+    )
   ]
 
 

@@ -244,8 +244,11 @@ def _batches(
 
   options = tf.data.Options()
   options.deterministic = True
-  padded = {"document": [], "reference": []} | {
-    key: [length] for key, length in lengths.items()
+  padded = {
+    "inputs": [source_length],
+    "targets": [target_length],
+    "document": [],
+    "reference": [],
   }
   dataset = dataset.map(select).padded_batch(rows, padded).prefetch(2)
   return _read(dataset.with_options(options))

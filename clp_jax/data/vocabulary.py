@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 PAD = 0  # everywhere; EOS differs between vocabularies, ask for `eos_id`
 _EXTRA_ID = re.compile(r"▁?<extra_id_\d+>")
@@ -77,7 +77,7 @@ def word_model(words: Sequence[str], punctuation: Sequence[str]) -> bytes:
     A serialised ModelProto: PAD 0, EOS 1, unknown 2, then the words and the
     punctuation in the order given; the text is not normalised.
   """
-  model = sentencepiece_model_pb2.ModelProto()
+  model = model_pb2.ModelProto()  # type: ignore[attr-defined]
   kinds = model.SentencePiece
   for piece, kind in (
     ("<pad>", kinds.CONTROL),
@@ -117,20 +117,15 @@ def load_vocabulary(path: str | os.PathLike, extra_ids: int = 0) -> Any:
     A seqio.SentencePieceVocabulary, loaded: the file isn't read again.
 
   Raises:
-    ValueError: the file is no SentencePiece model, or lacks an EOS, or its PAD
-      is not 0.
-    OSError: it can't be read.
+    ValueError: the file can't be read or is no SentencePiece model, or it lacks
+      an EOS, or its PAD is not 0.
   """
   tf, seqio = import_seqio()
   vocabulary = seqio.SentencePieceVocabulary(os.fspath(path), extra_ids)
   try:
     vocabulary.load_model()
   except (tf.errors.OpError, OSError) as error:
-    if not isinstance(error, tf.errors.OpError):
-      raise
-    raise OSError(
-      f"can't read the vocabulary {path}: {error.message}"
-    ) from error
+    raise ValueError(f"can't read the vocabulary {path}: {error}") from error
   except Exception as error:  # protobuf's and SentencePiece's own, undocumented
     raise ValueError(
       f"{path} is not a SentencePiece model ({error}); give the .model file."
