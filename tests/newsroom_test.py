@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from clp_jax.data import newsroom
-from clp_jax.data.newsroom import WORDS, Facts
+from clp_jax.data import newsroom, newsroom_text
+from clp_jax.data.newsroom_text import WORDS, Facts
 from clp_jax.rewards.rouge import rouge
 
 DOCUMENT = (
@@ -28,7 +28,7 @@ def train():
 @pytest.fixture(scope="module")
 def tokenizer():
   processor = sentencepiece.SentencePieceProcessor()
-  processor.LoadFromSerializedProto(newsroom.vocabulary_bytes())
+  processor.LoadFromSerializedProto(newsroom_text.vocabulary_bytes())
   return processor
 
 
@@ -83,7 +83,7 @@ class TestItems:
     assert 35 < lengths.mean() < 45
     longest = max(len(ids) + 1 for ids in references)
     assert longest <= newsroom.TARGET_LENGTH
-    longest_possible = newsroom.summarise(
+    longest_possible = newsroom_text.summarise(
       Facts(**{kind: words[0] for kind, words in WORDS.items()})
     )
     ids = tokenizer.encode(longest_possible)
@@ -107,7 +107,7 @@ class TestItems:
       assert p.min() == 0.30 and p.max() == 0.97
 
   def test_references_state_facts_as_often_as_documented(self, train):
-    stated = [newsroom.parse(item.reference) for item in train]
+    stated = [newsroom_text.parse(item.reference) for item in train]
     for kind, p in newsroom.STATED.items():
       if kind in ("day", "amount"):
         p *= newsroom.DETAIL_SHOWN
@@ -142,15 +142,15 @@ class TestText:
 
   @hypothesis.given(facts_strategy())
   def test_every_summary_parses_and_survives(self, tokenizer, facts):
-    summary = newsroom.summarise(facts)
-    assert newsroom.parse(summary) == facts
+    summary = newsroom_text.summarise(facts)
+    assert newsroom_text.parse(summary) == facts
     ids = tokenizer.encode(summary)
     assert tokenizer.decode(ids) == summary
     assert tokenizer.unk_id() not in ids
 
   def test_vocabulary_is_one_piece_a_word(self, tokenizer):
-    assert newsroom.vocabulary_bytes() == (
-      newsroom.vocabulary_bytes.__wrapped__()
+    assert newsroom_text.vocabulary_bytes() == (
+      newsroom_text.vocabulary_bytes.__wrapped__()
     )
     assert 225 <= tokenizer.get_piece_size() <= 256
     assert [tokenizer.id_to_piece(i) for i in range(3)] == [
@@ -167,7 +167,7 @@ class TestText:
 
   def test_parse_recovers_the_facts_of_references(self, train):
     for item in train[:2_000]:
-      stated = newsroom.parse(item.reference)
+      stated = newsroom_text.parse(item.reference)
       for kind in ("name", "verb", "object"):
         assert getattr(stated, kind) == getattr(item.facts, kind)
       for told, true in zip(stated, item.facts, strict=True):
@@ -196,12 +196,12 @@ class TestText:
     ],
   )
   def test_parse_refuses_what_is_not_grammatical(self, text):
-    assert newsroom.parse(text) is None
+    assert newsroom_text.parse(text) is None
 
   def test_facts_of_finds_what_articles_show(self, train):
     shown = dict.fromkeys(Facts._fields, 0)
     for item in train[:4_000]:
-      found = newsroom.facts_of(item.document)
+      found = newsroom_text.facts_of(item.document)
       for kind, word, true in zip(
         Facts._fields, found, item.facts, strict=True
       ):
@@ -221,7 +221,7 @@ class TestText:
       assert count / 4_000 == pytest.approx(p, abs=0.03)
 
   def test_facts_of_is_about_the_event_alone(self):
-    assert newsroom.facts_of(DOCUMENT) == Facts(
+    assert newsroom_text.facts_of(DOCUMENT) == Facts(
       role="Mayor",
       name="Rothmere",
       verb="sold",
@@ -236,14 +236,14 @@ class TestText:
       "A comet passed. Rothmere sold the\nmarket.  Lunford lies in Estria."
       " It happened in Ravenford, they say. Later Wexcombe bought the mill."
     )
-    assert newsroom.facts_of(document) == Facts(
+    assert newsroom_text.facts_of(document) == Facts(
       name="Rothmere", verb="sold", object="market"
     )
-    assert newsroom.facts_of("") == Facts()
+    assert newsroom_text.facts_of("") == Facts()
 
   def test_summarise_needs_an_event(self):
     with pytest.raises(ValueError, match="needs a name, a verb and an object"):
-      newsroom.summarise(Facts(name="Rothmere", verb="sold"))
+      newsroom_text.summarise(Facts(name="Rothmere", verb="sold"))
 
 
 class TestEntailment:

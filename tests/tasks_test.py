@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from clp_jax.data import newsroom, tasks
+from clp_jax.data import newsroom, newsroom_text, tasks
 from clp_jax.data import vocabulary as vocabularies
 
 T5_VOCABULARY = (
@@ -340,11 +340,11 @@ class TestVocabulary:
     path.unlink()  # a loaded vocabulary needs its file no more
     text = newsroom.make_items("test", 0, 1)[0].document
     assert loaded.encode(text) == vocabulary.encode(text)
-    assert loaded.sp_model == newsroom.vocabulary_bytes()
+    assert loaded.sp_model == newsroom_text.vocabulary_bytes()
 
   def test_sentinels_are_saved_with_it(self, tmp_path):
     path = tmp_path / "plain.model"
-    path.write_bytes(newsroom.vocabulary_bytes())
+    path.write_bytes(newsroom_text.vocabulary_bytes())
     vocabulary = vocabularies.load_vocabulary(path, extra_ids=5)
     saved = tmp_path / "vocabulary.model"
     saved.write_bytes(vocabulary.sp_model)
@@ -369,7 +369,7 @@ class TestVocabulary:
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(
-      newsroom.vocabulary_bytes()
+      newsroom_text.vocabulary_bytes()
     )
     model.pieces[0].piece, model.pieces[1].piece = "</s>", "<pad>"
     path = tmp_path / "swapped.model"
@@ -391,8 +391,8 @@ def run(program, **environment):
 
 def test_importing_the_package_does_not_import_tensorflow():
   program = (
-    "import sys; from clp_jax.data import newsroom, tasks, vocabulary;"
-    "newsroom.make_items('test', 0, 1); newsroom.vocabulary_bytes();"
+    "import sys; from clp_jax.data import newsroom, newsroom_text, tasks;"
+    "newsroom.make_items('test', 0, 1); newsroom_text.vocabulary_bytes();"
     "print([m for m in ('tensorflow', 'seqio') if m in sys.modules])"
   )
   assert run(program).stdout == "[]\n"

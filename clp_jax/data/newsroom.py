@@ -43,12 +43,14 @@ the guess is right at least `threshold` of the time (`oracle`):
   entailment  .717  .794  .869  .942  1
   preference  .445  .507  .563  .617  .657
 
+The language, its grammar and the facts that can be read from a text are in
+newsroom_text.py.
+
 Everything is a pure function of (seed, split, index): the seed decides both the
 usual roles, countries and causes (the same for all splits) and the items.
 """
 
 import functools
-import itertools
 import math
 import pathlib
 import re
@@ -58,7 +60,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clp_jax.data import vocabulary
+from clp_jax.data import newsroom_text, vocabulary
+from clp_jax.data.newsroom_text import (
+  DETAILS,
+  DISTRACTORS,
+  MAIN,
+  WITNESSES,
+  WORDS,
+  Facts,
+  facts_of,
+  parse,
+  summarise,
+)
 
 SPLITS = {"train": 20_000, "validation": 1_000, "test": 1_000}
 # Room for the longest article and summary, EOS included, in tokens.
@@ -76,130 +89,9 @@ STATED = {
   "amount": 0.10,
   "cause": 0.90,
 }
-PREDICTABILITY = (
-  0.30,
-  0.97,
-)  # of the usual role, country, cause: evenly spread
+# Of the usual role, country or cause: spread evenly between these.
+PREDICTABILITY = (0.30, 0.97)
 UNSUPPORTED_FACTOR = 0.85
-
-WORDS = {
-  "role": (
-    "Ambassador Bishop Captain Chef Coach Colonel Doctor Governor Inspector"
-    " Judge Mayor Minister Professor Senator"
-  ).split(),
-  "name": (
-    "Averlin Bexmoor Calloran Dremond Elvarn Fostrel Garwick Hollern Ithmar"
-    " Jorvane Keldrin Lomasse Marrowen Nestrick Ostwin Pellagar Quillane"
-    " Rothmere Selbrook Tamsell Ulverby Varnholt Wexcombe Yarrowin Zellmark"
-    " Brindall Corvesh Dunmarrow Eskerly Farrogan Grimmond Haldrane Ivenshaw"
-    " Jesprin Kestrow Lanvick"
-  ).split(),
-  "verb": (
-    "blocked bought closed designed funded inspected opened painted rebuilt"
-    " renamed rented repaired saved searched sold visited"
-  ).split(),
-  "object": (
-    "airport arena bakery bridge castle chapel cinema dam factory farm gallery"
-    " garden harbour hospital hotel library lighthouse market mill mine museum"
-    " palace school stadium theatre tower tunnel zoo"
-  ).split(),
-  "city": (
-    "Birchport Brackfen Cindervale Corhaven Dewmarsh Elmcross Fenholm"
-    " Glimmerton Goldwater Ilvermouth Kelmont Lunford Merrowby Morvast"
-    " Northvale Oakspire Ostmere Pellby Pinebury Quenley Ravenford Stonewell"
-    " Tarvel Thistledon Umberly Zandport"
-  ).split(),
-  "country": (
-    "Belgrovia Caldonia Estria Kordova Maridia Norland Ostavia Ruvania"
-    " Sorrentia Tyrrland Velmark Zanthia"
-  ).split(),
-  "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-  "amount": "$2m $3m $4m $5m $6m $7m $8m $9m $20m $30m $50m $80m".split(),
-  "cause": (
-    "complaints delays elections fires floods leaks losses protests repairs"
-    " rumours storms strikes talks threats"
-  ).split(),
-}
-
-MAIN = "{name} {verb} the {object}."
-# Ways to show the other facts of the event. No two ways of different facts,
-# and no distractor, share their fixed words: that is what makes the article's
-# facts recoverable from its text.
-DETAILS = {
-  "city": (
-    "It happened in {city}.",
-    "The setting was {city}.",
-    "Crowds gathered in {city}.",
-  ),
-  "day": (
-    "It happened on {day}.",
-    "The date was {day}.",
-    "Word spread on {day}.",
-  ),
-  "amount": (
-    "It cost {amount}.",
-    "The bill reached {amount}.",
-    "Costs reached {amount}.",
-  ),
-  "role": (
-    "Supporters cheered {role} {name}.",
-    "Reporters met {role} {name}.",
-    "Colleagues thanked {role} {name}.",
-  ),
-  "country": (
-    "{city} lies in {country}.",
-    "{city} belongs to {country}.",
-    "{country} governs {city}.",
-  ),
-  "cause": (
-    "It followed {cause}.",
-    "It came after {cause}.",
-    "Officials cited {cause}.",
-  ),
-}
-WITNESSES = (
-  "{role} {name} of {country} agreed.",
-  "{role} {name} of {country} objected.",
-  "{role} {name} of {country} watched.",
-  "{role} {name} of {country} attended.",
-)
-DISTRACTORS = (
-  "{name} praised the {object}.",
-  "{name} disliked the {object}.",
-  "An earlier plan cost {amount}.",
-  "Critics expected {amount}.",
-  "Talks resume on {day}.",
-  "Rain is likely on {day}.",
-  "Roads near {city} stayed open.",
-  "Visitors from {city} arrived.",
-  "Past {cause} caused worry.",
-  "Nobody was hurt.",
-  "Experts remain divided.",
-)
-# The summary's grammar: MAIN with any of these around it, in this order.
-SUMMARY = (
-  ("role", "{role}"),
-  (None, MAIN[:-1]),
-  ("city", "at {city}"),
-  ("country", "in {country}"),
-  ("day", "on {day}"),
-  ("amount", "for {amount}"),
-  ("cause", "after {cause}"),
-)
-
-
-class Facts(NamedTuple):
-  """What a text says; None where it says nothing."""
-
-  role: str | None = None
-  name: str | None = None
-  verb: str | None = None
-  object: str | None = None
-  city: str | None = None
-  country: str | None = None
-  day: str | None = None
-  amount: str | None = None
-  cause: str | None = None
 
 
 class Item(NamedTuple):
@@ -376,109 +268,6 @@ def _choose(
   )
 
 
-def summarise(facts: Facts) -> str:
-  """Writes the summary that states exactly these facts.
-
-  Args:
-    facts: name, verb and object must be there.
-
-  Returns:
-    A grammatical summary: parse(summarise(facts)) == facts.
-
-  Raises:
-    ValueError: name, verb or object is None.
-  """
-  if None in (facts.name, facts.verb, facts.object):
-    raise ValueError(f"a summary needs a name, a verb and an object: {facts}.")
-  words = facts._asdict()
-  phrases = (
-    phrase.format(**words)
-    for kind, phrase in SUMMARY
-    if kind is None or words[kind] is not None
-  )
-  return " ".join(phrases) + "."
-
-
-# A text's words with each fact replaced by its kind, such as '{name} {verb} the
-# {object}', is its form; the grammar is a table of forms.
-_KIND = {word: kind for kind, words in WORDS.items() for word in words}
-_DETAIL_FORMS = {
-  way[:-1]: kind for kind, ways in DETAILS.items() for way in ways
-} | {way[:-1]: "role" for way in WITNESSES}
-_SUMMARY_FORMS = frozenset(
-  " ".join(phrase for phrase in phrases if phrase)
-  for phrases in itertools.product(
-    *((phrase,) if kind is None else (phrase, "") for kind, phrase in SUMMARY)
-  )
-)
-
-
-def _read(words: Sequence[str]) -> tuple[str, dict[str, str]]:
-  """Splits a sentence's words into its form and its words by kind."""
-  found = {_KIND[word]: word for word in words if word in _KIND}
-  form = " ".join(
-    f"{{{_KIND[word]}}}" if word in _KIND else word for word in words
-  )
-  return form, found
-
-
-@functools.lru_cache(maxsize=2**15)
-def parse(summary: str) -> Facts | None:
-  """Reads the facts that a summary states.
-
-  Args:
-    summary: any text.
-
-  Returns:
-    The stated facts, or None where the text is not grammatical to the letter:
-    `[ROLE] NAME VERB the OBJECT [at CITY] [in COUNTRY] [on DAY] [for AMOUNT]
-    [after CAUSE].`
-  """
-  if not summary.endswith("."):
-    return None
-  form, found = _read(summary[:-1].split(" "))
-  return Facts(**found) if form in _SUMMARY_FORMS else None
-
-
-@functools.lru_cache(maxsize=2**15)
-def facts_of(document: str) -> Facts:
-  """Reads the facts of an article's event from its text.
-
-  Args:
-    document: any text. Sentences outside of the world's grammar are ignored;
-      of several events the first counts, and of several statements of the same
-      fact likewise.
-
-  Returns:
-    The event with its details: the role is the one that the article gives to
-    the event's person, the country the one that it puts the event's city in.
-  """
-  event: dict[str, str] = {}
-  details: dict[str, str] = {}
-  roles: dict[str, str] = {}
-  countries: dict[str, str] = {}
-  for sentence in document.split("."):
-    form, found = _read(sentence.split())
-    if form == MAIN[:-1]:
-      event = event or found
-      continue
-    match _DETAIL_FORMS.get(form):
-      case None:
-        pass
-      case "role":
-        roles.setdefault(found["name"], found["role"])
-      case "country":
-        countries.setdefault(found["city"], found["country"])
-      case kind:
-        details.setdefault(kind, found[kind])
-  return Facts(
-    **event,
-    **details,
-    role=roles.get(event.get("name", "")),
-    country=countries.get(details.get("city", "")),
-  )
-
-
 def oracle(document: str, threshold: float, *, seed: int = 0) -> str:
   """Summarises an article as well as anyone can who guesses above a threshold.
 
@@ -574,26 +363,6 @@ def _supported(facts: Facts, stated: Facts) -> tuple[int, int]:
   return same, len(stated) - stated.count(None) - same
 
 
-@functools.lru_cache
-def vocabulary_bytes() -> bytes:
-  """Builds the world's SentencePiece model: one piece a word, and the stop.
-
-  Returns:
-    A serialised ModelProto, the same bytes every time.
-  """
-  sentences = (MAIN, *sum(DETAILS.values(), ()), *WITNESSES, *DISTRACTORS)
-  phrases = (*sentences, *(f"{phrase}." for _, phrase in SUMMARY))
-  words = sum(WORDS.values(), [])
-  fixed = {
-    word: None  # a dict keeps the order of first appearance
-    for phrase in phrases
-    for word in phrase[:-1].split()
-    if "{" not in word
-  }
-  return vocabulary.word_model([*words, *fixed], punctuation=["."])
-
-
-@functools.lru_cache
 def register_task() -> Any:
   """Adds the seqio Task `newsroom`, world seed 0, unless it is there.
 
@@ -625,7 +394,7 @@ def register_task() -> Any:
 
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "vocabulary.model"
-    path.write_bytes(vocabulary_bytes())
+    path.write_bytes(newsroom_text.vocabulary_bytes())
     words = vocabulary.load_vocabulary(path)  # keeps the model, not the file
   feature = seqio.Feature(words, add_eos=True, dtype=tf.int32)
   return seqio.TaskRegistry.add(
