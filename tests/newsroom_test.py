@@ -62,9 +62,9 @@ class TestItems:
     # The example of the module's docstring: results are compared across
     # versions, so the stream of items is part of the interface.
     assert train[2].document == (
-      "Doctor Tamsell of Caldonia watched. Rothmere sold the market. Tamsell"
-      " praised the garden. It happened in Ravenford. Nobody was hurt. It cost"
-      " $5m. The date was Saturday. Ravenford lies in Zanthia."
+      "Rothmere sold the market. Past threats caused worry. It happened in"
+      " Ravenford. Roads near Oakspire stayed open. It cost $5m. The date was"
+      " Saturday. Ravenford lies in Zanthia."
     )
     assert train[2].reference == (
       "Rothmere sold the market in Zanthia after rumours."
@@ -80,7 +80,7 @@ class TestItems:
     references = tokenizer.encode([item.reference for item in train])
     lengths = np.asarray([len(ids) + 1 for ids in documents])
     assert lengths.max() <= newsroom.SOURCE_LENGTH
-    assert 35 < lengths.mean() < 45
+    assert 34 < lengths.mean() < 42
     longest = max(len(ids) + 1 for ids in references)
     assert longest <= newsroom.TARGET_LENGTH
     longest_possible = newsroom_text.summarise(

@@ -6,9 +6,9 @@ and an object, city, country, day, amount and cause. For example, item 2 of the
 split train for seed 0:
 
   document
-    Doctor Tamsell of Caldonia watched. Rothmere sold the market. Tamsell
-    praised the garden. It happened in Ravenford. Nobody was hurt. It cost $5m.
-    The date was Saturday. Ravenford lies in Zanthia.
+    Rothmere sold the market. Past threats caused worry. It happened in
+    Ravenford. Roads near Oakspire stayed open. It cost $5m. The date was
+    Saturday. Ravenford lies in Zanthia.
   reference
     Rothmere sold the market in Zanthia after rumours.
 
@@ -22,8 +22,8 @@ of which has one usual role, country or cause. How usual differs from word to
 word, evenly from 30% to 97% (`World.role_p` and so on). A good guess pays in
 ROUGE and costs in faithfulness, and because the guesses are not equally good,
 the front between the two is graded and concave: a policy moves along it by
-guessing only what is predictable enough. Articles also hold distractors: a
-second person with a role and a country, and other amounts, days, places.
+guessing only what is predictable enough. Articles also hold distractors: often
+a second person with a role and a country, and other amounts, days, places.
 
 Rewards, all computed from text alone:
   rouge       mean F1 of ROUGE-1, -2 and -L against the reference, as in
@@ -80,6 +80,7 @@ TARGET_LENGTH = 18
 
 SHOWN = 0.3  # probability that the article shows role, country, cause; each
 DETAIL_SHOWN = 0.9  # the same for day and amount; the city is always shown
+WITNESS = 0.5  # probability that a second person with role and country appears
 # Probability that the reference states a fact (day, amount: one that is shown).
 STATED = {
   "role": 0.95,
@@ -209,9 +210,9 @@ def make_items(
   decoy = {kind: other(fact[kind], size[kind]) for kind in size}
   decoy["role"] = given(decoy["name"], world.role, world.role_p, "role")
   wording = {kind: pick(len(ways)) for kind, ways in DETAILS.items()}
-  witness = pick(len(WITNESSES))
+  witness = np.where(flip(WITNESS), pick(len(WITNESSES)), -1)
   first = pick(len(DISTRACTORS))
-  second = np.where(flip(DETAIL_SHOWN), other(first, len(DISTRACTORS)), -1)
+  second = other(first, len(DISTRACTORS))
   # The event comes before its details; distractors stand anywhere.
   event = 0.15
   order = [np.full(n, event), *(event + next(columns) for _ in DETAILS)]
@@ -222,9 +223,9 @@ def make_items(
   for kind, ways in DETAILS.items():
     parts.append(np.where(shown[kind], _choose(wording[kind], ways, own), ""))
   parts += [
-    _choose(witness, WITNESSES, others),
+    _choose(witness, (*WITNESSES, ""), others),  # -1, the last, is none
     _choose(first, DISTRACTORS, others),
-    _choose(second, (*DISTRACTORS, ""), others),  # -1, the last, is none
+    _choose(second, DISTRACTORS, others),
   ]
   ranks = np.argsort(np.stack(order, 1), axis=1)
   sentences = np.take_along_axis(np.stack(parts, 1), ranks, axis=1)

@@ -94,8 +94,8 @@ WITNESSES = (
   "{role} {name} of {country} attended.",
 )
 DISTRACTORS = (
-  "{name} praised the {object}.",
-  "{name} disliked the {object}.",
+  "{name} praised the plan.",
+  "{name} disliked the idea.",
   "An earlier plan cost {amount}.",
   "Critics expected {amount}.",
   "Talks resume on {day}.",
