@@ -22,6 +22,7 @@ from etils import epath
 
 from clp_jax import config as config_lib
 from clp_jax.baselines import soups
+from clp_jax.data import newsroom
 from clp_jax.evaluation import report, sweep
 from clp_jax.policy import Policy
 from clp_jax.train import moft
@@ -40,8 +41,8 @@ def get_config() -> ml_collections.ConfigDict:
       "tldr": config_lib.reward("clp_jax.data.newsroom:preference"),
     }
   )
-  config.data.source_length = 64
-  config.data.target_length = 20
+  config.data.source_length = newsroom.SOURCE_LENGTH
+  config.data.target_length = newsroom.TARGET_LENGTH
   config.sft.steps = 600
   config.sft.learning_rate = 3e-3
   config.sft.decay_steps = 600

@@ -18,10 +18,9 @@ def initialize(
   Raises:
     ConfigError: when only some of the three are given.
   """
-  given = [x is not None for x in (coordinator, num_processes, process_id)]
-  if not any(given):
+  if coordinator is None and num_processes is None and process_id is None:
     return
-  if not all(given):
+  if coordinator is None or num_processes is None or process_id is None:
     raise ConfigError(
       "--coordinator, --num-processes and --process-id belong together; "
       "give all three or none."

@@ -1,9 +1,8 @@
 """Masked sums and means; metrics that combine exactly over shards and hosts."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 
 def masked_sum(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
@@ -11,7 +10,8 @@ def masked_sum(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
   return jnp.where(mask, x, 0).sum(axis=axis)
 
 
-class Mean(NamedTuple):
+@struct.dataclass
+class Mean:
   """A metric as (sum, count), divided only when it is logged."""
 
   sum: jax.Array  # [] or [m] float32

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from clp_jax import conditioning
@@ -52,7 +53,7 @@ def sample_rollout(
   num_samples: int,
   max_length: int,
   temperature: float,
-  allowed: jax.Array,
+  allowed: np.ndarray,
 ) -> Rollout:
   """Steps 1 to 3 of the module.
 

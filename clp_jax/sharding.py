@@ -131,7 +131,11 @@ def process_rows(mesh: Mesh, num_rows: int) -> tuple[int, int]:
   """Which rows this process holds: (start, stop) of [0, num_rows)."""
   indices = row_sharding(mesh).addressable_devices_indices_map((num_rows,))
   ranges = sorted(
-    {index[0].indices(num_rows)[:2] for index in indices.values()}
+    {
+      index[0].indices(num_rows)[:2]
+      for index in indices.values()
+      if index is not None
+    }
   )
   start, stop = ranges[0][0], ranges[-1][1]
   if sum(b - a for a, b in ranges) != stop - start:

@@ -121,7 +121,7 @@ def coefficients(weights, alpha=None) -> jax.Array:
     return weights
   if not isinstance(alpha, jax.core.Tracer):
     for value in np.asarray(alpha, np.float32).reshape(-1):
-      check_alpha(value)
+      check_alpha(float(value))
   alpha = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), weights.shape[:-1])[
     ..., None
   ]

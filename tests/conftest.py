@@ -15,6 +15,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 # [B, T] + [T] is more often a mistake than meant: write the axis out.
@@ -29,3 +30,20 @@ hypothesis.settings.register_profile(
   deadline=datetime.timedelta(seconds=20),
 )
 hypothesis.settings.load_profile("clp_jax")
+
+
+@pytest.fixture(scope="session")
+def sft_run(tmp_path_factory):
+  """Folder of a supervised run of a few steps on the built-in world."""
+  from clp_jax import demo
+  from clp_jax.train import sft
+
+  # What the commands under test compile is compiled once.
+  cache = tmp_path_factory.mktemp("compiled")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+  config = demo.get_config()
+  config.sft.steps = 12
+  config.sft.batch = 16
+  workdir = tmp_path_factory.mktemp("runs") / "sft"
+  sft.train(config, str(workdir))
+  return str(workdir)

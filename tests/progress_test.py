@@ -1,4 +1,4 @@
-"""Tests of clp_jax.cli.progress."""
+"""Tests of clp_jax.progress."""
 
 import io
 import sys
@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from clp_jax.cli import progress
+from clp_jax import progress
 
 
 class _Terminal(io.StringIO):

@@ -61,10 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   if rest and chosen != "train":
     parser.error(f"unknown arguments: {' '.join(rest)}")
   arguments.rest = rest
-  return _run(chosen, arguments)
+  return _run(arguments)
 
 
-def _run(name: str, arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
+  name = arguments.command
   # Before JAX and TensorFlow are imported: their chatter is not progress.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -72,6 +73,7 @@ def _run(name: str, arguments: argparse.Namespace) -> int:
 
   setup.configure()
   from clp_jax.config import ConfigError
+  from clp_jax.evaluation.report import FrontError
   from clp_jax.rewards.base import RewardError
   from clp_jax.run_folder import RunError
   from clp_jax.train.loop import EXIT_PREEMPTED, Preempted
@@ -81,7 +83,7 @@ def _run(name: str, arguments: argparse.Namespace) -> int:
     return 0
   except ConfigError as error:
     return _fail(name, error, 2)
-  except (RunError, RewardError, OSError) as error:
+  except (FrontError, RunError, RewardError, OSError) as error:
     return _fail(name, error, 1)
   except Preempted as error:
     return _fail(name, error, EXIT_PREEMPTED)

@@ -15,8 +15,7 @@ import numpy as np
 from etils import epath
 
 from clp_jax import config as config_lib
-from clp_jax import sharding, weightings
-from clp_jax.cli import progress
+from clp_jax import progress, sharding, weightings
 from clp_jax.data import tasks
 from clp_jax.evaluation import report
 from clp_jax.models import decoding, t5

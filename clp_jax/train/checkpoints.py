@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from clp_jax.run_folder import RunError
 from clp_jax.train.state import TrainState
@@ -95,17 +96,16 @@ class Checkpoints:
           self.directory,
           one_line(error),
         )
-        failed.append((step, error))
+        failed.append((step, one_line(error)))
         continue
-      # A step that can't be read would block saving it again.
       for bad, _ in failed:
-        self._manager.delete(bad)
+        self._set_aside(bad)
       return _join(item.params, item.train), item.data["batches"]
     if failed:
-      step, error = failed[0]
+      step, reason = failed[0]
       raise RunError(
         f"no checkpoint in {self.directory} can be read; the newest, {step}, "
-        f"says: {one_line(error)}. Move the folder away to start anew, or "
+        f"says: {reason}. Move the folder away to start anew, or "
         "restore it from a copy."
       )
     return None
@@ -133,6 +133,21 @@ class Checkpoints:
         raise self._cannot_save(failure) from failure
     finally:
       self._manager.close()
+
+  def _set_aside(self, step: int) -> None:
+    """Moves a step out of the way of saving it again.
+
+    Not deleted: what failed may have been the reading and not the step.
+    """
+    if jax.process_index() == 0:
+      aside = self.directory.parent / "unreadable"
+      aside.mkdir(exist_ok=True)
+      target = aside / str(step)
+      if target.exists():
+        target.rmtree()
+      (self.directory / str(step)).rename(target)
+    multihost_utils.sync_global_devices("set aside")
+    self._manager.reload()
 
   def _cannot_save(self, error: Exception) -> RunError:
     return RunError(

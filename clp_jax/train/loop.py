@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from clp_jax.cli import progress
+from clp_jax import progress
 from clp_jax.masked import Mean
 from clp_jax.run_folder import RunError
 from clp_jax.train.checkpoints import Checkpoints

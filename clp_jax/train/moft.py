@@ -102,7 +102,8 @@ def make_programs(
     place(abstract_sets),
     distribution.num_rewards,
   )
-  rows, whole = sharding.row_sharding(mesh), sharding.replicated(mesh)
+  rows: Any = sharding.row_sharding(mesh)  # stand where arrays will
+  whole: Any = sharding.replicated(mesh)
 
   def rollout(params, reference, encoder_input_tokens, key, step):
     weightings_key, samples_key, _ = step_keys(key, step)
@@ -206,6 +207,7 @@ def update(
 
   normalised, running = normalisation
   raw, mask = by_group(rewards), by_group(rollout.mask)
+  assert state.reward_stats is not None  # None is supervised training's
   stats = state.reward_stats.update(raw, jnp.asarray(running))
   kl = jnp.where(mask, by_group(rollout.logp - rollout.ref_logp), 0).sum(-1)
   returns = reinforce.scalar_returns(

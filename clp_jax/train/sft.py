@@ -54,7 +54,7 @@ def update(
   dropout_key = jax.random.fold_in(state.key, state.step)
 
   def loss_fn(params):
-    logits = model.apply(
+    logits: jax.Array = model.apply(  # type: ignore[assignment]
       {"params": params},
       encoder_input_tokens,
       t5.shift_right(decoder_target_tokens),

@@ -104,7 +104,7 @@ def state_shardings(
   Moments of another shape than their parameter (Adafactor's factored ones)
   are small and replicated.
   """
-  whole = sharding.replicated(mesh)
+  whole: Any = sharding.replicated(mesh)  # stands where an array will
   abstract_opt = jax.eval_shape(optimizer.init, abstract_params)
   opt_shardings = optax.tree_utils.tree_map_params(
     optimizer,

@@ -125,7 +125,8 @@ def _lines(total: int, description: str, start: int) -> Advance:
       left = datetime.timedelta(seconds=round((total - done) / rate))
       parts += [f"{rate:.3g} it/s", f"{left} left"]
     parts.append(shown)
-    print("  ".join(filter(None, parts)), file=sys.stderr, flush=True)
+    sys.stderr.write("  ".join(filter(None, parts)) + "\n")
+    sys.stderr.flush()
     line_done, line_time = done, now
 
   return advance

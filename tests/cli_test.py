@@ -1,0 +1,253 @@
+"""The command: what it does, and what it says to what can't work."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import runs
+
+import clp_jax
+
+
+@pytest.fixture(scope="module")
+def run_folder(sft_run):
+  workdir = pathlib.Path(sft_run).parent / "cli"
+  status, out, err = runs.clp(*runs.train_arguments(workdir, sft_run))
+  assert status == 0, err
+  assert out.strip() == str(workdir)
+  return workdir
+
+
+def fails(status, message, *arguments):
+  """The command fails with this status, on one line that says this."""
+  got, out, err = runs.clp(*arguments)
+  assert got == status, err
+  assert "Traceback" not in err
+  last = err.splitlines()[-1]
+  assert last.startswith("clp") and message in last, last
+  return out
+
+
+# What it does.
+
+
+def test_evaluate_writes_the_contracts_files(run_folder):
+  status, out, err = runs.clp(
+    *("evaluate", "--workdir", run_folder, "--grid", 3, "--prompts", 6)
+  )
+  assert status == 0, err
+  assert "hypervolume" in out and "full-CLP" in out
+  folder = run_folder / "evaluation"
+  front = json.loads((folder / "front.json").read_text())
+  assert front["objectives"] == ["rouge", "nli"]
+  assert front["step"] == 4 and front["prompts"] == 6
+  assert front["reference_point"] == [0, 0]
+  assert [p["weights"]["nli"] for p in front["points"]] == [1, 0.5, 0]
+  for point in front["points"]:
+    assert set(point["rewards"]) == {"rouge", "nli"}
+    for estimate in (*point["rewards"].values(), point["kl"], point["value"]):
+      assert np.isfinite(estimate["mean"]) and estimate["stderr"] >= 0
+    value = (1 - point["alpha"]) * sum(
+      point["weights"][n] * point["rewards"][n]["mean"]
+      for n in front["objectives"]
+    ) - point["alpha"] * point["kl"]["mean"]
+    np.testing.assert_allclose(point["value"]["mean"], value, atol=1e-6)
+  samples = [
+    json.loads(line)
+    for line in (folder / "samples.jsonl").read_text().splitlines()
+  ]
+  assert {"document", "weights", "summary"} <= set(samples[0])
+  assert (folder / "front.csv").read_text().count("\n") == 4
+  assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_evaluation_gives_the_same_numbers(run_folder):
+  fronts = []
+  for _ in range(2):
+    runs.clp(*("evaluate", "--workdir", run_folder, "--prompts", 4))
+    fronts.append((run_folder / "evaluation" / "front.json").read_text())
+  assert fronts[0] == fronts[1]
+
+
+def test_generate_answers_each_line_with_its_own_weighting(
+  run_folder, tmp_path
+):
+  rows = [
+    {"document": "Brivane opened the museum.", "id": 3},
+    {"document": "Brivane opened the museum.", "weights": {"rouge": 1}},
+  ]
+  file = tmp_path / "in.jsonl"
+  file.write_text("\n\n".join(json.dumps(row) for row in rows))
+  arguments = (
+    *("generate", "--workdir", run_folder, "--input", file),
+    *("--weights", "nli=0.7,rouge=0.3", "--seed", 5),
+  )
+  status, out, err = runs.clp(*arguments)
+  assert status == 0, err
+  answers = [json.loads(line) for line in out.splitlines()]
+  policy = clp_jax.Policy.load(str(run_folder))
+  expected = policy.generate(
+    [row["document"] for row in rows],
+    [{"nli": 0.7, "rouge": 0.3}, {"rouge": 1.0}],
+    seed=5,
+  )
+  for row, answer, summary in zip(rows, answers, expected, strict=True):
+    assert answer == row | {"summary": summary}
+
+
+def test_metrics_have_the_contracts_keys(run_folder):
+  row = runs.metrics(run_folder)[0]
+  assert {
+    *("step", "loss", "return", "kl", "entropy", "length", "gradient_norm"),
+    *("reward/rouge", "reward/nli"),
+  } <= set(row)
+  assert abs(row["kl"]) < 1e-4  # the first policy is the reference
+  assert any((run_folder / "metrics").iterdir())
+
+
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "generate"])
+def test_help_shows_an_example(command):
+  status, out, _ = runs.clp(*command.split(), "--help")
+  assert status == 0
+  assert "example: " in out
+
+
+# What it says to what can't work.
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("objectives", "('bogus',)", "unknown objective 'bogus'"),
+    ("no.such.field", "1", "unknown config field"),
+    ("train.stepz", "1", "unknown config field"),
+    ("weightings.weights", "(0.5,0.6)", "sum to 1"),
+    ("weightings.alpha", "1.5", "alpha"),
+    ("steering", "mlp", "full, attention, logits, none"),
+    ("rollout.prompts", "9", "not a multiple"),
+    ("rollout.samples", "1", "rollout.samples >= 2"),
+    ("optimizer.learning_rate", "nan", "must be > 0"),
+    ("rewards.nli.source", "no_such_module:f", "can't import"),
+    ("rewards.nli.source", "rogue", "import path"),
+    ("data.task", "xsun", "no seqio task 'xsun'"),
+    ("data.train_split", "trian", "no split 'trian'"),
+    ("model.init", "tinny", "tinny"),
+    ("train.steps", "many", "many"),
+  ],
+)
+def test_bad_config_is_one_line_with_status_2(
+  sft_run, tmp_path, field, value, message
+):
+  fails(
+    2,
+    message,
+    *runs.train_arguments(tmp_path / "run", sft_run, **{field: value}),
+  )
+
+
+def test_missing_config_file_and_arguments(tmp_path):
+  fails(2, "no such file", "train", "--config", "x.py", "--workdir", tmp_path)
+  fails(2, "--workdir", "evaluate")
+  fails(2, "invalid choice", "tarin")
+  fails(2, "unknown", "evaluate", "--workdir", tmp_path, "--prompt", 3)
+
+
+def test_a_folder_of_another_run_is_refused_and_kept(run_folder, sft_run):
+  before = runs.checkpoint_steps(run_folder)
+  fails(
+    2,
+    "optimizer.learning_rate = 0.001 there, 0.5 here",
+    *runs.train_arguments(
+      run_folder, sft_run, **{"optimizer.learning_rate": 0.5}
+    ),
+  )
+  assert runs.checkpoint_steps(run_folder) == before
+
+
+@pytest.mark.parametrize(
+  "body, message",
+  [
+    ("[float('nan')] * len(c)", "nan"),
+    ("[0.5]", "shape"),
+    ("None", "nli"),
+    ("1 / 0", "ZeroDivisionError"),
+  ],
+)
+def test_a_broken_reward_stops_the_run_and_keeps_its_checkpoints(
+  sft_run, tmp_path, monkeypatch, body, message
+):
+  """The reward breaks at its third call, after a checkpoint."""
+  name = f"broken_{tmp_path.name}"
+  (tmp_path / f"{name}.py").write_text(
+    "calls = []\n"
+    "def score(a, b, c):\n"
+    "  calls.append(1)\n"
+    f"  return {body} if len(calls) > 2 else [0.3 * len(x) for x in c]\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  workdir = tmp_path / "run"
+  fields = {"rewards.nli.source": f"{name}:score"}
+  fails(1, message, *runs.train_arguments(workdir, sft_run, **fields))
+  assert runs.checkpoint_steps(workdir) == [2]
+
+
+def test_a_checkpoint_of_another_shape_is_refused(run_folder, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(run_folder, workdir)
+  model = json.loads((workdir / "model.json").read_text())
+  (workdir / "model.json").write_text(json.dumps(model | {"mlp_dim": 48}))
+  fails(1, "can't be read", "evaluate", "--workdir", workdir)
+  assert runs.checkpoint_steps(workdir) == runs.checkpoint_steps(run_folder)
+
+
+def test_folders_without_a_run_are_refused(tmp_path):
+  for command in (["evaluate"], ["generate", "--weights", "nli=1"]):
+    fails(1, "holds no run", *command, "--workdir", tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+  "weights, message",
+  [
+    ("nli=0.7,rouge=0.7", "sum to 1"),
+    ("nli=-0.5,rouge=1.5", ">= 0"),
+    ("nil=1", "unknown objective 'nil'"),
+    ("nli", "name=weight"),
+    ("nli=x", "name=weight"),
+  ],
+)
+def test_bad_weights_are_refused(run_folder, weights, message):
+  fails(2, message, "generate", "--workdir", run_folder, "--weights", weights)
+
+
+@pytest.mark.parametrize(
+  "line, message",
+  [
+    ("{", "line 2: not valid JSON"),
+    ("[1]", 'line 2: expected an object with a "document"'),
+    ('{"text": "x"}', 'line 2: expected an object with a "document"'),
+    ('{"document": "x", "weights": {"nli": 2}}', "line 2: weights must sum"),
+    ('{"document": "x", "weights": 3}', "line 2"),
+    ('{"document": "x", "alpha": 0.7}', "line 2: this run was trained"),
+  ],
+)
+def test_bad_lines_are_named(run_folder, tmp_path, line, message):
+  file = tmp_path / "in.jsonl"
+  file.write_text('{"document": "x"}\n' + line + "\n")
+  fails(
+    1,
+    message,
+    *("generate", "--workdir", run_folder, "--weights", "nli=1"),
+    *("--input", file),
+  )
+
+
+def test_missing_step_lists_the_steps(run_folder):
+  fails(1, "it has 2, 4", "evaluate", "--workdir", run_folder, "--step", 3)
+
+
+def test_too_many_prompts_and_a_grid_of_one_are_refused(run_folder):
+  folder = ("evaluate", "--workdir", run_folder)
+  fails(2, "1000 examples", *folder, "--prompts", 5000)
+  fails(2, "at least 2 points", *folder, "--grid", 1)
