@@ -20,7 +20,12 @@ from parity import make_fixtures  # noqa: E402
 
 @pytest.mark.parametrize(
   "version, scan_layers, seed",
-  (("v1_0", False, 1), ("v1_0", True, 2), ("v1_1", False, 3), ("v1_1", True, 4)),
+  (
+    ("v1_0", False, 1),
+    ("v1_0", True, 2),
+    ("v1_1", False, 3),
+    ("v1_1", True, 4),
+  ),
 )
 def test_logits_and_greedy_tokens_are_those_of_transformers(
   version, scan_layers, seed

@@ -10,6 +10,7 @@ the largest relative distance, the logits, and the tokens of greedy decoding.
 
 import pathlib
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,9 @@ def t5x_name(name: str) -> str:
     return f"{stack}/{stack}_norm/scale"
   if rest.endswith("relative_attention_bias.weight"):
     return f"{stack}/relpos_bias/rel_embedding"
-  match = re.fullmatch(r"block\.(\d+)\.layer\.(\d)\.(\w+)\.?(\w*)\.weight", rest)
+  match = re.fullmatch(
+    r"block\.(\d+)\.layer\.(\d)\.(\w+)\.?(\w*)\.weight", rest
+  )
   assert match, name
   layer, place, module, leaf = match.groups()
   mlp = (stack, place) in (("encoder", "1"), ("decoder", "2"))
@@ -196,11 +199,10 @@ def main() -> None:
   FIXTURES.mkdir(exist_ok=True)
   for version, seed in SEEDS.items():
     case = make_case(version, seed)
-    lengths = (case["greedy"] != 0).sum(-1)
-    print(version, "greedy lengths", lengths, "std", case["logits"].std())
     path = FIXTURES / f"transformers_{version}.npz"
     np.savez_compressed(path, **case)
-    print(path, path.stat().st_size, "bytes")
+    lengths = (case["greedy"] != 0).sum(-1)
+    sys.stdout.write(f"{path}: greedy rows of {lengths} tokens\n")
 
 
 if __name__ == "__main__":
