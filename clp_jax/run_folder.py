@@ -14,9 +14,11 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
 import ml_collections
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from clp_jax import config as config_lib
 from clp_jax.models.t5 import T5Config
@@ -55,6 +57,8 @@ def start(workdir: str, config: ml_collections.ConfigDict) -> None:
     write_json(file, new)
   except OSError as error:
     raise RunError(f"can't write to {workdir}: {error}") from error
+  # No process goes on before all have seen what was there.
+  multihost_utils.sync_global_devices("run folder")
 
 
 def _check_same(workdir: str, old: dict, new: dict) -> None:
@@ -141,11 +145,16 @@ def load_vocabulary_bytes(workdir: str) -> bytes:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-  """Writes a JSON file that is either the old one or the new one, whole."""
+  """Writes a JSON file, which is the old one or the new one, never half.
+
+  Only process 0 writes.
+  """
   _write(epath.Path(path), (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _write(path: epath.Path, content: bytes) -> None:
+  if jax.process_index() != 0:
+    return
   temporary = path.parent / f".{path.name}.partial"
   temporary.write_bytes(content)
   temporary.replace(path)

@@ -171,8 +171,6 @@ def test_a_folder_of_another_run_is_refused_and_kept(run_folder, sft_run):
   [
     ("[float('nan')] * len(c)", "nan"),
     ("[0.5]", "shape"),
-    ("None", "nli"),
-    ("1 / 0", "ZeroDivisionError"),
   ],
 )
 def test_a_broken_reward_stops_the_run_and_keeps_its_checkpoints(

@@ -77,11 +77,12 @@ def load_config(path: str, overrides: list[str]):
   if unknown:
     raise ConfigError(f"unknown arguments: {' '.join(unknown)}.")
   values = flags.FlagValues()
+  argv = ["clp", f"--config={path}", *overrides]
   config_flags.DEFINE_config_file(
-    "config", flag_values=values, lock_config=True
+    "config", flag_values=values, lock_config=True, sys_argv=argv
   )
   try:
-    rest = values(["clp", f"--config={path}", *overrides])[1:]
+    rest = values(argv)[1:]
     config = values.config
   except (AttributeError, KeyError) as error:
     raise ConfigError(

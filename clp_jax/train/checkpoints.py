@@ -12,6 +12,7 @@ import logging
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -188,8 +189,8 @@ def load_params(
 
   Args:
     workdir: the run's folder.
-    abstract: shapes, dtypes and shardings; or None to take what was saved,
-      as on this process's first device.
+    abstract: shapes, dtypes and shardings; leaves without a sharding are
+      restored whole, as NumPy arrays.
     step: None takes the newest.
 
   Returns:
@@ -203,6 +204,9 @@ def load_params(
     raise RunError(
       f"{workdir} holds no checkpoints; let `clp train` run to its first one."
     )
+  target = jax.tree.map(
+    lambda x: np.empty(x.shape, x.dtype) if x.sharding is None else x, abstract
+  )
   manager = ocp.CheckpointManager(
     directory, options=ocp.CheckpointManagerOptions(read_only=True)
   )
@@ -220,7 +224,7 @@ def load_params(
   try:
     restored = manager.restore(
       step,
-      args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)),
+      args=ocp.args.Composite(params=ocp.args.StandardRestore(target)),
     )
   except Exception as error:  # Orbax raises many types for a bad file
     raise RunError(
