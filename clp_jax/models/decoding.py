@@ -338,6 +338,8 @@ def sample_from(
   if max_length < 1:
     raise ValueError(f"max_length must be at least 1, got {max_length}.")
   _check_allowed(allowed, eos_id)
+  if isinstance(temperature, int | float) and temperature < 0:
+    raise ValueError(f"temperature must not be negative, got {temperature}.")
   _check_positive("logp_temperature", logp_temperature)
   rows = keys.shape[0]
   temperature = _per_row("temperature", temperature, rows)
