@@ -1,0 +1,511 @@
+"""Hugging Face's T5 folders: v1.0, v1.1, LM-adapted, Flan and mT5.
+
+A folder holds config.json and the weights, in model.safetensors or in parts
+with an index, or in pytorch_model.bin, for which PyTorch must be installed.
+torch has linear maps as [out, in] and t5x as [in, out]: every matrix but the
+embedding is transposed. The rest is a matter of names.
+
+Whether the logit layer is tied to the embedding, the config alone can't say:
+transformers 4 writes `tie_word_embeddings`, which is false for v1.1 and which
+also decides whether tied logits are scaled; transformers 5 always writes true,
+and `scale_decoder_outputs`. See `_decide_tying`.
+"""
+
+import functools
+import importlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import sentencepiece
+from etils import epath
+
+from clp_jax.interop import leaves as leaves_lib
+from clp_jax.interop import safetensors_file
+from clp_jax.interop.leaves import Index, Leaf, View
+from clp_jax.interop.storage import Folder
+from clp_jax.models import layers
+from clp_jax.models.t5 import T5Config
+
+VOCABULARY = "spiece.model"
+_BFLOAT16 = np.dtype(jnp.bfloat16)
+MAX_SHARD_BYTES = 5_000_000_000
+
+# feed_forward_proj -> mlp_activations. transformers means the tanh
+# approximation by "gated-gelu" and "gelu_new", but not by "gelu".
+_ACTIVATIONS = {
+  "relu": ("relu",),
+  "gated-gelu": ("gelu", "linear"),
+  "gelu_new": ("gelu",),
+  "silu": ("silu",),
+  "gated-relu": ("relu", "linear"),
+  "gated-silu": ("silu", "linear"),
+}
+# What the classes of transformers 4 take for a field that is absent.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+  "t5": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
+  "mt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+_FIELDS = {
+  "vocab_size": "vocab_size",
+  "emb_dim": "d_model",
+  "num_heads": "num_heads",
+  "head_dim": "d_kv",
+  "num_encoder_layers": "num_layers",
+  "mlp_dim": "d_ff",
+}
+_KEPT = "token_embedder/embedding"  # not transposed
+_EMBEDDING = "shared.weight"
+_HEAD = "lm_head.weight"
+# Other names of the one embedding. A file may hold any of them.
+_ALIASES = ("decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
+# The first v1.0 checkpoints hold a bias that the network does not use.
+_UNUSED = (
+  "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+)
+
+
+def open_folder(
+  folder: Folder, mapped: bool
+) -> tuple[T5Config, dict[str, Leaf]]:
+  """What a folder holds; nothing but headers is read.
+
+  Args:
+    folder: with config.json.
+    mapped: map pytorch_model.bin into memory rather than read it whole.
+
+  Returns:
+    The config and {t5x path: leaf}.
+
+  Raises:
+    ValueError: names what is wrong with the folder.
+  """
+  values = _read_json(folder, "config.json")
+  _check_is_t5(folder, values)
+  stored = _stored_tensors(folder, mapped)
+  stored.pop(_UNUSED, None)
+  _unify_embeddings(folder, stored)
+  config, stored = _decide_tying(folder, values, stored)
+  return config, _leaves(folder, config, stored)
+
+
+def _read_json(folder: Folder, name: str) -> dict[str, Any]:
+  try:
+    values = json.loads(folder.read(name))
+  except ValueError as error:
+    raise ValueError(f"{folder.path}/{name} can't be read: {error}") from error
+  if not isinstance(values, dict):
+    raise ValueError(f"{folder.path}/{name} must be a JSON object.")
+  return values
+
+
+def _check_is_t5(folder: Folder, values: Mapping[str, Any]) -> None:
+  kind = values.get("model_type")
+  if kind not in _DEFAULTS:
+    raise ValueError(
+      f"{folder.path} is not a T5: model_type in config.json must be one of "
+      f"{', '.join(_DEFAULTS)}, got {kind!r}."
+    )
+  if values.get("is_encoder_decoder") is False:
+    raise ValueError(f"{folder.path} holds only an encoder; give a whole T5.")
+
+
+def _config(folder: Folder, values: Mapping[str, Any], tied: bool) -> T5Config:
+  values = {**_DEFAULTS[values["model_type"]], **values}
+  if absent := [name for name in _FIELDS.values() if name not in values]:
+    raise ValueError(f"{folder.path}/config.json lacks {', '.join(absent)}.")
+  activation = values["feed_forward_proj"]
+  if activation not in _ACTIVATIONS:
+    raise ValueError(
+      f"{folder.path}/config.json: feed_forward_proj must be one of "
+      f"{', '.join(_ACTIVATIONS)}, got {activation!r}."
+    )
+  epsilon = values.get("layer_norm_epsilon", layers.NORM_EPSILON)
+  if epsilon != layers.NORM_EPSILON:
+    raise ValueError(
+      f"{folder.path}/config.json: layer_norm_epsilon must be "
+      f"{layers.NORM_EPSILON:g}, got {epsilon!r}."
+    )
+  fields = {ours: values[theirs] for ours, theirs in _FIELDS.items()}
+  depth = values.get("num_decoder_layers")
+  try:
+    return T5Config(
+      **fields,
+      num_decoder_layers=values["num_layers"] if depth is None else depth,
+      mlp_activations=_ACTIVATIONS[activation],
+      logits_via_embedding=tied,
+      dropout_rate=values.get("dropout_rate", 0.1),
+      relative_attention_num_buckets=values.get(
+        "relative_attention_num_buckets", 32
+      ),
+      relative_attention_max_distance=values.get(
+        "relative_attention_max_distance", 128
+      ),
+    )
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{folder.path}/config.json: {error}") from error
+
+
+def _unify_embeddings(folder: Folder, stored: dict[str, Leaf]) -> None:
+  """Leaves the embedding under its one name."""
+  for alias in _ALIASES:
+    if alias not in stored:
+      continue
+    other = stored.pop(alias)
+    kept = stored.setdefault(_EMBEDDING, other)
+    if not leaves_lib.same(kept, other):
+      raise ValueError(
+        f"{folder.path} holds a {alias} that differs from {_EMBEDDING}; a T5 "
+        "has one embedding."
+      )
+
+
+def _decide_tying(
+  folder: Folder, values: Mapping[str, Any], stored: dict[str, Leaf]
+) -> tuple[T5Config, dict[str, Leaf]]:
+  """Whether the logits come from the embedding, or from a layer of their own.
+
+  The config's word counts for what it decides in the version that wrote it; a
+  logit layer that is there and differs from the embedding is never dropped.
+  """
+  scaled_5 = values.get("scale_decoder_outputs")  # absent in transformers 4
+  tied_4 = values.get(
+    "tie_word_embeddings",
+    _DEFAULTS[values["model_type"]]["tie_word_embeddings"],
+  )
+  scaled = bool(tied_4 if scaled_5 is None else scaled_5)
+  head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
+  if head is None and embedding is not None and scaled_5 is False:
+    # transformers 5 can tie v1.1: the embedding, but without the scale.
+    return _config(folder, values, tied=False), stored | {_HEAD: embedding}
+  if head is None or not scaled:
+    return _config(folder, values, tied=scaled), stored
+  if embedding is not None and leaves_lib.same(head, embedding):
+    without = {name: leaf for name, leaf in stored.items() if name != _HEAD}
+    return _config(folder, values, tied=True), without
+  if scaled_5:
+    raise ValueError(
+      f"{folder.path}/config.json scales the logits of a tied layer, but "
+      f"{_HEAD} differs from {_EMBEDDING}; set scale_decoder_outputs to false, "
+      f"or remove {_HEAD}."
+    )
+  logging.warning(
+    "%s: config.json ties the logit layer to the embedding, but %s differs "
+    "from it: taken for a layer of its own",
+    folder.path,
+    _HEAD,
+  )
+  return _config(folder, values, tied=False), stored
+
+
+def _leaves(
+  folder: Folder, config: T5Config, stored: Mapping[str, Leaf]
+) -> dict[str, Leaf]:
+  """{t5x path: leaf}, all there and of the shapes that config.json implies."""
+  expected = leaves_lib.expected_shapes(config)
+  leaves_lib.check(
+    folder.path,
+    {
+      tensor_name(path): shape if path == _KEPT else shape[::-1]
+      for path, shape in expected.items()
+    },
+    leaves_lib.shapes(stored),
+  )
+  return {
+    path: leaf if path == _KEPT else _transposed(leaf)
+    for path in expected
+    for leaf in (stored[tensor_name(path)],)
+  }
+
+
+def _transposed(leaf: Leaf) -> Leaf:
+  return Leaf(
+    leaf.shape[::-1], leaf.dtype, lambda index: leaf.read(index[::-1]).T
+  )
+
+
+def tensor_name(path: str) -> str:
+  """t5x's path of a parameter -> its name in transformers.
+
+  "decoder/layers_3/mlp/wi_0/kernel" ->
+  "decoder.block.3.layer.2.DenseReluDense.wi_0.weight".
+  """
+  parts = path.split("/")
+  if parts[0] == "token_embedder":
+    return _EMBEDDING
+  stack = parts[0]
+  match parts[1:]:
+    case ["logits_dense", _]:
+      return _HEAD
+    case ["relpos_bias", _]:
+      name = "block.0.layer.0.SelfAttention.relative_attention_bias"
+    case [norm, "scale"] if norm == f"{stack}_norm":
+      name = "final_layer_norm"
+    case [layer, part, *rest]:
+      place, module = _PLACES[part.removeprefix("pre_").removesuffix(_NORM)]
+      if stack == "encoder" and module == "DenseReluDense":
+        place = 1
+      if part.endswith(_NORM):
+        module = "layer_norm"
+      else:
+        module += f".{_PROJECTIONS.get(rest[0], rest[0])}"
+      name = f"block.{layer.removeprefix('layers_')}.layer.{place}.{module}"
+  return f"{stack}.{name}.weight"
+
+
+_NORM = "_layer_norm"
+_PLACES = {  # part of a layer, or what its norm is named for
+  "attention": (0, "SelfAttention"),
+  "self_attention": (0, "SelfAttention"),
+  "encoder_decoder_attention": (1, "EncDecAttention"),
+  "cross_attention": (1, "EncDecAttention"),
+  "mlp": (2, "DenseReluDense"),
+}
+_PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
+
+
+# The files that hold the tensors.
+
+
+def _stored_tensors(folder: Folder, mapped: bool) -> dict[str, Leaf]:
+  """{name: leaf} of all the weights in a folder."""
+  for name, read_file in (
+    ("model.safetensors", safetensors_file.read),
+    ("pytorch_model.bin", functools.partial(_read_torch, mapped=mapped)),
+  ):
+    if folder.has(name):
+      return dict(read_file(folder, name))
+    index = f"{name}.index.json"
+    if folder.has(index):
+      return _indexed(folder, index, read_file)
+  raise ValueError(
+    f"{folder.path} holds no weights: expected model.safetensors or "
+    "pytorch_model.bin, whole or in parts with an index."
+  )
+
+
+def _indexed(folder: Folder, index: str, read_file: Any) -> dict[str, Leaf]:
+  where = f"{folder.path}/{index}"
+  files = _read_json(folder, index).get("weight_map")
+  if not isinstance(files, dict):
+    raise ValueError(f"{where} lacks weight_map.")
+  tensors: dict[str, Leaf] = {}
+  for name in sorted(set(files.values())):
+    if not folder.has(name):
+      raise ValueError(f"{folder.path} lacks {name}, which {index} names.")
+    tensors |= read_file(folder, name)
+  if absent := sorted(files.keys() - tensors.keys()):
+    raise ValueError(
+      f"{where} names {', '.join(absent[:4])}, which no file holds."
+    )
+  return tensors
+
+
+def _read_torch(folder: Folder, name: str, mapped: bool) -> dict[str, Leaf]:
+  where = f"{folder.path}/{name}"
+  try:
+    # By name, since it is no dependency: safetensors need it not.
+    torch = importlib.import_module("torch")
+  except ImportError as error:
+    raise ValueError(
+      f"reading {where} needs PyTorch: pip install torch, or save the model as "
+      "safetensors where it is installed."
+    ) from error
+  if not folder.on_disk:
+    raise ValueError(f"{where} must be copied to disk, or be safetensors.")
+  try:
+    tensors = torch.load(
+      where, map_location="cpu", weights_only=True, mmap=mapped
+    )
+  except Exception as error:  # torch raises many types, for an old file too
+    text = " ".join(str(error).split())[:200]
+    raise ValueError(f"{where} can't be read: {text}") from error
+  return {
+    tensor: _torch_leaf(torch, where, tensor, value)
+    for tensor, value in tensors.items()
+  }
+
+
+def _torch_leaf(torch: Any, where: str, name: str, tensor: Any) -> Leaf:
+  if tensor.dtype == torch.bfloat16:
+    # NumPy has it from ml_dtypes, which torch doesn't know.
+    array = tensor.view(torch.int16).numpy().view(_BFLOAT16)
+  elif tensor.dtype in (torch.float32, torch.float16):
+    array = tensor.numpy()
+  else:
+    raise ValueError(
+      f"{where}: {name} is of dtype {tensor.dtype}, expected float32, bfloat16 "
+      "or float16."
+    )
+
+  def read(index: Index) -> np.ndarray:
+    return array[index]
+
+  return Leaf(array.shape, array.dtype, read)
+
+
+# Writing.
+
+
+class Vocabulary(NamedTuple):
+  """A SentencePiece model and what a tokenizer has to know of it."""
+
+  content: bytes
+  size: int
+  eos_id: int
+  special: dict[str, str]  # "eos_token" and so on -> piece
+
+
+def read_vocabulary(content: bytes) -> Vocabulary:
+  """Parses a SentencePiece model.
+
+  Raises:
+    ValueError: when it isn't one, or has no end of sequence.
+  """
+  try:
+    model = sentencepiece.SentencePieceProcessor(model_proto=content)
+  except RuntimeError as error:
+    raise ValueError(
+      "the vocabulary is not a SentencePiece model; give the content of a "
+      ".model file."
+    ) from error
+  ids = {
+    "eos_token": model.eos_id(),
+    "pad_token": model.pad_id(),
+    "unk_token": model.unk_id(),
+  }
+  if ids["eos_token"] < 0:
+    raise ValueError("the vocabulary has no end of sequence.")
+  special = {k: model.id_to_piece(i) for k, i in ids.items() if i >= 0}
+  return Vocabulary(content, model.get_piece_size(), ids["eos_token"], special)
+
+
+def save(
+  path: epath.Path,
+  config: T5Config,
+  views: Mapping[str, View],
+  vocabulary: Vocabulary | None,
+  max_shard_bytes: int,
+) -> None:
+  """Writes a folder that transformers' from_pretrained reads.
+
+  config.json comes last: without it the folder holds no model yet.
+
+  Args:
+    path: the folder; older weights in it are replaced.
+    config: of the model.
+    views: from `leaves.views`.
+    vocabulary: written next to the weights; None for none.
+    max_shard_bytes: more than this goes to several files.
+
+  Raises:
+    ValueError: when transformers has no name for the activations.
+  """
+  values = _config_values(config, views, vocabulary)
+  path.mkdir(parents=True, exist_ok=True)
+  (path / "config.json").unlink(missing_ok=True)
+  for old in path.glob("model*.safetensors*"):
+    old.unlink()
+  _save_weights(path, views, max_shard_bytes)
+  _write_json(
+    path / "generation_config.json",
+    {
+      name: values[name]
+      for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+    },
+  )
+  if vocabulary is not None:
+    (path / VOCABULARY).write_bytes(vocabulary.content)
+    # T5Tokenizer would append 100 sentinels to the pieces of the model.
+    _write_json(
+      path / "tokenizer_config.json",
+      {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "legacy": False}
+      | vocabulary.special,
+    )
+  _write_json(path / "config.json", values)
+
+
+def _config_values(
+  config: T5Config,
+  views: Mapping[str, View],
+  vocabulary: Vocabulary | None,
+) -> dict[str, Any]:
+  names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+  if config.mlp_activations not in names:
+    raise ValueError(
+      f"transformers has no T5 with mlp_activations {config.mlp_activations}; "
+      f"expected one of {', '.join(map(str, names))}."
+    )
+  return {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
+    "num_decoder_layers": config.num_decoder_layers,
+    "feed_forward_proj": names[config.mlp_activations],
+    "tie_word_embeddings": config.logits_via_embedding,
+    "scale_decoder_outputs": config.logits_via_embedding,
+    "dropout_rate": config.dropout_rate,
+    "layer_norm_epsilon": layers.NORM_EPSILON,
+    "relative_attention_num_buckets": config.relative_attention_num_buckets,
+    "relative_attention_max_distance": config.relative_attention_max_distance,
+    "is_encoder_decoder": True,
+    "decoder_start_token_id": layers.PAD_ID,
+    "pad_token_id": layers.PAD_ID,
+    "eos_token_id": 1 if vocabulary is None else vocabulary.eos_id,
+    "torch_dtype": str(views[_KEPT].dtype),
+  }
+
+
+def _save_weights(
+  path: epath.Path, views: Mapping[str, View], max_shard_bytes: int
+) -> None:
+  by_name = {tensor_name(p): (p, view) for p, view in views.items()}
+  tensors = {
+    name: (view.dtype, view.shape if p == _KEPT else view.shape[::-1])
+    for name, (p, view) in by_name.items()
+  }
+
+  def read_tensor(name: str) -> np.ndarray:
+    p, view = by_name[name]
+    return view.numpy() if p == _KEPT else view.numpy().T
+
+  sizes = {name: view.nbytes for name, (_, view) in by_name.items()}
+  files = list(_into_files(sizes, max_shard_bytes))
+  if len(files) == 1:
+    safetensors_file.write(path / "model.safetensors", tensors, read_tensor)
+    return
+  weight_map: dict[str, str] = {}
+  for i, names in enumerate(files, 1):
+    file = f"model-{i:05}-of-{len(files):05}.safetensors"
+    part = {name: tensors[name] for name in names}
+    safetensors_file.write(path / file, part, read_tensor)
+    weight_map |= dict.fromkeys(names, file)
+  _write_json(
+    path / "model.safetensors.index.json",
+    {
+      "metadata": {"total_size": sum(sizes.values())},
+      "weight_map": weight_map,
+    },
+  )
+
+
+def _into_files(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+  """Names, in order, in lists of at most `limit` bytes, or of one name."""
+  names: list[str] = []
+  total = 0
+  for name, size in sizes.items():
+    if names and total + size > limit:
+      yield names
+      names, total = [], 0
+    names.append(name)
+    total += size
+  yield names
+
+
+def _write_json(path: epath.Path, values: Any) -> None:
+  partial = path.parent / f".{path.name}.partial"
+  partial.write_text(json.dumps(values, indent=2) + "\n")
+  partial.replace(path)

@@ -1,0 +1,225 @@
+"""A T5's parameters, leaf by leaf.
+
+A format (huggingface.py, t5x.py, orbax.py) says what a checkpoint holds: the
+config and, for each path of the tree, a `Leaf` that can read a part of itself.
+`assemble` makes the tree of them, on the host or straight on the devices, with
+no more than one leaf in memory that is not part of the result. `views` is the
+way back: the leaves of a tree, one after the other, as a format writes them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from clp_jax.models import t5
+
+Params = Any
+Index = tuple[slice, ...]
+Shardings = Any  # a tree of jax.sharding.Sharding, or T5Config -> such a tree
+
+
+class Leaf(NamedTuple):
+  """A stored array."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[Index], np.ndarray]  # a part of it
+
+  def all(self) -> np.ndarray:
+    """All of it."""
+    return self.read((slice(None),) * len(self.shape))
+
+  @property
+  def nbytes(self) -> int:
+    """Size in bytes."""
+    return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """A nested dict as {"a/b/c": leaf}."""
+  return traverse_util.flatten_dict(tree, sep="/")
+
+
+def unflatten(leaves: Mapping[str, Any]) -> Any:
+  """The inverse of `flatten`."""
+  return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def expected_shapes(config: t5.T5Config) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of t5x's tree (`layers_0`, ...) of a config."""
+  unrolled = dataclasses.replace(config, scan_layers=False)
+  abstract = flatten(t5.abstract_params(unrolled))
+  return {path: leaf.shape for path, leaf in abstract.items()}
+
+
+def check(
+  where: str,
+  expected: Mapping[str, tuple[int, ...]],
+  found: Mapping[str, tuple[int, ...]],
+) -> None:
+  """Checks the names and shapes of a checkpoint's tensors.
+
+  Raises:
+    ValueError: names what is missing, superfluous, or of the wrong shape.
+  """
+  problems = []
+  if missing := sorted(expected.keys() - found.keys()):
+    problems.append(f"it lacks {_some(missing)}")
+  if extra := sorted(found.keys() - expected.keys()):
+    problems.append(f"it holds {_some(extra)} as well")
+  problems += [
+    f"{name} has shape {tuple(found[name])}, expected {tuple(shape)}"
+    for name, shape in expected.items()
+    if name in found and tuple(found[name]) != tuple(shape)
+  ][:3]
+  if problems:
+    raise ValueError(
+      f"{where} does not hold the T5 that it describes: {'; '.join(problems)}."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+  more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+  return ", ".join(names[:4]) + more
+
+
+def assemble(
+  config: t5.T5Config,
+  leaves: Mapping[str, Leaf],
+  *,
+  shardings: Shardings | None,
+  dtype: Any,
+  scan_layers: bool,
+) -> tuple[t5.T5Config, Params]:
+  """The parameter tree of a checkpoint.
+
+  Args:
+    config: of the checkpoint.
+    leaves: by path of t5x's tree, checked.
+    shardings: where the arrays go; None is the host.
+    dtype: to convert to; None keeps what is stored.
+    scan_layers: stack the layers' leaves.
+
+  Returns:
+    (config, params): params of NumPy arrays, or of jax.Arrays on `shardings`.
+  """
+  config = dataclasses.replace(config, scan_layers=scan_layers)
+  paths = list(flatten(t5.abstract_params(config)))
+  if callable(shardings):
+    shardings = shardings(config)
+  at = None if shardings is None else flatten(shardings)
+  if at is not None and at.keys() != set(paths):
+    raise ValueError(
+      "shardings must be a tree like the parameters': expected "
+      f"{_some(sorted(set(paths) - at.keys()))}, got "
+      f"{_some(sorted(at.keys() - set(paths)))}."
+    )
+  params = {}
+  for path in paths:
+    leaf = _layers_of(leaves, path) if "/layers/" in path else leaves[path]
+    array_dtype = leaf.dtype if dtype is None else np.dtype(dtype)
+    if at is None:
+      params[path] = leaf.all().astype(array_dtype, copy=False)
+    else:
+      params[path] = _place(leaf, at[path], array_dtype)
+  return config, unflatten(params)
+
+
+def _layers_of(leaves: Mapping[str, Leaf], path: str) -> Leaf:
+  """The leaves of all layers as one with a leading axis L."""
+  stack, rest = path.split("/layers/")
+  layers: list[Leaf] = []
+  while (name := f"{stack}/layers_{len(layers)}/{rest}") in leaves:
+    layers.append(leaves[name])
+
+  def read(index: Index) -> np.ndarray:
+    chosen = layers[index[0]]
+    parts = (layer.read(index[1:]) for layer in chosen)
+    first = next(parts)
+    stacked = np.empty((len(chosen), *first.shape), first.dtype)
+    stacked[0] = first
+    for i, part in enumerate(parts, 1):
+      stacked[i] = part
+    return stacked
+
+  return Leaf((len(layers), *layers[0].shape), layers[0].dtype, read)
+
+
+def _place(leaf: Leaf, sharding: jax.sharding.Sharding, dtype: Any):
+  """Reads each device's part, and what several devices share only once."""
+  parts: dict[tuple, np.ndarray] = {}
+
+  def part(index: Any) -> np.ndarray:
+    key = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
+    if key not in parts:
+      parts[key] = leaf.read(index).astype(dtype, copy=False)
+    return parts[key]
+
+  return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+
+class View(NamedTuple):
+  """A leaf of t5x's tree, not copied yet: maybe one layer of a stack."""
+
+  array: Any  # numpy or jax
+  layer: int | None
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Its shape."""
+    return self.array.shape[self.layer is not None :]
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Its dtype."""
+    return np.dtype(self.array.dtype)
+
+  @property
+  def nbytes(self) -> int:
+    """Size in bytes."""
+    return int(np.prod(self.shape)) * self.dtype.itemsize
+
+  def numpy(self) -> np.ndarray:
+    """On the host."""
+    array = self.array if self.layer is None else self.array[self.layer]
+    return np.asarray(array)
+
+
+def views(config: t5.T5Config, params: Params) -> dict[str, View]:
+  """The leaves of a tree under t5x's paths, stacked layers taken apart.
+
+  Raises:
+    ValueError: when the tree is not one of `config`.
+  """
+  found = {}
+  for path, leaf in flatten(params).items():
+    if "/layers/" in path:
+      stack, rest = path.split("/layers/")
+      for i in range(leaf.shape[0]):
+        found[f"{stack}/layers_{i}/{rest}"] = View(leaf, i)
+    else:
+      found[path] = View(leaf, None)
+  check("params", expected_shapes(config), shapes(found))
+  return found
+
+
+def shapes(leaves: Mapping[str, Leaf | View]) -> dict[str, tuple[int, ...]]:
+  """{path: shape}."""
+  return {path: leaf.shape for path, leaf in leaves.items()}
+
+
+def same(a: Leaf, b: Leaf, rows: int = 4096) -> bool:
+  """Whether two stored arrays are equal bit for bit, read in blocks of rows."""
+  if a.shape != b.shape or a.dtype != b.dtype:
+    return False
+  blocks: Iterable[int] = range(0, a.shape[0], rows)
+  rest = (slice(None),) * (len(a.shape) - 1)
+  return all(
+    a.read((slice(i, i + rows), *rest)).tobytes()
+    == b.read((slice(i, i + rows), *rest)).tobytes()
+    for i in blocks
+  )

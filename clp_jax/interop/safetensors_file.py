@@ -1,0 +1,171 @@
+"""The safetensors format: a JSON header, then the tensors' bytes.
+
+The `safetensors` library maps a whole file into memory, so that a checkpoint
+counts twice while it is being read, and reads from disk only. The format is
+simple enough to read the parts that are needed, from gs:// too:
+
+  8 bytes        N, little-endian
+  N bytes        {name: {"dtype", "shape", "data_offsets": [first, last]}}
+  the rest       tensors in C order; offsets count from here
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from clp_jax.interop.leaves import Index, Leaf
+from clp_jax.interop.storage import Folder
+
+DTYPES = {
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(jnp.bfloat16),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BLOCK = 16 << 20  # bytes read at a time
+_MAX_HEADER = 100 << 20  # the library's own limit
+
+
+def read(folder: Folder, name: str) -> dict[str, Leaf]:
+  """The tensors of a file, none of them read yet.
+
+  Args:
+    folder: where the file is.
+    name: of the file.
+
+  Returns:
+    {tensor name: leaf}.
+
+  Raises:
+    ValueError: when the file is truncated, isn't one, or holds integers.
+  """
+  where = f"{folder.path}/{name}"
+  try:
+    length = int.from_bytes(folder.read(name, 0, 8), "little")
+    if length > _MAX_HEADER:
+      raise ValueError(f"its header would have {length} bytes")
+    header = json.loads(folder.read(name, 8, 8 + length))
+    header.pop("__metadata__", None)
+    tensors = {
+      tensor: _leaf(folder, name, tensor, entry, 8 + length)
+      for tensor, entry in header.items()
+    }
+    last = max((e["data_offsets"][1] for e in header.values()), default=0)
+    if last:
+      folder.read(name, 8 + length + last - 1, 8 + length + last)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{where} is not a complete safetensors file ({_brief(error)}); copy it "
+      "again."
+    ) from error
+  return tensors
+
+
+def _brief(error: Exception) -> str:
+  text = " ".join(str(error).split()).split(" [", 1)[0]
+  return text if isinstance(error, ValueError) else repr(error)
+
+
+def _leaf(
+  folder: Folder, name: str, tensor: str, entry: Mapping[str, Any], base: int
+) -> Leaf:
+  first, last = entry["data_offsets"]
+  shape = tuple(entry["shape"])
+  if entry["dtype"] not in DTYPES:
+    raise ValueError(
+      f"{tensor} is of dtype {entry['dtype']}, expected one of "
+      f"{', '.join(DTYPES)}"
+    )
+  dtype = DTYPES[entry["dtype"]]
+  if last - first != int(np.prod(shape)) * dtype.itemsize or first < 0:
+    raise ValueError(
+      f"{tensor} of shape {shape}, {entry['dtype']}, has {last - first} bytes"
+    )
+
+  def read_part(index: Index) -> np.ndarray:
+    return _read_part(folder, name, base + first, shape, dtype, index)
+
+  return Leaf(shape, dtype, read_part)
+
+
+def _read_part(
+  folder: Folder,
+  name: str,
+  offset: int,
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+  index: Index,
+) -> np.ndarray:
+  """Rows are read as they lie; columns are cut out of blocks of whole rows."""
+  ranges = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+  part = np.empty([len(r) for r in ranges], dtype)
+  row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+  if not part.size:
+    return part
+  rows = max(1, _BLOCK // row_bytes)
+  for start in range(0, len(ranges[0]), rows):
+    stop = min(start + rows, len(ranges[0]))
+    first = ranges[0].start + start
+    content = folder.read(
+      name,
+      offset + first * row_bytes,
+      offset + (first + stop - start) * row_bytes,
+    )
+    block = np.frombuffer(content, dtype).reshape(-1, *shape[1:])
+    part[start:stop] = block[(slice(None), *index[1:])]
+  return part
+
+
+def write(
+  path: epath.Path,
+  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+  read_tensor: Callable[[str], np.ndarray],
+) -> None:
+  """Writes a file, one tensor in memory at a time; whole or not at all.
+
+  Args:
+    path: of the file.
+    tensors: {name: (dtype, shape)}, in the order of the file.
+    read_tensor: name -> array.
+
+  Raises:
+    ValueError: for a dtype that the format doesn't have.
+  """
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  offset = 0
+  for name, (dtype, shape) in tensors.items():
+    end = offset + int(np.prod(shape)) * dtype.itemsize
+    if dtype not in _NAMES:
+      raise ValueError(
+        f"{name} is of dtype {dtype}, expected one of "
+        f"{', '.join(map(str, _NAMES))}."
+      )
+    header[name] = {
+      "dtype": _NAMES[dtype],
+      "shape": list(shape),
+      "data_offsets": [offset, end],
+    }
+    offset = end
+  encoded = json.dumps(header, separators=(",", ":")).encode()
+  encoded += b" " * (-len(encoded) % 8)  # so that the tensors are aligned
+  partial = path.parent / f".{path.name}.partial"
+  with partial.open("wb") as file:
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for part in _parts(tensors, read_tensor):
+      file.write(part)
+  partial.replace(path)
+
+
+def _parts(
+  tensors: Iterable[str], read_tensor: Callable[[str], np.ndarray]
+) -> Iterable[bytes]:
+  """The bytes of each array in C order, in blocks."""
+  for name in tensors:
+    array = read_tensor(name)
+    rows = max(1, _BLOCK // max(1, array[:1].nbytes))
+    for start in range(0, len(array), rows):
+      yield array[start : start + rows].tobytes()
