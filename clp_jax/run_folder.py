@@ -107,6 +107,7 @@ def save_model(
     checkpointer.save(path / "reference", reference, force=True)
   # Last: its presence says that all three are complete.
   write_json(path / "model.json", dataclasses.asdict(model_config))
+  multihost_utils.sync_global_devices("model saved")
 
 
 def has_model(workdir: str) -> bool:
