@@ -9,32 +9,57 @@ import json
 from collections.abc import Iterator
 
 import ml_collections
+from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from clp_jax import conditioning
 from clp_jax.algorithms import reinforce
+from clp_jax.data.tasks import check_template
 from clp_jax.rewards import base
 from clp_jax.weightings import Distribution
 
 ALGORITHMS = ("reinforce",)
 OPTIMIZERS = ("adam", "adafactor")
 NORMALISATIONS = ("none", "fixed", "running")
+HEADS = ("linear", "token")
 
 
 class ConfigError(ValueError):
   """A config that can't be trained; the message says what to change."""
 
 
-def reward(source: str, normalise: str = "none") -> ml_collections.ConfigDict:
+def reward(
+  source: str, normalise: str = "none", **options
+) -> ml_collections.ConfigDict:
   """The description of one objective under `config.rewards`.
 
   Args:
-    source: a built-in reward ("rouge") or the import path of any callable
-      (documents, references, responses) -> [B], "package.module:name".
+    source: a built-in reward ("rouge", "length", "entailment", "preference") or
+      the import path of any callable (documents, references, responses) -> [B],
+      "package.module:name".
     normalise: "none"; "fixed", by mean and deviation under the reference
       policy; "running", by those of all training samples so far.
+    **options: the source's own settings, its keyword arguments.
   """
-  return ml_collections.ConfigDict({"source": source, "normalise": normalise})
+  return ml_collections.ConfigDict(
+    {"source": source, "normalise": normalise} | options
+  )
+
+
+def model_reward(source: str, **options) -> ml_collections.ConfigDict:
+  """The description of an "entailment" or "preference" reward.
+
+  Its `model`, the folder of a T5, is left to be given; the settings that depend
+  on the machine are listed so that a command line can change them.
+  """
+  settings = {
+    "model": config_dict.placeholder(str),
+    "batch": 64,  # rows scored together, on all devices
+    "dtype": "float32",  # of the computation
+    "scan_layers": False,
+    "fsdp": False,  # cut parameters over the data axis too
+  }
+  return reward(source, **(settings | options))
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -57,9 +82,21 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.remat = "none"  # none, minimal or full
 
   c.data = ml_collections.ConfigDict()
-  c.data.task = "newsroom"  # a seqio task
+  # Either a seqio task: newsroom, xsum, tldr or one of your own, as
+  # package.module:name ...
+  c.data.task = config_dict.placeholder(str)
+  c.data.task = "newsroom"
   c.data.train_split = "train"
   c.data.eval_split = "validation"
+  c.data.use_cached = False  # read what seqio_cache_tasks wrote
+  c.data.cache_dirs = ()  # folders to look for it in
+  # ... or JSONL files, each a path or a glob: splits "train" and "validation".
+  c.data.train = config_dict.placeholder(str)
+  c.data.eval = config_dict.placeholder(str)
+  c.data.document_field = "document"
+  c.data.reference_field = "summary"
+  # Makes a model's input of a document: "summarize: {document}".
+  c.data.template = config_dict.placeholder(str)
   c.data.source_length = 512  # tokens, EOS included; longer inputs are cut
   c.data.target_length = 64  # tokens, EOS included; also the decoding limit
 
@@ -106,6 +143,20 @@ def get_config() -> ml_collections.ConfigDict:
   c.sft.dropout = 0.0
   c.sft.checkpoint_every = 100
 
+  # `clp train-reward`: a preference model from pairs. Then data.train and
+  # data.eval hold lines with data.document_field, "chosen" and "rejected".
+  c.reward_model = ml_collections.ConfigDict()
+  c.reward_model.head = "linear"  # or token: the logit of `token` is the score
+  c.reward_model.token = "1"
+  c.reward_model.template = "document: {document} summary: {summary}"
+  c.reward_model.steps = 1000
+  c.reward_model.batch = 32  # pairs
+  c.reward_model.learning_rate = 1e-4
+  c.reward_model.warmup_steps = 20
+  c.reward_model.decay_steps = config_dict.placeholder(int)
+  c.reward_model.dropout = 0.0
+  c.reward_model.checkpoint_every = 100
+
   c.eval = ml_collections.ConfigDict()
   c.eval.grid = 11  # points an edge of the simplex
   c.eval.prompts = 256
@@ -143,15 +194,23 @@ def as_config_error() -> Iterator[None]:
     raise ConfigError(str(error)) from error
 
 
-def load_rewards(config: ml_collections.ConfigDict) -> list[base.Reward]:
+def load_rewards(
+  config: ml_collections.ConfigDict, mesh: Mesh | None = None
+) -> list[base.Reward]:
   """The rewards of the config's objectives, in their order.
+
+  Args:
+    config: a training config.
+    mesh: where rewards that are models run; None takes all devices as the data
+      axis.
 
   Raises:
     ConfigError: when one can't be loaded.
+    RunError: when its model is a run that can't be read.
   """
   with as_config_error():
     return [
-      base.load_reward(name, config.rewards[name].to_dict())
+      base.load_reward(name, config.rewards[name].to_dict(), mesh)
       for name in config.objectives
     ]
 
@@ -166,6 +225,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of("steering", config.steering, conditioning.STEERING)
   _one_of("reinforce.baseline", config.reinforce.baseline, reinforce.BASELINES)
   _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
+  _one_of("reward_model.head", config.reward_model.head, HEADS)
+  _validate_data(config.data)
+  if config.model.init is None:
+    raise ConfigError(
+      "model.init is not set; give the folder of a T5, or the name of a preset "
+      "to start from random parameters."
+    )
   objectives = tuple(config.objectives)
   if not objectives:
     raise ConfigError("objectives is empty; name at least one reward.")
@@ -193,12 +259,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
     "train.microbatches train.checkpoint_every train.keep "
     "train.log_samples_every train.normalisation_batches sft.batch "
     "sft.learning_rate sft.checkpoint_every rollout.temperature "
-    "eval.prompts eval.samples eval.batch mesh.model"
+    "reward_model.batch reward_model.learning_rate "
+    "reward_model.checkpoint_every eval.prompts eval.samples eval.batch "
+    "mesh.model"
   )
   for path in positive.split():
     if not _get(config, path) > 0:  # also false for NaN
       raise ConfigError(f"{path} must be > 0, got {_get(config, path)}.")
-  for path in "train.steps sft.steps sft.warmup_steps".split():
+  not_negative = (
+    "train.steps sft.steps sft.warmup_steps reward_model.steps "
+    "reward_model.warmup_steps"
+  )
+  for path in not_negative.split():
     if not _get(config, path) >= 0:
       raise ConfigError(f"{path} must be >= 0, got {_get(config, path)}.")
   if config.eval.grid < 2:
@@ -222,6 +294,31 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f"eval.reference_point has {len(point)} values for {len(objectives)} "
       "objectives; give one each, or None for the origin."
     )
+
+
+def _validate_data(data: ml_collections.ConfigDict) -> None:
+  if (data.task is None) == (data.train is None):
+    raise ConfigError(
+      f"set exactly one of data.task and data.train, got {data.task!r} and "
+      f"{data.train!r}; the other is None. For files of your own start from "
+      "configs/jsonl.py."
+    )
+  if data.train is None:
+    for name in ("eval", "train"):
+      if data[name] is not None:
+        raise ConfigError(
+          f"data.{name} = {data[name]!r} is for JSONL data, but data.task = "
+          f"{data.task!r} is set; set data.eval_split, or data.train instead "
+          "of data.task."
+        )
+  elif data.use_cached:
+    raise ConfigError(
+      "data.use_cached is for a data.task that seqio_cache_tasks has cached; "
+      "JSONL files are read as they are."
+    )
+  if data.template is not None:
+    with as_config_error():
+      check_template(data.template)
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict:

@@ -11,7 +11,7 @@ from clp_jax import config as config_lib
 from clp_jax import run_folder
 from clp_jax.config import ConfigError
 from clp_jax.data import tasks
-from clp_jax.data.vocabulary import load_vocabulary
+from clp_jax.data.vocabulary import load_vocabulary, loaded
 from clp_jax.models import t5
 from clp_jax.models.presets import PRESETS
 from clp_jax.train import checkpoints
@@ -81,8 +81,13 @@ def _vocabulary(config: ml_collections.ConfigDict) -> Any:
   with config_lib.as_config_error():
     if config.model.vocabulary is not None:
       return load_vocabulary(config.model.vocabulary)
+    if config.data.task is None:
+      raise ConfigError(
+        f"model.init = {config.model.init} starts from random parameters and "
+        "has no vocabulary; set model.vocabulary, a SentencePiece .model file."
+      )
     task = tasks.get_task(config.data.task)
-  return task.output_features["inputs"].vocabulary
+    return loaded(task.output_features["inputs"].vocabulary)
 
 
 def _computation(

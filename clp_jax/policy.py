@@ -272,8 +272,9 @@ class Policy:
   def _tokenize(self, texts: list[str]) -> np.ndarray:
     from clp_jax.data import tasks
 
+    data = self.config.data
     tokens = tasks.tokenize_inputs(
-      self.vocabulary, texts, self.config.data.source_length
+      self.vocabulary, texts, data.source_length, data.template
     )
     return _pad_rows(tokens, self._batch_rows(len(texts)))
 

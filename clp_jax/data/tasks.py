@@ -12,19 +12,31 @@ and targets_pretokenized). Training batches are numbered. To make batch k:
 
 So batch k depends on nothing but (task, split, B, seed, k), and starting at k
 means leaving out whole epochs and skipping untokenised examples of one.
+
+A prompt template, such as "summarize: {document}", makes the inputs of any task
+from its documents; rewards and logs still see the document itself.
+
+A task that seqio's own tool has cached (seqio_cache_tasks; the task needs a
+seqio.CacheDatasetPlaceholder) is read from the cache when that is asked for:
+its examples are then tokenised already, by the vocabulary it was cached with.
 """
 
+import contextlib
 import dataclasses
+import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from clp_jax.data import newsroom
+from clp_jax.data import corpora, newsroom
 from clp_jax.data.vocabulary import PAD, import_seqio
 
-# Examples shuffled together. Memory bounds it: article texts are kilobytes.
+# Examples shuffled together. Memory bounds it: article texts are kilobytes, the
+# row numbers that stand for the rows of a file are not.
 _SHUFFLE_BUFFER = 2**15
+_SHUFFLE_BUFFER_NUMBERS = 2**22
+_DOCUMENT = "{document}"
 
 
 class Batch(NamedTuple):
@@ -34,13 +46,15 @@ class Batch(NamedTuple):
   decoder_target_tokens: np.ndarray  # [b, T] int32, EOS included, 0-padded
   documents: list[str]  # [b]
   references: list[str]  # [b]
+  num_cut: int = 0  # rows whose input was longer than S
 
 
 def get_task(name: str, vocabulary: Any = None) -> Any:
   """Finds a seqio Task.
 
   Args:
-    name: `newsroom`, or a task in seqio's registry.
+    name: `newsroom`, `xsum`, `tldr`, a task in seqio's registry, or
+      `package.module:name`, where importing the module registers the task.
     vocabulary: a seqio.SentencePieceVocabulary to tokenise with instead of the
       task's own, for a model that has another; None keeps the task's.
 
@@ -53,12 +67,25 @@ def get_task(name: str, vocabulary: Any = None) -> Any:
   _, seqio = import_seqio()
   if name == "newsroom":
     newsroom.register_task()
+  elif name in corpora.CORPORA:
+    corpora.register_task(name)
+  elif name not in seqio.TaskRegistry.names() and ":" in name:
+    module, _, name = name.partition(":")
+    try:
+      importlib.import_module(module)
+    except Exception as error:  # importing runs the user's code: all can happen
+      raise ValueError(
+        f"can't import {module!r}, which should register the seqio task "
+        f"{name!r}: {type(error).__name__}: {error}; correct the path, or add "
+        "its folder to PYTHONPATH."
+      ) from error
   names = seqio.TaskRegistry.names()
   if name not in names:
     raise ValueError(
-      f"there is no seqio task {name!r}; registered are "
-      f"{', '.join(sorted({'newsroom', *names}))}. A task of your own must be "
-      "registered (seqio.TaskRegistry.add) before."
+      f"there is no seqio task {name!r}; there are "
+      f"{', '.join(sorted({'newsroom', *corpora.CORPORA, *names}))}. Name one "
+      "of your own as package.module:task, where the module registers it "
+      "(seqio.TaskRegistry.add)."
     )
   task = seqio.TaskRegistry.get(name)
   if vocabulary is None:
@@ -69,6 +96,120 @@ def get_task(name: str, vocabulary: Any = None) -> Any:
       for key, feature in task.output_features.items()
     }
   )
+
+
+def from_cache(task: Any, cache_dirs: Sequence[str] = ()) -> Any:
+  """The same task, read from what seqio_cache_tasks wrote.
+
+  Args:
+    task: a seqio.Task with a seqio.CacheDatasetPlaceholder.
+    cache_dirs: folders to look in, after those that seqio was told of.
+
+  Returns:
+    A seqio.Task whose source is the cache; a split that was cached with another
+    vocabulary is refused when it is read.
+
+  Raises:
+    ValueError: the task can't be cached, or is not in any of the folders.
+  """
+  _, seqio = import_seqio()
+  if not task.supports_caching:
+    raise ValueError(
+      f"task {task.name!r} has no seqio.CacheDatasetPlaceholder among its "
+      "preprocessors, so that it can't be cached; set data.use_cached=False."
+    )
+  known = seqio.get_global_cache_dirs()
+  seqio.add_global_cache_dirs([d for d in cache_dirs if d not in known])
+  if task.cache_dir is None:
+    raise ValueError(
+      f"task {task.name!r} is not cached in any of "
+      f"{', '.join(seqio.get_global_cache_dirs()) or 'no folders'}; run "
+      "seqio_cache_tasks, correct data.cache_dirs or set data.use_cached=False."
+    )
+
+  def dataset(split, shuffle_files=False):
+    del shuffle_files
+    examples = task.get_dataset(
+      split=split,
+      use_cached=True,
+      shuffle=False,
+      trim_output_features=False,
+      try_in_mem_cache=False,
+    )
+    _check_cached_tokens(task, next(examples.take(1).as_numpy_iterator(), None))
+    return examples
+
+  sizes = {}
+  for split in task.splits:
+    # The tool leaves out splits that are not read.
+    with contextlib.suppress(ValueError):
+      sizes[split] = task.get_cached_stats(split)["examples"]
+  return task.replace(
+    source=seqio.FunctionDataSource(
+      dataset, splits=list(sizes), num_input_examples=sizes
+    ),
+    preprocessors=[],
+  )
+
+
+def _check_cached_tokens(task: Any, example: dict[str, Any] | None) -> None:
+  """Raises a ValueError if they are those of another vocabulary."""
+  if example is None or "inputs_pretokenized" not in example:
+    return
+  feature = task.output_features["inputs"]
+  tokens = feature.vocabulary.encode(example["inputs_pretokenized"].decode())
+  if example["inputs"].tolist()[: len(tokens)] != tokens:
+    raise ValueError(
+      f"the cache of task {task.name!r} in {task.cache_dir} was made with "
+      "another vocabulary than the model's; cache it again with that one, or "
+      "set data.use_cached=False."
+    )
+
+
+def with_template(task: Any, template: str) -> Any:
+  """The same task, with its inputs made from its documents by a template.
+
+  Args:
+    task: a seqio.Task.
+    template: text that holds "{document}" once; no other braces are special.
+
+  Returns:
+    A seqio.Task.
+
+  Raises:
+    ValueError: the template is not one.
+  """
+  tf, seqio = import_seqio()
+  check_template(template)
+  before, after = template.split(_DOCUMENT)
+  feature = task.output_features["inputs"]
+
+  def fill(example):
+    if "document" in example:
+      document = example["document"]
+    elif "inputs_pretokenized" in example:
+      document = example["inputs_pretokenized"]
+    else:
+      return example  # refused, with the names it has, when batches are made
+    text = tf.strings.join([before, document, after])
+    tokens = tf.cast(feature.vocabulary.encode_tf(text), feature.dtype)
+    if feature.add_eos:
+      eos = tf.constant([feature.vocabulary.eos_id], feature.dtype)
+      tokens = tf.concat([tokens, eos], 0)
+    return example | {"document": document, "inputs": tokens}
+
+  return task.replace(
+    preprocessors=[*task.preprocessors, seqio.map_over_dataset(fill)]
+  )
+
+
+def check_template(template: str) -> None:
+  """Raises a ValueError unless the template holds "{document}" once."""
+  if template.count(_DOCUMENT) != 1:
+    raise ValueError(
+      f"the template {template!r} must hold {_DOCUMENT} exactly once, such as "
+      f"'summarize: {_DOCUMENT}'; None takes documents as they are."
+    )
 
 
 def train_batches(
@@ -126,10 +267,12 @@ def train_batches(
   raw, count = _raw(task, split)
   rows = batch_size // process_count
   first_epoch, skip = divmod(start * batch_size, count)
+  texts = any(spec.dtype == tf.string for spec in raw.element_spec.values())
+  buffer = _SHUFFLE_BUFFER if texts else _SHUFFLE_BUFFER_NUMBERS
 
   def epoch(number):
     return raw.shuffle(
-      min(count, _SHUFFLE_BUFFER),
+      min(count, buffer),
       seed=number * 1_000_003 + seed,  # distinct for seeds below a million
       reshuffle_each_iteration=False,
     )
@@ -180,6 +323,15 @@ def eval_batch(
   )
 
 
+def count(task: Any, split: str) -> int:
+  """Examples of a split.
+
+  Raises:
+    ValueError: the split is absent or empty, or can't be read.
+  """
+  return _raw(task, split)[1]
+
+
 def _raw(task: Any, split: str) -> tuple[Any, int]:
   """A split's examples before preprocessing, in order, and their number."""
   tf, _ = import_seqio()
@@ -188,7 +340,15 @@ def _raw(task: Any, split: str) -> tuple[Any, int]:
       f"task {task.name!r} has no split {split!r}; it has "
       f"{', '.join(task.splits) or 'none'}."
     )
-  raw = task.source.get_dataset(split=split, shuffle=False)
+  try:
+    raw = task.source.get_dataset(split=split, shuffle=False)
+  except ValueError:
+    raise
+  except Exception as error:  # a source may be the user's or TFDS's code
+    raise ValueError(
+      f"can't read split {split!r} of task {task.name!r}: "
+      f"{type(error).__name__}: {error}"
+    ) from error
   count = int(raw.cardinality())
   if count == tf.data.UNKNOWN_CARDINALITY:
     count = int(raw.reduce(np.int64(0), lambda total, _: total + 1))
@@ -219,7 +379,9 @@ def _batches(
 
   def preprocess(dataset):
     dataset = task.preprocess_precache(dataset)
-    return task.preprocess_postcache(dataset, lengths)
+    # One token more than there is room for tells what has to be cut.
+    room = {key: length + 1 for key, length in lengths.items()}
+    return task.preprocess_postcache(dataset, room)
 
   # A filter among the preprocessors would shift all later rows, silently.
   one = examples.take(1).apply(tf.data.experimental.assert_cardinality(1))
@@ -238,8 +400,13 @@ def _batches(
 
   def select(example):
     selected = {key: example[name] for key, name in features.items()}
+    selected["cut"] = tf.size(selected["inputs"]) > source_length
     for key, length in lengths.items():
-      selected[key] = tf.cast(selected[key][:length], tf.int32)
+      tokens = tf.cast(selected[key], tf.int32)
+      tail = tokens[length - 1 :]
+      # Of what is longer, the last token is EOS, and stays.
+      tail = tail[-1:] if task.output_features[key].add_eos else tail[:1]
+      selected[key] = tf.concat([tokens[: length - 1], tail], 0)
     return selected
 
   options = tf.data.Options()
@@ -249,6 +416,7 @@ def _batches(
     "targets": [target_length],
     "document": [],
     "reference": [],
+    "cut": [],
   }
   dataset = dataset.map(select).padded_batch(rows, padded).prefetch(2)
   return _read(dataset.with_options(options))
@@ -273,11 +441,15 @@ def _read(dataset: Any) -> Iterator[Batch]:
       decoder_target_tokens=batch["targets"],
       documents=[text.decode(errors="replace") for text in batch["document"]],
       references=[text.decode(errors="replace") for text in batch["reference"]],
+      num_cut=int(batch["cut"].sum()),
     )
 
 
 def tokenize_inputs(
-  vocabulary: Any, texts: Sequence[str], source_length: int
+  vocabulary: Any,
+  texts: Sequence[str],
+  source_length: int,
+  template: str | None = None,
 ) -> np.ndarray:
   """Tokenises documents as a task does its inputs.
 
@@ -285,6 +457,7 @@ def tokenize_inputs(
     vocabulary: a seqio.SentencePieceVocabulary.
     texts: [B] documents.
     source_length: S, tokens, EOS included; longer documents are cut.
+    template: as in `with_template`; None takes the documents as they are.
 
   Returns:
     [B, S] int32, 0-padded, every row ending in EOS.
@@ -299,6 +472,8 @@ def tokenize_inputs(
     )
   tokens = np.full([len(texts), source_length], PAD, np.int32)
   for row, text in zip(tokens, texts, strict=True):
+    if template is not None:
+      text = template.replace(_DOCUMENT, text)
     ids = vocabulary.encode(text)[: source_length - 1]
     row[: len(ids) + 1] = [*ids, vocabulary.eos_id]
   return tokens

@@ -120,8 +120,33 @@ def load_vocabulary(path: str | os.PathLike, extra_ids: int = 0) -> Any:
     ValueError: the file can't be read or is no SentencePiece model, or it lacks
       an EOS, or its PAD is not 0.
   """
-  tf, seqio = import_seqio()
-  vocabulary = seqio.SentencePieceVocabulary(os.fspath(path), extra_ids)
+  _, seqio = import_seqio()
+  return loaded(seqio.SentencePieceVocabulary(os.fspath(path), extra_ids))
+
+
+def vocabulary_from_bytes(model: bytes) -> Any:
+  """Loads a SentencePiece model from its file's content; see above."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "vocabulary.model")
+    with open(path, "wb") as file:
+      file.write(model)
+    return load_vocabulary(path)  # keeps the model, not the file
+
+
+def loaded(vocabulary: Any) -> Any:
+  """Reads the file of a vocabulary, if that has not happened, and checks it.
+
+  Args:
+    vocabulary: a seqio.SentencePieceVocabulary.
+
+  Returns:
+    The same.
+
+  Raises:
+    ValueError: as `load_vocabulary`.
+  """
+  tf, _ = import_seqio()
+  path = vocabulary.sentencepiece_model_file
   try:
     vocabulary.load_model()
   except (tf.errors.OpError, OSError) as error:

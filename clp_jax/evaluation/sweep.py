@@ -22,6 +22,7 @@ from clp_jax.models import decoding, t5
 from clp_jax.policy import Policy
 from clp_jax.rewards import base as rewards_lib
 from clp_jax.rollout import row_keys
+from clp_jax.train.data import eval_batch
 
 METHODS = {
   "full": "full-CLP",
@@ -70,13 +71,7 @@ def sweep(
     RewardError: when a reward fails its checks.
   """
   config = policy.config
-  batch = tasks.eval_batch(
-    tasks.get_task(config.data.task, policy.vocabulary),
-    config.data.eval_split,
-    num_examples=num_prompts,
-    source_length=config.data.source_length,
-    target_length=config.data.target_length,
-  )
+  batch = eval_batch(config, policy.vocabulary, num_prompts)
   measure = make_measure(policy, rewards, batch, seed)
   points, samples = [], []
   todo = weightings_grid(policy, grid)
@@ -116,6 +111,8 @@ def sweep(
       "max_length": config.data.target_length,
       "split": config.data.eval_split,
       "seed": seed,
+      "source_length": config.data.source_length,
+      "cut_documents": batch.num_cut,
     },
     reference_point=reference_point,
     training_samples=training_samples,
@@ -280,7 +277,7 @@ def evaluate_run(
   with config_lib.as_config_error():
     front, samples = sweep(
       policy,
-      config_lib.load_rewards(config),
+      config_lib.load_rewards(config, policy.mesh),
       method=method,
       grid=config.eval.grid if grid is None else grid,
       num_prompts=(config.eval.prompts if num_prompts is None else num_prompts),

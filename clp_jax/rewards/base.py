@@ -1,4 +1,4 @@
-"""Rewards that run on the host: named callables from texts to scores.
+"""Rewards: named callables from texts to scores.
 
 A reward's callable takes three equally long sequences of strings, the
 documents, the reference summaries and the responses, and returns one number a
@@ -9,6 +9,9 @@ it by its import path:
     return [min(1.0, limit / max(1, len(r.split()))) for r in responses]
 
   {"source": "my_package.my_module:brevity", "limit": 12}
+
+Rewards that are models are built once, for a mesh, into such a callable, and
+then compute on its devices.
 """
 
 import dataclasses
@@ -19,11 +22,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
+
+from clp_jax import sharding
 
 Score = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
 
 # Rewards that have a short name.
-BUILT_IN = {"rouge": "clp_jax.rewards.rouge:rouge"}
+BUILT_IN = {
+  "rouge": "clp_jax.rewards.rouge:rouge",
+  "length": "clp_jax.rewards.length:length",
+}
+# Those that are built for a mesh: (mesh, **options) -> score.
+MODELS = {
+  "entailment": "clp_jax.rewards.entailment:build",
+  "preference": "clp_jax.rewards.preference:build",
+}
 
 
 class RewardError(RuntimeError):
@@ -43,51 +57,71 @@ class Reward:
   score: Score
 
 
-def load_reward(name: str, spec: Mapping[str, Any]) -> Reward:
-  """Finds the reward that a config describes.
+def load_reward(
+  name: str, spec: Mapping[str, Any], mesh: Mesh | None = None
+) -> Reward:
+  """Finds, or builds, the reward that a config describes.
 
   Args:
     name: the reward's name.
-    spec: `source`, a built-in ("rouge") or the import path of a callable,
+    spec: `source`, one of BUILT_IN or MODELS or the import path of a callable,
       "package.module:attribute"; `normalise`, which concerns training and is
-      ignored here; all other keys are keyword arguments for the callable.
+      ignored here; all other keys are keyword arguments for the callable, or
+      for what builds it.
+    mesh: where a model runs; None takes all devices as the data axis.
 
   Returns:
     The reward.
 
   Raises:
     ValueError: there is no source, or it can't be imported, is not callable, or
-      doesn't take these arguments.
+      doesn't take these arguments, or its model can't be loaded.
   """
   options = dict(spec)
   options.pop("normalise", None)
   source = options.pop("source", None)
   if not isinstance(source, str):
     raise ValueError(
-      f"reward {name!r} has no source; set one of {', '.join(BUILT_IN)} or an "
-      f"import path such as 'package.module:attribute', got {source!r}."
+      f"reward {name!r} has no source; set one of {_names()} or an import "
+      f"path such as 'package.module:attribute', got {source!r}."
     )
-  score = _import(name, BUILT_IN.get(source, source))
+  called = "score(documents, references, responses"
+  arguments: tuple = ([], [], [])
+  path = BUILT_IN.get(source, source)
+  if source in MODELS:
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    called, arguments, path = "build(mesh", (mesh,), MODELS[source]
+  function = _import(name, path)
   try:
-    inspect.signature(score).bind([], [], [], **options)
+    inspect.signature(function).bind(*arguments, **options)
   except TypeError as error:
     raise ValueError(
-      f"reward {name!r}: {source} can't be called as score(documents, "
-      f"references, responses{''.join(f', {key}=...' for key in options)}): "
-      f"{error}."
+      f"reward {name!r}: {source} can't be called as {called}"
+      f"{''.join(f', {key}=...' for key in options)}): {error}."
     ) from error
   except ValueError:  # some callables written in C have no signature
     pass
-  return Reward(name, functools.partial(score, **options) if options else score)
+  if source in MODELS:
+    try:
+      return Reward(name, function(mesh, **options))
+    except ValueError as error:
+      raise ValueError(f"reward {name!r}: {error}") from error
+  if options:
+    function = functools.partial(function, **options)
+  return Reward(name, function)
 
 
-def _import(name: str, path: str) -> Score:
+def _names() -> str:
+  return ", ".join((*BUILT_IN, *MODELS))
+
+
+def _import(name: str, path: str) -> Callable:
   """Imports "package.module:attribute"."""
   module_name, _, attribute = path.partition(":")
   if not module_name or not attribute:
     raise ValueError(
-      f"reward {name!r} has the source {path!r}; expected one of "
-      f"{', '.join(BUILT_IN)} or an import path 'package.module:attribute'."
+      f"reward {name!r} has the source {path!r}; expected one of {_names()} or "
+      "an import path 'package.module:attribute'."
     )
   try:
     score = functools.reduce(

@@ -37,7 +37,7 @@ from clp_jax.rewards.normalisation import RewardStats, normalise
 from clp_jax.rollout import Rollout, sample_rollout
 from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import loop, sft
-from clp_jax.train.data import train_batches
+from clp_jax.train.data import check_data, train_batches
 from clp_jax.train.state import (
   TrainState,
   init_state,
@@ -349,7 +349,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
       f"rollout.prompts = {config.rollout.prompts} is not a multiple of the "
       f"mesh's data axis, {mesh.shape['data']}; change it or mesh.data."
     )
-  rewards = config_lib.load_rewards(config)
+  check_data(config)
+  rewards = config_lib.load_rewards(config, mesh)
   prepare(config, workdir)
   model_config = run_folder.load_model_config(workdir)
   vocabulary = load_vocabulary(run_folder.vocabulary_path(workdir))

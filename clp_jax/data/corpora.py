@@ -1,0 +1,100 @@
+"""XSum and Reddit TL;DR as seqio Tasks, through TensorFlow Datasets.
+
+  task   TFDS dataset  document   reference  splits
+  xsum   xsum          document   summary    its own
+  tldr   reddit        content    summary    cut from its one split
+
+XSum (Narayan et al. 2018): BBC articles and their first sentences. TFDS has
+`reddit`, the Webis-TLDR-17 corpus (Völske et al. 2017), for Reddit TL;DR: posts
+and the summaries that their authors marked so. (Its `reddit_tifu` is one
+forum's part of it, and the filtered set that the comparisons of Stiennon et al.
+2020 belong to is in no TFDS: bring that one as JSONL.) `reddit` has no held-out
+split: the first and the second percent of TFDS's fixed random order serve for
+validation and testing. Near-duplicate posts may lie on both sides.
+
+Neither is downloaded here, so that a job of many hosts does not do it many
+times: `tfds build reddit` prepares it once, `tfds build xsum` likewise after
+the manual download that it asks for, in ~/tensorflow_datasets or the folder
+that TFDS_DATA_DIR names.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+from clp_jax.data.vocabulary import import_seqio
+
+# T5's public vocabulary, read only if no model brings one.
+T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
+
+
+class Corpus(NamedTuple):
+  """Where TFDS keeps a task's texts."""
+
+  dataset: str
+  document: str
+  reference: str
+  splits: dict[str, str]
+
+
+CORPORA = {
+  "xsum": Corpus(
+    "xsum",
+    "document",
+    "summary",
+    {"train": "train", "validation": "validation", "test": "test"},
+  ),
+  "tldr": Corpus(
+    "reddit",
+    "content",
+    "summary",
+    {
+      "train": "train[2%:]",
+      "validation": "train[:1%]",
+      "test": "train[1%:2%]",
+    },
+  ),
+}
+
+
+def register_task(name: str) -> Any:
+  """Adds one of CORPORA to seqio's registry, unless it is there.
+
+  The task can be cached by seqio_cache_tasks: import a module of your own that
+  calls this.
+
+  Args:
+    name: of the task.
+
+  Returns:
+    The seqio.Task, from the registry. Nothing is read yet.
+  """
+  tf, seqio = import_seqio()
+  if name in seqio.TaskRegistry.names():
+    return seqio.TaskRegistry.get(name)
+  corpus = CORPORA[name]
+
+  def texts(example):
+    document, reference = example[corpus.document], example[corpus.reference]
+    return {
+      "document": document,
+      "reference": reference,
+      "inputs": document,
+      "targets": reference,
+    }
+
+  feature = seqio.Feature(
+    seqio.SentencePieceVocabulary(T5_VOCABULARY), add_eos=True, dtype=tf.int32
+  )
+  return seqio.TaskRegistry.add(
+    name,
+    source=seqio.TfdsDataSource(
+      corpus.dataset, splits=corpus.splits, read_only=True
+    ),
+    preprocessors=[
+      seqio.map_over_dataset(texts),
+      functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=True),
+      seqio.CacheDatasetPlaceholder(),
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={"inputs": feature, "targets": feature},
+  )

@@ -1,0 +1,277 @@
+"""Documents of one's own: JSONL files, checked once, then read by row number.
+
+A file is read through once before anything starts: every line must be a JSON
+object with the string fields that were asked for, and an error names file and
+line. That pass keeps only where each row lies (20 bytes a row); later a row is
+read from its place, so that a shuffled order over millions of rows needs no
+memory, and going on from batch k means computing row numbers, not reading what
+came before. Blank lines are skipped. A file that can't be read from the middle,
+because it is compressed (.gz) or on a network file system (gs://), is unpacked
+into an unnamed temporary file first, in the folder that TMPDIR names.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import glob
+import gzip
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from array import array
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+from etils import epath
+
+from clp_jax.data.vocabulary import import_seqio
+
+TASK = "jsonl"
+SPLITS = ("train", "validation")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+  """The rows of JSONL files, in order, read when they are asked for.
+
+  Attributes:
+    fields: names of the string fields of a row.
+    files: open files, kept while this object lives.
+    file_of: [n] int32, which file a row is in.
+    offsets: [n] int64, where its line starts, in bytes.
+    sizes: [n] int64, length of the line, in bytes.
+  """
+
+  fields: tuple[str, ...]
+  files: tuple[BinaryIO, ...]
+  file_of: np.ndarray
+  offsets: np.ndarray
+  sizes: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.offsets)
+
+  def __getitem__(self, row: int) -> tuple[str, ...]:
+    """The fields' texts of a row; threads may read at once."""
+    file = self.files[self.file_of[row]]
+    line = os.pread(file.fileno(), int(self.sizes[row]), int(self.offsets[row]))
+    values = json.loads(line)
+    return tuple(values[name] for name in self.fields)
+
+
+def read_rows(pattern: str, fields: Sequence[str]) -> Rows:
+  """Opens JSONL files and checks every line of them.
+
+  Args:
+    pattern: a file, or a glob whose files are taken in the order of their
+      names; may be gs://. Names that end in .gz are unpacked.
+    fields: string fields that every row must have; the first must not be blank.
+
+  Returns:
+    The rows. The same object is returned while the files don't change.
+
+  Raises:
+    ValueError: no file matches, one can't be read, a line is not valid (with
+      file and line number), or there are no rows.
+  """
+  paths = _matches(pattern)
+  with _readable(pattern):
+    stamps = tuple(_stamp(path) for path in paths)
+  rows = _read_rows(tuple(map(os.fspath, paths)), stamps, tuple(fields))
+  if not len(rows):
+    raise ValueError(
+      f"{pattern} is empty; it needs a line for each document: an object with "
+      f"{_names(rows.fields)}."
+    )
+  return rows
+
+
+def make_task(
+  *,
+  train: str,
+  evaluation: str | None,
+  document_field: str,
+  reference_field: str,
+  vocabulary: Any,
+) -> Any:
+  """A seqio Task over JSONL files, outside of seqio's registry.
+
+  Its splits are "train" and, with an evaluation file, "validation". Examples
+  have the string features document and reference beside the token features
+  inputs and targets.
+
+  Args:
+    train: file or glob.
+    evaluation: file or glob; None for none.
+    document_field: name of the field that holds the document.
+    reference_field: name of the field that holds its summary.
+    vocabulary: a seqio.SentencePieceVocabulary.
+
+  Returns:
+    The seqio.Task.
+
+  Raises:
+    ValueError: as `read_rows`.
+  """
+  tf, seqio = import_seqio()
+  fields = (document_field, reference_field)
+  patterns = {
+    split: pattern
+    for split, pattern in zip(SPLITS, (train, evaluation), strict=True)
+    if pattern is not None
+  }
+  # All of them now: a bad file must not stop a run in its middle.
+  splits = {split: read_rows(p, fields) for split, p in patterns.items()}
+
+  def dataset(split, shuffle_files=False):
+    del shuffle_files  # rows have no order to undo
+    numbers = tf.data.Dataset.range(len(splits[split]))
+    index = list(splits).index(split)
+    return numbers.map(lambda row: {"row": row, "split": index})
+
+  def texts(example):
+    def read(split, row):
+      return [t.encode() for t in splits[list(splits)[split]][row]]
+
+    document, reference = tf.numpy_function(
+      read, [example["split"], example["row"]], [tf.string, tf.string]
+    )
+    document.set_shape([])
+    reference.set_shape([])
+    return {
+      "document": document,
+      "reference": reference,
+      "inputs": document,
+      "targets": reference,
+    }
+
+  feature = seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)
+  return seqio.Task(
+    TASK,
+    source=seqio.FunctionDataSource(
+      dataset,
+      splits=list(splits),
+      num_input_examples={k: len(rows) for k, rows in splits.items()},
+    ),
+    preprocessors=[
+      seqio.map_over_dataset(texts),
+      functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={"inputs": feature, "targets": feature},
+  )
+
+
+def _matches(pattern: str) -> list[epath.Path]:
+  if epath.Path(pattern).is_file():  # whatever characters its name has
+    return [epath.Path(pattern)]
+  if "://" in pattern:
+    tf, _ = import_seqio()
+    with _readable(pattern):
+      names = tf.io.gfile.glob(pattern)
+  else:
+    names = glob.glob(pattern, recursive=True)
+  paths = [p for p in map(epath.Path, sorted(names)) if p.is_file()]
+  if not paths:
+    raise ValueError(
+      f"no file matches {pattern}; give a JSONL file, or a glob in quotes."
+    )
+  return paths
+
+
+def _stamp(path: epath.Path) -> tuple[int, int]:
+  """What changes when a file does."""
+  if "://" in os.fspath(path):
+    remote = path.stat()
+    return remote.mtime, remote.length
+  local = os.stat(path)
+  return local.st_mtime_ns, local.st_size
+
+
+@contextlib.contextmanager
+def _readable(name: str):
+  """Turns what reading a file raises into a ValueError."""
+  try:
+    yield
+  except (OSError, EOFError, zlib.error) as error:
+    kind = "" if isinstance(error, OSError) else "not a whole gzip file: "
+    raise ValueError(f"can't read {name}: {kind}{error}.") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _read_rows(
+  paths: tuple[str, ...],
+  stamps: tuple[tuple[int, int], ...],
+  fields: tuple[str, ...],
+) -> Rows:
+  del stamps  # part of the cache's key: files that changed are read again
+  files = []
+  columns = array("i"), array("q"), array("q")
+  for number, path in enumerate(paths):
+    with _readable(path):
+      file = _open(path)
+      offset = 0
+      for line_number, line in enumerate(file, 1):
+        if line.strip():
+          _check(line, f"{path}, line {line_number}", fields)
+          for column, value in zip(
+            columns, (number, offset, len(line)), strict=True
+          ):
+            column.append(value)
+        offset += len(line)
+    files.append(file)
+  return Rows(fields, tuple(files), *(np.asarray(c) for c in columns))
+
+
+def _open(path: str) -> BinaryIO:
+  """A file that can be read from the middle."""
+  compressed = path.endswith(".gz")
+  if not compressed and "://" not in path:
+    return open(path, "rb")
+  local = tempfile.TemporaryFile()
+  with contextlib.ExitStack() as stack:
+    remote: Any = stack.enter_context(epath.Path(path).open("rb"))
+    if compressed:
+      remote = stack.enter_context(gzip.open(remote))
+    shutil.copyfileobj(remote, local, 2**20)
+  local.seek(0)
+  return local
+
+
+def _check(line: bytes, where: str, fields: tuple[str, ...]) -> None:
+  """Raises a ValueError unless the line is a row."""
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{where}: not valid JSON: {error}.") from error
+  if not isinstance(row, dict):
+    raise ValueError(
+      f"{where}: expected an object with {_names(fields)}, got "
+      f"{type(row).__name__}."
+    )
+  for name in fields:
+    value = row.get(name)
+    if name not in row:
+      raise ValueError(
+        f"{where}: no field {name!r}; it has {_names(tuple(row)) or 'none'}: "
+        "correct the line or the name of the field in the config."
+      )
+    if not isinstance(value, str):
+      raise ValueError(
+        f"{where}: field {name!r} must be a string, got {type(value).__name__}."
+      )
+    try:
+      value.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f"{where}: field {name!r} is not text: {error}."
+      ) from error
+  if not row[fields[0]].strip():
+    raise ValueError(f"{where}: field {fields[0]!r} is blank.")
+
+
+def _names(fields: tuple[str, ...]) -> str:
+  return ", ".join(repr(name) for name in fields)
