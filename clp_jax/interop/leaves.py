@@ -8,6 +8,7 @@ way back: the leaves of a tree, one after the other, as a format writes them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,9 +52,12 @@ def unflatten(leaves: Mapping[str, Any]) -> Any:
 
 def expected_shapes(config: t5.T5Config) -> dict[str, tuple[int, ...]]:
   """{path: shape} of t5x's tree (`layers_0`, ...) of a config."""
-  unrolled = dataclasses.replace(config, scan_layers=False)
-  abstract = flatten(t5.abstract_params(unrolled))
-  return {path: leaf.shape for path, leaf in abstract.items()}
+  return _shapes_of(dataclasses.replace(config, scan_layers=False))
+
+
+@functools.lru_cache(8)  # the network is traced for it
+def _shapes_of(config: t5.T5Config) -> dict[str, tuple[int, ...]]:
+  return shapes(flatten(t5.abstract_params(config)))
 
 
 def check(
@@ -108,7 +112,7 @@ def assemble(
     (config, params): params of NumPy arrays, or of jax.Arrays on `shardings`.
   """
   config = dataclasses.replace(config, scan_layers=scan_layers)
-  paths = list(flatten(t5.abstract_params(config)))
+  paths = list(_shapes_of(config))
   if callable(shardings):
     shardings = shardings(config)
   at = None if shardings is None else flatten(shardings)
@@ -207,7 +211,7 @@ def views(config: t5.T5Config, params: Params) -> dict[str, View]:
   return found
 
 
-def shapes(leaves: Mapping[str, Leaf | View]) -> dict[str, tuple[int, ...]]:
+def shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
   """{path: shape}."""
   return {path: leaf.shape for path, leaf in leaves.items()}
 
