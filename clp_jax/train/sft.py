@@ -1,12 +1,14 @@
 """Supervised finetuning on a task's references: makes the reference policy."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
+from etils import epath
 
 from clp_jax import config as config_lib
 from clp_jax import run_folder, sharding
@@ -16,7 +18,12 @@ from clp_jax.masked import Mean, masked_sum
 from clp_jax.models import t5
 from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import loop
-from clp_jax.train.data import train_batches
+from clp_jax.train.data import (
+  check_data,
+  count_held_out,
+  eval_batch,
+  train_batches,
+)
 from clp_jax.train.state import (
   TrainState,
   init_state,
@@ -74,7 +81,7 @@ def update(
   metrics = {
     "loss": loss,
     "accuracy": Mean(right.astype(jnp.float32), tokens),
-    "gradient_norm": optax.global_norm(gradient),
+    "gradient_norm": optax.tree.norm(gradient),
   }
   new_state = dataclasses.replace(
     state,
@@ -83,6 +90,81 @@ def update(
     opt_state=opt_state,
   )
   return new_state, metrics
+
+
+class HeldOut(NamedTuple):
+  """How a model predicts the references of held-out documents."""
+
+  loss: float  # nats a token
+  accuracy: float  # of the likeliest token
+  tokens: int
+  documents: int
+
+
+def held_out(
+  config: ml_collections.ConfigDict, initial: Initial, vocabulary: Any
+) -> HeldOut:
+  """Evaluates a model on the first eval.prompts held-out documents.
+
+  Args:
+    config: see config.py; reads `data`, `eval`, `sft.batch` and `mesh`. Fewer
+      documents than eval.prompts are taken as they are.
+    initial: the model.
+    vocabulary: its own, loaded.
+
+  Raises:
+    ConfigError: when there are no held-out documents.
+  """
+  count = min(count_held_out(config, vocabulary), config.eval.prompts)
+  batch = eval_batch(config, vocabulary, count)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+  model = t5.T5(initial.model_config)
+  rows = sharding.row_sharding(mesh)
+
+  @jax.jit
+  def sums(params, inputs, targets):
+    inputs, targets = jax.lax.with_sharding_constraint((inputs, targets), rows)
+    logits = model.apply({"params": params}, inputs, t5.shift_right(targets))
+    mask = targets > 0
+    logp = jnp.take_along_axis(
+      jax.nn.log_softmax(logits), targets[..., None], axis=-1
+    )[..., 0]
+    right = logits.argmax(-1) == targets
+    return masked_sum(logp, mask), masked_sum(right, mask), mask.sum()
+
+  size = config.sft.batch
+  start, stop = sharding.process_rows(mesh, size)
+  totals = np.zeros([3])
+  for i in range(0, count, size):
+    parts = []
+    for tokens in (batch.encoder_input_tokens, batch.decoder_target_tokens):
+      part = np.zeros([size, tokens.shape[1]], np.int32)  # rows of PAD: no mask
+      part[: len(tokens[i : i + size])] = tokens[i : i + size]
+      parts.append(sharding.to_devices(mesh, part[start:stop], size))
+    totals += np.asarray(jax.device_get(sums(initial.params, *parts)))
+  logp, right, tokens = totals.tolist()
+  return HeldOut(-logp / tokens, right / tokens, int(tokens), count)
+
+
+def report_held_out(
+  config: ml_collections.ConfigDict, workdir: str, initial: Initial
+) -> HeldOut | None:
+  """Writes DIR/evaluation/held_out.json; None without held-out documents.
+
+  Args:
+    config: see `held_out`.
+    workdir: of the supervised run.
+    initial: what `train` returned.
+  """
+  if config.data.train is not None and config.data.eval is None:
+    return None
+  vocabulary = load_vocabulary(run_folder.vocabulary_path(workdir))
+  report = held_out(config, initial, vocabulary)
+  if jax.process_index() == 0:
+    folder = epath.Path(workdir) / "evaluation"
+    folder.mkdir(exist_ok=True)
+    run_folder.write_json(folder / "held_out.json", report._asdict())
+  return report
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
@@ -95,6 +177,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   Returns:
     The finetuned model.
   """
+  check_data(config)
   own = ml_collections.ConfigDict({name: config[name] for name in SECTIONS})
   run_folder.start(workdir, own)
   if not run_folder.has_model(workdir):
