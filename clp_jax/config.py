@@ -148,7 +148,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.reward_model = ml_collections.ConfigDict()
   c.reward_model.head = "linear"  # or token: the logit of `token` is the score
   c.reward_model.token = "1"
-  c.reward_model.template = "document: {document} summary: {summary}"
+  c.reward_model.template = "document: {document} summary: {response}"
   c.reward_model.steps = 1000
   c.reward_model.batch = 32  # pairs
   c.reward_model.learning_rate = 1e-4

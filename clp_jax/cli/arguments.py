@@ -53,6 +53,47 @@ def add_workdir(parser: argparse.ArgumentParser, default=None) -> None:
   )
 
 
+def add_training(parser: argparse.ArgumentParser) -> None:
+  """--config, --workdir and what several processes need."""
+  parser.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE",
+    help="a Python file with get_config(); --config.path.to.field=value "
+    "overrides a field",
+  )
+  add_workdir(parser)
+  processes = parser.add_argument_group(
+    "several processes", "on a TPU pod they are found out"
+  )
+  processes.add_argument(
+    "--coordinator", metavar="HOST:PORT", help="address of process 0"
+  )
+  processes.add_argument("--num-processes", type=positive)
+  processes.add_argument("--process-id", type=int)
+
+
+def start_training(args: argparse.Namespace):
+  """Reads and checks the config, then joins the other processes.
+
+  Args:
+    args: of a parser that `add_training` has seen; `rest` holds the overrides.
+
+  Returns:
+    The locked ConfigDict.
+
+  Raises:
+    ConfigError: names what is wrong.
+  """
+  config = load_config(args.config, args.rest)
+  from clp_jax import distributed
+  from clp_jax.config import validate
+
+  validate(config)
+  distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+  return config
+
+
 def load_config(path: str, overrides: list[str]):
   """A config file with --config.path.to.field=value applied.
 

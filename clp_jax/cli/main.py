@@ -15,6 +15,8 @@ from collections.abc import Sequence
 COMMANDS = {
   "demo": "train and compare everything on the built-in world, in minutes",
   "train": "train, or resume, the run that a config file describes",
+  "train-sft": "finetune a T5 on reference summaries, and no more",
+  "train-reward": "train a preference model from pairs of responses",
   "evaluate": "sweep the weightings of a run on held-out prompts",
   "generate": "summarise documents at any weighting",
 }
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   for name, text in COMMANDS.items():
     # Only the chosen command's module is imported, for its arguments.
     if name == chosen:
-      module = importlib.import_module(f"clp_jax.cli.{name}")
+      module = importlib.import_module(f"clp_jax.cli.{name.replace('-', '_')}")
       command = commands.add_parser(
         name,
         help=text,
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
       commands.add_parser(name, help=text)
   arguments, rest = parser.parse_known_args(argv)
-  if rest and chosen != "train":
+  if rest and not hasattr(arguments, "config"):
     parser.error(f"unknown arguments: {' '.join(rest)}")
   arguments.rest = rest
   return _run(arguments)

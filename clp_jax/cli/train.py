@@ -12,32 +12,13 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
-  parser.add_argument(
-    "--config",
-    required=True,
-    metavar="FILE",
-    help="a Python file with get_config(); --config.path.to.field=value "
-    "overrides a field",
-  )
-  arguments.add_workdir(parser)
-  processes = parser.add_argument_group(
-    "several processes", "on a TPU pod they are found out"
-  )
-  processes.add_argument(
-    "--coordinator", metavar="HOST:PORT", help="address of process 0"
-  )
-  processes.add_argument("--num-processes", type=arguments.positive)
-  processes.add_argument("--process-id", type=int)
+  arguments.add_training(parser)
 
 
 def run(args: argparse.Namespace) -> None:
   """Runs the command."""
-  config = arguments.load_config(args.config, args.rest)
+  config = arguments.start_training(args)
   from clp_jax import distributed
-  from clp_jax.config import validate
-
-  validate(config)
-  distributed.initialize(args.coordinator, args.num_processes, args.process_id)
   from clp_jax.train import moft
 
   moft.train(config, args.workdir)

@@ -124,15 +124,6 @@ def load_vocabulary(path: str | os.PathLike, extra_ids: int = 0) -> Any:
   return loaded(seqio.SentencePieceVocabulary(os.fspath(path), extra_ids))
 
 
-def vocabulary_from_bytes(model: bytes) -> Any:
-  """Loads a SentencePiece model from its file's content; see above."""
-  with tempfile.TemporaryDirectory() as folder:
-    path = os.path.join(folder, "vocabulary.model")
-    with open(path, "wb") as file:
-      file.write(model)
-    return load_vocabulary(path)  # keeps the model, not the file
-
-
 def loaded(vocabulary: Any) -> Any:
   """Reads the file of a vocabulary, if that has not happened, and checks it.
 

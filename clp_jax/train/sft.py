@@ -124,7 +124,9 @@ def held_out(
   @jax.jit
   def sums(params, inputs, targets):
     inputs, targets = jax.lax.with_sharding_constraint((inputs, targets), rows)
-    logits = model.apply({"params": params}, inputs, t5.shift_right(targets))
+    logits: Any = model.apply(
+      {"params": params}, inputs, t5.shift_right(targets)
+    )
     mask = targets > 0
     logp = jnp.take_along_axis(
       jax.nn.log_softmax(logits), targets[..., None], axis=-1

@@ -1,0 +1,36 @@
+"""`clp train-reward`: a preference model from pairs of responses.
+
+Its data are JSONL lines with "document", "chosen" and "rejected". The folder it
+makes is the model of a reward: rewards.NAME.source=preference,
+rewards.NAME.model=DIR.
+"""
+
+import argparse
+
+from clp_jax.cli import arguments
+
+EXAMPLE = (
+  "clp train-reward --config configs/reward.py --config.data.train=pairs.jsonl "
+  "--config.data.eval=held_out.jsonl --config.model.init=flan-t5-base "
+  "--workdir runs/reward"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the command's arguments."""
+  arguments.add_training(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Runs the command."""
+  config = arguments.start_training(args)
+  from clp_jax import distributed
+  from clp_jax.train import reward_model
+
+  report = reward_model.train(config, args.workdir)
+  if distributed.is_first():
+    print(
+      f"held-out accuracy {report.accuracy:.4f} +- {report.stderr:.4f}, loss "
+      f"{report.loss:.4f} nats a pair, on {report.pairs} pairs"
+    )
+    print(f"{args.workdir}/evaluation/accuracy.json")

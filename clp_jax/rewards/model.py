@@ -1,0 +1,319 @@
+"""A T5 that judges texts: what the entailment and preference rewards share.
+
+1. `load` places a T5 of any format on the mesh, cut by the same rules as the
+   policy.
+2. `Inputs` turns (document, response) pairs into rows of S tokens by a template
+   such as "premise: {document} hypothesis: {response}". The response is always
+   whole: what does not fit is the document's, which is cut, or spread over
+   several rows by windows that overlap.
+3. `make_scorer` jits one program for rows [batch, S]. Any number of rows is
+   padded up to whole batches, so that it is compiled once.
+4. What the model says is read at the decoder's first position.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from clp_jax import interop, run_folder, sharding
+from clp_jax.data.vocabulary import PAD, load_vocabulary
+from clp_jax.models import t5
+from clp_jax.models.presets import PRESETS
+from clp_jax.train import checkpoints
+
+Params = Any
+_PLACE = re.compile(r"\{(document|response)\}")
+
+
+class Judge(NamedTuple):
+  """A T5 on the mesh, and its vocabulary."""
+
+  model: t5.T5
+  params: Params
+  vocabulary: Any
+
+
+def load(
+  path: str | None,
+  mesh: Mesh,
+  *,
+  vocabulary: str | None,
+  dtype: str,
+  scan_layers: bool,
+  fsdp: bool,
+) -> Judge:
+  """Loads a T5: a supervised run, a Hugging Face folder, a t5x checkpoint.
+
+  Args:
+    path: of the folder.
+    mesh: where it goes, each device its part and no host the whole of it.
+    vocabulary: SentencePiece model file; None takes the folder's.
+    dtype: of the computation; parameters stay float32.
+    scan_layers: compiles large models faster; a run of clp is as it was saved.
+    fsdp: cut parameters over the data axis too.
+
+  Raises:
+    ValueError: there is no such T5, or it has no vocabulary, or too large a
+      one.
+    RunError: it is a run that can't be read.
+  """
+  path = checked(path)
+
+  def place(config):
+    return sharding.param_shardings(
+      mesh, t5.logical_axes(config), t5.abstract_params(config), fsdp=fsdp
+    )
+
+  if is_run(path):
+    config = run_folder.load_model_config(path)
+    abstract = checkpoints.abstract_like(
+      t5.abstract_params(config), place(config)
+    )
+    params, _ = checkpoints.load_params(path, abstract)
+    found: str | None = run_folder.vocabulary_path(path)
+  else:
+    config, params = interop.load_t5(
+      path, place, dtype=np.float32, scan_layers=scan_layers
+    )
+    found = interop.find_vocabulary(path)
+  if vocabulary is None:
+    vocabulary = found
+  if vocabulary is None:
+    raise ValueError(
+      f"{path} holds no SentencePiece model; set .vocabulary to its file."
+    )
+  pieces = load_vocabulary(vocabulary)
+  if pieces.vocab_size > config.vocab_size:
+    raise ValueError(
+      f"the vocabulary {vocabulary} has {pieces.vocab_size} pieces, but the "
+      f"model {path} embeds {config.vocab_size}; set .vocabulary to the one "
+      "that it was trained with."
+    )
+  config = dataclasses.replace(config, dtype=dtype, remat="none")
+  return Judge(t5.T5(config), params, pieces)
+
+
+def checked(path: str | None) -> str:
+  """The path, or a ValueError unless it may hold a trained model."""
+  if path is None:
+    raise ValueError("no model; set .model to the folder of a trained T5.")
+  if path in PRESETS:
+    raise ValueError(
+      f".model = {path!r} is a preset with random parameters; set it to the "
+      "folder of a trained T5."
+    )
+  if not epath.Path(path).is_dir():
+    raise ValueError(f".model = {path!r}: there is no such folder.")
+  return path
+
+
+def is_run(path: str) -> bool:
+  """Whether a folder is a run of clp."""
+  folder = epath.Path(path)
+  return (folder / "model.json").exists() and (folder / "config.json").exists()
+
+
+def token_of(vocabulary: Any, text: str) -> int:
+  """The one piece that spells a text.
+
+  Raises:
+    ValueError: it takes several, or the unknown one.
+  """
+  ids = vocabulary.encode(text)
+  if len(ids) != 1 or ids[0] == vocabulary.unk_id:
+    pieces = [vocabulary.tokenizer.id_to_piece(i) for i in ids]
+    raise ValueError(
+      f"the model's vocabulary spells {text!r} as {pieces}; a verdict must be "
+      "one known piece."
+    )
+  return ids[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """Rows of tokens from pairs of texts.
+
+  Attributes:
+    vocabulary: a seqio.SentencePieceVocabulary.
+    template: holds "{document}" and "{response}" once each. What is around them
+      is tokenised apart from them, so separate it by spaces.
+    length: S, tokens of a row, EOS included.
+    overlap: tokens that consecutive windows of a long document share, at most
+      half a window; None makes one row a pair, of the document's beginning.
+  """
+
+  vocabulary: Any
+  template: str
+  length: int
+  overlap: int | None
+
+  def __post_init__(self):
+    places = _PLACE.findall(self.template)
+    if sorted(places) != ["document", "response"]:
+      raise ValueError(
+        f"the template {self.template!r} must hold {{document}} and "
+        "{response} once each."
+      )
+    fixed = sum(map(len, self._around))
+    if self.length < fixed + 8:
+      raise ValueError(
+        f"rows of {self.length} tokens are too short: the template takes "
+        f"{fixed} of them; raise .source_length to {fixed + 8} at least."
+      )
+    if self.overlap is not None and self.overlap < 0:
+      raise ValueError(f".overlap must be >= 0, got {self.overlap}.")
+
+  def __call__(
+    self, documents: Sequence[str], responses: Sequence[str]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenises B pairs.
+
+    Returns:
+      ([n, S] int32, 0-padded, n >= B; [n] int32, the pair of each row, in
+      order).
+    """
+    encode = functools.lru_cache(maxsize=None)(self.vocabulary.encode)
+    rows, owners = [], []
+    for pair, texts in enumerate(zip(documents, responses, strict=True)):
+      document, response = map(encode, texts)
+      for row in self._rows(document, response):
+        rows.append(row)
+        owners.append(pair)
+    tokens = np.full([len(rows), self.length], PAD, np.int32)
+    for i, row in enumerate(rows):
+      tokens[i, : len(row)] = row
+    return tokens, np.asarray(owners, np.int32)
+
+  @functools.cached_property
+  def _around(self) -> tuple[list[int], ...]:
+    """Tokens before, between and after the two texts."""
+    parts = _PLACE.split(self.template)[::2]
+    return tuple(self.vocabulary.encode(part.strip()) for part in parts)
+
+  def _rows(self, document: list[int], response: list[int]):
+    before, between, after = self._around
+    eos = [self.vocabulary.eos_id]
+    room = self.length - len(before) - len(between) - len(after) - 1
+    # Responses are short; one that is not leaves half of the row.
+    response = response[: max(room // 2, room - len(document))]
+    room -= len(response)
+    starts = [0]
+    if self.overlap is not None:
+      stride = max(room - min(self.overlap, room // 2), 1)
+      starts += range(stride, max(len(document) - room, 0) + stride, stride)
+    document_first = _PLACE.findall(self.template)[0] == "document"
+    for start in starts:
+      part = document[start : start + room]
+      first, second = (part, response) if document_first else (response, part)
+      yield [*before, *first, *between, *second, *after, *eos]
+
+
+def make_scorer(
+  value: Callable[[Params, jax.Array], jax.Array],
+  params: Params,
+  mesh: Mesh,
+  batch: int,
+) -> Callable[[np.ndarray], np.ndarray]:
+  """Jits a function of rows for one shape, and runs any number of rows by it.
+
+  Args:
+    value: (params, [batch, S] int32) -> [batch] float32.
+    params: on the mesh.
+    mesh: whose data axis the rows are cut over.
+    batch: rows scored together, on all devices of all processes; rounded up to
+      a multiple of the data axis.
+
+  Returns:
+    This process's [n, S] int32 rows -> [n] float32. Every process must call it
+    as often, with any n.
+
+  Raises:
+    ValueError: batch is not positive.
+  """
+  if batch < 1:
+    raise ValueError(f".batch must be at least 1, got {batch}.")
+  data = mesh.shape["data"]
+  batch = -(-batch // data) * data
+  rows = sharding.row_sharding(mesh)
+  program = jax.jit(
+    value,
+    in_shardings=(jax.tree.map(lambda p: p.sharding, params), rows),
+    out_shardings=rows,
+  )
+  start, stop = sharding.process_rows(mesh, batch)
+  own = stop - start
+
+  def score(tokens: np.ndarray) -> np.ndarray:
+    calls = -(-len(tokens) // own)
+    if jax.process_count() > 1:
+      calls = int(multihost_utils.process_allgather(np.int32(calls)).max())
+    results = []
+    for i in range(calls):
+      part = tokens[i * own : (i + 1) * own]
+      padded = np.full([own, tokens.shape[1]], PAD, np.int32)
+      padded[: len(part)] = part
+      results.append(program(params, sharding.to_devices(mesh, padded, batch)))
+    values = [sharding.to_host(result) for result in results]
+    return np.concatenate([np.zeros([0], np.float32), *values])[: len(tokens)]
+
+  return score
+
+
+def first_logits(
+  model: t5.T5, params: Params, tokens: jax.Array, **apply_options
+) -> jax.Array:
+  """Logits of the first output token.
+
+  Args:
+    model: the T5.
+    params: its parameters.
+    tokens: [B, S] int32, 0 is padding.
+    **apply_options: deterministic and rngs, for dropout.
+
+  Returns:
+    [B, V] float32.
+  """
+  start = jnp.zeros([tokens.shape[0], 1], jnp.int32)
+  logits: Any = model.apply({"params": params}, tokens, start, **apply_options)
+  return logits[:, 0]
+
+
+def first_hidden(
+  model: t5.T5,
+  params: Params,
+  tokens: jax.Array,
+  deterministic: bool = True,
+  **apply_options,
+) -> jax.Array:
+  """What the logit layer reads at the decoder's first position.
+
+  Args:
+    model: the T5.
+    params: its parameters.
+    tokens: [B, S] int32, 0 is padding.
+    deterministic: no dropout; otherwise pass rngs.
+    **apply_options: rngs.
+
+  Returns:
+    [B, D] float32.
+  """
+
+  def run(network, tokens):
+    mask = tokens != PAD
+    encoded = network.encode(tokens, mask, deterministic)
+    x = network.token_embedder(jnp.zeros([tokens.shape[0], 1], jnp.int32))
+    return network.decoder(x, encoded, mask, deterministic)
+
+  hidden: Any = model.apply(
+    {"params": params}, tokens, method=run, **apply_options
+  )
+  return hidden[:, 0].astype(jnp.float32)

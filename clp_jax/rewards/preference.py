@@ -1,0 +1,203 @@
+"""A preference model: a T5 whose one number says how good a response is.
+
+It reads "document: ... summary: ..." (the response is whole, a long document is
+cut), and its score is read at the decoder's first position: by a linear head,
+as `clp train-reward` adds one, or as the logit of a token, with which any T5
+that was trained to answer by that token will do. Scores are trained on
+differences (Bradley and Terry 1952), so that their zero and scale mean nothing:
+use normalise="fixed", or "running", to weigh them against other rewards.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from clp_jax import run_folder, sharding
+from clp_jax.data.vocabulary import load_vocabulary
+from clp_jax.models import t5
+from clp_jax.rewards import model as models
+from clp_jax.rewards.base import Score
+from clp_jax.train import checkpoints
+
+Params = Any
+TEMPLATE = "document: {document} summary: {response}"
+
+
+def score_rows(
+  model: t5.T5,
+  params: Params,
+  tokens: jax.Array,
+  token: int | None,
+  **apply_options,
+) -> jax.Array:
+  """The scores of tokenised pairs.
+
+  Args:
+    model: the T5.
+    params: {"t5": its parameters, "head": [D] float32, with a linear head}.
+    tokens: [B, S] int32, 0 is padding.
+    token: whose logit is the score; None reads the head.
+    **apply_options: deterministic and rngs, for dropout.
+
+  Returns:
+    [B] float32.
+  """
+  if token is not None:
+    logits = models.first_logits(model, params["t5"], tokens, **apply_options)
+    return logits[:, token]
+  hidden = models.first_hidden(model, params["t5"], tokens, **apply_options)
+  return jnp.einsum("bd,d->b", hidden, params["head"], precision="highest")
+
+
+def abstract_params(config: t5.T5Config, head: str) -> Params:
+  """Shapes and dtypes of the parameters that `score_rows` takes.
+
+  Args:
+    config: of the T5.
+    head: "linear" or "token".
+  """
+  params = {"t5": t5.abstract_params(config)}
+  if head == "linear":
+    params["head"] = jax.ShapeDtypeStruct([config.emb_dim], jnp.float32)
+  return params
+
+
+def param_shardings(
+  mesh: Mesh, config: t5.T5Config, head: str, *, fsdp: bool
+) -> Params:
+  """Where the parameters lie: the T5's as a policy's, the head everywhere."""
+  placed = {
+    "t5": sharding.param_shardings(
+      mesh, t5.logical_axes(config), t5.abstract_params(config), fsdp=fsdp
+    )
+  }
+  if head == "linear":
+    placed["head"] = sharding.replicated(mesh)
+  return placed
+
+
+def _trained(folder: str) -> ml_collections.ConfigDict | None:
+  """The config of a `clp train-reward` run; None of anything else."""
+  if not models.is_run(folder):
+    return None
+  config = run_folder.load_config(folder)
+  is_reward = "reward_model" in config and "objectives" not in config
+  return config if is_reward else None
+
+
+def _load_trained(
+  folder: str, head: str, mesh: Mesh, dtype: str, fsdp: bool
+) -> models.Judge:
+  config = run_folder.load_model_config(folder)
+  abstract = checkpoints.abstract_like(
+    abstract_params(config, head),
+    param_shardings(mesh, config, head, fsdp=fsdp),
+  )
+  params, _ = checkpoints.load_params(folder, abstract)
+  config = dataclasses.replace(config, dtype=dtype, remat="none")
+  return models.Judge(
+    t5.T5(config),
+    params,
+    load_vocabulary(run_folder.vocabulary_path(folder)),
+  )
+
+
+def build(
+  mesh: Mesh,
+  model: str | None = None,
+  *,
+  batch: int = 64,
+  source_length: int | None = None,
+  template: str | None = None,
+  token: str | None = None,
+  vocabulary: str | None = None,
+  dtype: str = "float32",
+  scan_layers: bool = False,
+  fsdp: bool = False,
+) -> Score:
+  """Loads a preference model.
+
+  Args:
+    mesh: where it runs.
+    model: folder of a `clp train-reward` run, or of any T5 that answers by a
+      token.
+    batch: rows scored together, on all devices.
+    source_length: tokens of a row; longer documents are cut. None takes what
+      the model was trained with, or 512.
+    template: of the model's input; None takes what the model was trained with,
+      or TEMPLATE.
+    token: whose logit is the score, one piece; None takes what the model was
+      trained with.
+    vocabulary: SentencePiece model file; None takes the folder's.
+    dtype: of the computation.
+    scan_layers: compiles large models faster; a run of clp is as it was saved.
+    fsdp: cut parameters over the data axis too.
+
+  Returns:
+    (documents, references, responses), each [B] -> [B] float32.
+
+  Raises:
+    ValueError: the model can't be used; says what to change.
+    RunError: it is a run that can't be read.
+  """
+  model = models.checked(model)
+  trained = _trained(model)
+  if trained is not None:
+    settings = trained.reward_model
+    for name, given in (("template", template), ("token", token)):
+      if given is not None:
+        raise ValueError(
+          f".{name} is for other models; {model} was trained with its own."
+        )
+    if vocabulary is not None:
+      raise ValueError(f".vocabulary is for other models; {model} has its own.")
+    judge = _load_trained(model, settings.head, mesh, dtype, fsdp)
+    template = settings.template
+    token = settings.token if settings.head == "token" else None
+    if source_length is None:
+      source_length = trained.data.source_length
+  else:
+    if token is None:
+      raise ValueError(
+        f"{model} was not trained by `clp train-reward`; set .token to the "
+        "answer whose logit is the score."
+      )
+    judge = models.load(
+      model,
+      mesh,
+      vocabulary=vocabulary,
+      dtype=dtype,
+      scan_layers=scan_layers,
+      fsdp=fsdp,
+    )
+    judge = judge._replace(params={"t5": judge.params})
+  inputs = models.Inputs(
+    judge.vocabulary,
+    TEMPLATE if template is None else template,
+    512 if source_length is None else source_length,
+    overlap=None,
+  )
+  number = None if token is None else models.token_of(judge.vocabulary, token)
+  scorer = models.make_scorer(
+    lambda params, tokens: score_rows(judge.model, params, tokens, number),
+    judge.params,
+    mesh,
+    batch,
+  )
+
+  def preference(
+    documents: Sequence[str],
+    references: Sequence[str],
+    responses: Sequence[str],
+  ) -> np.ndarray:
+    del references
+    tokens, _ = inputs(documents, responses)
+    return scorer(tokens)
+
+  return preference

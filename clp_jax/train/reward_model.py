@@ -1,0 +1,342 @@
+"""Trains a preference model from pairs of responses.
+
+A step, on P pairs of a chosen and a rejected response to the same document:
+1. score both with the T5 (rewards/preference.py);
+2. the probability that the chosen one is preferred is sigmoid(score of the
+   chosen - score of the rejected) (Bradley and Terry 1952);
+3. one optimizer step on the mean of its negative logarithm.
+
+Pairs are numbered as prompts are: batch k is a function of (file, seed, k).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from etils import epath
+from jax.experimental import multihost_utils
+
+from clp_jax import config as config_lib
+from clp_jax import run_folder, sharding
+from clp_jax.data import jsonl
+from clp_jax.data.vocabulary import load_vocabulary
+from clp_jax.initial import load_initial
+from clp_jax.masked import Mean, mean_of
+from clp_jax.models import t5
+from clp_jax.rewards import model as models
+from clp_jax.rewards import preference
+from clp_jax.train import checkpoints as checkpoints_lib
+from clp_jax.train import loop
+from clp_jax.train.state import (
+  TrainState,
+  init_state,
+  make_optimizer,
+  state_shardings,
+)
+
+# What of a config a reward model depends on, and its config.json records.
+SECTIONS = ("seed", "model", "data", "optimizer", "reward_model", "mesh")
+
+
+class Report(NamedTuple):
+  """How a reward model does on held-out pairs."""
+
+  accuracy: float  # share of pairs whose chosen response scores higher
+  stderr: float
+  loss: float  # Bradley-Terry, nats a pair; log 2 is chance
+  pairs: int
+  step: int
+
+
+def update(
+  state: TrainState,
+  tokens: jax.Array,
+  *,
+  model: t5.T5,
+  token: int | None,
+  optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, Mean | jax.Array]]:
+  """One step on the Bradley-Terry loss.
+
+  Args:
+    state: before the update.
+    tokens: [P, 2, S] int32, chosen first, 0 is padding.
+    model: the T5; its dropout_rate is applied.
+    token: whose logit is the score; None reads the head.
+    optimizer: that made `state.opt_state`.
+
+  Returns:
+    (state after the update, metrics of the state before it; nats a pair).
+  """
+  rows = tokens.reshape(-1, tokens.shape[-1])
+  dropout_key = jax.random.fold_in(state.key, state.step)
+
+  def loss_fn(params):
+    scores = preference.score_rows(
+      model,
+      params,
+      rows,
+      token,
+      deterministic=model.config.dropout_rate == 0,
+      rngs={"dropout": dropout_key},
+    ).reshape(-1, 2)
+    margin = scores[:, 0] - scores[:, 1]
+    return -jax.nn.log_sigmoid(margin).mean(), margin
+
+  (loss, margin), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+    state.params
+  )
+  updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+  metrics = {
+    "loss": loss,
+    "accuracy": mean_of(_right(margin)),
+    "margin": mean_of(margin),
+    "gradient_norm": optax.global_norm(gradient),
+  }
+  new_state = dataclasses.replace(
+    state,
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    opt_state=opt_state,
+  )
+  return new_state, metrics
+
+
+def _right(margin):
+  """1 where the chosen response scores higher, half where both score alike."""
+  return (margin > 0) + 0.5 * (margin == 0)
+
+
+def pair_batches(
+  pairs: jsonl.Rows,
+  inputs: models.Inputs,
+  *,
+  batch_size: int,
+  seed: int,
+  start: int,
+) -> Iterator[np.ndarray]:
+  """This process's rows of global batches start, start + 1, ...
+
+  Args:
+    pairs: rows of (document, chosen, rejected).
+    inputs: that tokenises them.
+    batch_size: P, of the global batch; a multiple of the number of processes.
+    seed: of the order of pairs; each epoch has its own.
+    start: number of the first batch.
+
+  Returns:
+    An endless iterator over [p, 2, S] int32, chosen first.
+  """
+  own = batch_size // jax.process_count()
+  first = start * batch_size + own * jax.process_index()
+  order, epoch_of_order = np.zeros([0], int), -1
+  while True:
+    chosen = []
+    for position in range(first, first + own):
+      epoch, index = divmod(position, len(pairs))
+      if epoch != epoch_of_order:
+        random = np.random.default_rng([seed, epoch])
+        order, epoch_of_order = random.permutation(len(pairs)), epoch
+      chosen.append(int(order[index]))
+    yield tokenise(inputs, [pairs[i] for i in chosen])
+    first += batch_size
+
+
+def tokenise(inputs: models.Inputs, pairs: list[tuple[str, ...]]) -> np.ndarray:
+  """(document, chosen, rejected) texts to [P, 2, S] int32."""
+  tokens, _ = inputs(
+    [document for document, _, _ in pairs for _ in range(2)],
+    [response for _, *both in pairs for response in both],
+  )
+  return tokens.reshape(len(pairs), 2, inputs.length)
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
+  """Trains `model.init` on pairs, or resumes doing so, and evaluates it.
+
+  Args:
+    config: see config.py; reads SECTIONS.
+    workdir: the folder of this run.
+
+  Returns:
+    Held-out accuracy and loss, which DIR/evaluation/accuracy.json has too.
+
+  Raises:
+    ConfigError, RunError: what a user can cause.
+    loop.Preempted: after SIGTERM.
+  """
+  settings = config.reward_model
+  if settings.steps < 1:
+    raise config_lib.ConfigError(
+      "reward_model.steps is 0: nothing would be trained; set it."
+    )
+  training, held_out = load_pairs(config)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+  if settings.batch % mesh.shape["data"]:
+    raise config_lib.ConfigError(
+      f"reward_model.batch = {settings.batch} is not a multiple of the mesh's "
+      f"data axis, {mesh.shape['data']}; change it or mesh.data."
+    )
+  own = ml_collections.ConfigDict({name: config[name] for name in SECTIONS})
+  run_folder.start(workdir, own)
+  if not run_folder.has_model(workdir):
+    initial = load_initial(config)
+    run_folder.save_model(
+      workdir, initial.model_config, initial.vocabulary, initial.params
+    )
+  model_config = run_folder.load_model_config(workdir)
+  vocabulary = load_vocabulary(run_folder.vocabulary_path(workdir))
+  with config_lib.as_config_error():
+    inputs = models.Inputs(
+      vocabulary, settings.template, config.data.source_length, overlap=None
+    )
+    token = None
+    if settings.head == "token":
+      token = models.token_of(vocabulary, settings.token)
+  optimizer = make_optimizer(
+    name=config.optimizer.name,
+    learning_rate=settings.learning_rate,
+    warmup_steps=settings.warmup_steps,
+    decay_steps=settings.decay_steps,
+    clip_norm=config.optimizer.clip_norm,
+  )
+  abstract = preference.abstract_params(model_config, settings.head)
+  params_at = preference.param_shardings(
+    mesh, model_config, settings.head, fsdp=config.mesh.fsdp
+  )
+  state_at = state_shardings(mesh, optimizer, abstract, params_at)
+  rows, whole = sharding.row_sharding(mesh), sharding.replicated(mesh)
+  model = t5.T5(
+    dataclasses.replace(model_config, dropout_rate=settings.dropout)
+  )
+
+  def init(reference, key):
+    params = {"t5": reference}
+    if settings.head == "linear":
+      # From zero, all responses score alike and the loss is log 2.
+      params["head"] = jnp.zeros([model_config.emb_dim], jnp.float32)
+    return init_state(params, optimizer, key)
+
+  init = jax.jit(
+    init, in_shardings=(params_at["t5"], whole), out_shardings=state_at
+  )
+  update_step = jax.jit(
+    lambda state, tokens: update(
+      state, tokens, model=model, token=token, optimizer=optimizer
+    ),
+    in_shardings=(state_at, rows),
+    out_shardings=(state_at, whole),
+    donate_argnums=0,
+  )
+  reference = run_folder.load_reference(
+    workdir, checkpoints_lib.abstract_like(abstract["t5"], params_at["t5"])
+  )
+  key = jax.random.fold_in(jax.random.key(config.seed), 0xB7)
+
+  def step_fn(state, step, batch, want_texts):
+    state, metrics = update_step(
+      state, sharding.to_devices(mesh, batch, settings.batch)
+    )
+    tokens = int((batch > 0).sum()) * jax.process_count()
+    return loop.Step(state, metrics, tokens=tokens)
+
+  state = loop.run(
+    workdir,
+    label="train reward model",
+    abstract_state=checkpoints_lib.abstract_like(
+      jax.eval_shape(init, reference, key), state_at
+    ),
+    start=lambda: init(reference, key),
+    batches_from=lambda first: pair_batches(
+      training,
+      inputs,
+      batch_size=settings.batch,
+      seed=config.seed,
+      start=first,
+    ),
+    step_fn=step_fn,
+    steps=settings.steps,
+    checkpoint_every=settings.checkpoint_every,
+    keep=1,
+    log_samples_every=max(settings.steps, 1),
+  )
+  scorer = models.make_scorer(
+    lambda params, tokens: preference.score_rows(
+      t5.T5(model_config), params, tokens, token
+    ),
+    state.params,
+    mesh,
+    2 * settings.batch,
+  )
+  report = evaluate(held_out, inputs, scorer, int(state.step))
+  if jax.process_index() == 0:
+    folder = epath.Path(workdir) / "evaluation"
+    folder.mkdir(exist_ok=True)
+    run_folder.write_json(folder / "accuracy.json", report._asdict())
+  return report
+
+
+def load_pairs(
+  config: ml_collections.ConfigDict,
+) -> tuple[jsonl.Rows, jsonl.Rows]:
+  """(training, held-out) rows of (document, chosen, rejected).
+
+  Raises:
+    ConfigError: when a file is missing or a line of it is not a pair.
+  """
+  data = config.data
+  for name in ("train", "eval"):
+    if data[name] is None:
+      raise config_lib.ConfigError(
+        f"data.{name} is not set; give a JSONL file of pairs: objects with "
+        f'"{data.document_field}", "chosen" and "rejected".'
+      )
+  fields = (data.document_field, "chosen", "rejected")
+  with config_lib.as_config_error():
+    return (
+      jsonl.read_rows(data.train, fields),
+      jsonl.read_rows(data.eval, fields),
+    )
+
+
+def evaluate(
+  pairs: jsonl.Rows, inputs: models.Inputs, scorer: Any, step: int
+) -> Report:
+  """Compares the scores of chosen and rejected responses.
+
+  Args:
+    pairs: rows of (document, chosen, rejected).
+    inputs: that tokenises them.
+    scorer: from `rewards.model.make_scorer`.
+    step: updates that the model has seen.
+
+  Returns:
+    The report, the same on every process.
+  """
+  chunk = 1024  # texts in memory at once
+  sums = np.zeros([3])
+  own = range(jax.process_index(), len(pairs), jax.process_count())
+  # As many calls on every process, though one may have a pair less.
+  for i in range(0, -(-len(pairs) // jax.process_count()), chunk):
+    part = [pairs[k] for k in own[i : i + chunk]]
+    tokens = tokenise(inputs, part)
+    scores = scorer(tokens.reshape(-1, inputs.length)).reshape(-1, 2)
+    margin = (scores[:, 0] - scores[:, 1]).astype(np.float64)
+    losses = np.logaddexp(0, -margin)
+    sums += [_right(margin).sum(), losses.sum(), len(part)]
+  if jax.process_count() > 1:
+    sums = np.asarray(multihost_utils.process_allgather(sums)).sum(0)
+  right, loss, count = sums.tolist()
+  accuracy = right / count
+  return Report(
+    accuracy=accuracy,
+    stderr=(accuracy * (1 - accuracy) / count) ** 0.5,
+    loss=loss / count,
+    pairs=int(count),
+    step=step,
+  )
