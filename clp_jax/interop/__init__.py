@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from clp_jax.interop import huggingface, leaves, orbax, t5x
+from clp_jax.interop import huggingface, leaves, orbax, storage, t5x
 from clp_jax.interop.storage import Folder
 from clp_jax.models.t5 import T5Config
 
@@ -143,13 +143,15 @@ def save_t5(
         f"the vocabulary has {described.size} pieces, but the model embeds "
         f"{config.vocab_size}; give the one that it was trained with."
       )
-  folder = epath.Path(path)
   if format == "hf":
-    huggingface.save(folder, config, views, described, max_shard_bytes)
+    huggingface.save(
+      epath.Path(path), config, views, described, max_shard_bytes
+    )
   elif format == "orbax":
-    orbax.save(folder, config, views, vocabulary)
+    orbax.save(epath.Path(path), config, views, vocabulary)
   else:
+    folder = Folder(os.fspath(path))
     t5x.save(folder, config, views, step, use_orbax=format == "t5x-orbax")
     if vocabulary is not None:
-      parent = folder.parent if t5x.is_step(folder.name) else folder
-      (parent / huggingface.VOCABULARY).write_bytes(vocabulary)
+      beside = folder.parent if t5x.is_step(folder.name) else folder
+      storage.write(beside, huggingface.VOCABULARY, vocabulary)

@@ -53,7 +53,7 @@ def stored_leaves(folder: Folder, prefix: str = "") -> dict[str, Leaf]:
   start = f"{prefix}." if prefix else ""
   names = {
     name.removeprefix(start).replace(".", "/"): name
-    for name in storage.array_names(kvstore, start)
+    for name in storage.array_names(folder.path, kvstore, start)
   }
   return storage.zarr_leaves(folder.path, kvstore, names)
 
@@ -91,7 +91,9 @@ def save(
   config = dataclasses.replace(config, scan_layers=False)
   path.mkdir(parents=True, exist_ok=True)
   (path / "model.json").unlink(missing_ok=True)
-  save_tree(path / "params", {p: view.numpy() for p, view in views.items()})
+  save_tree(
+    str(path / "params"), {p: view.numpy() for p, view in views.items()}
+  )
   if vocabulary is not None:
     (path / VOCABULARY).write_bytes(vocabulary)
   fields = json.dumps(dataclasses.asdict(config), indent=2)
@@ -100,7 +102,8 @@ def save(
   partial.replace(path / "model.json")
 
 
-def save_tree(path: epath.Path, arrays: Mapping[str, object]) -> None:
+def save_tree(path: str, arrays: Mapping[str, object]) -> None:
   """Saves {"a/b": array} as a nested dict."""
+  tree = leaves_lib.unflatten(arrays)
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(path.absolute(), leaves_lib.unflatten(arrays), force=True)
+    checkpointer.save(epath.Path(path).absolute(), tree, force=True)

@@ -110,10 +110,17 @@ def write(folder: Folder, name: str, content: bytes) -> None:
   ts.KvStore.open(folder.kvstore).result().write(name, content).result()
 
 
-def array_names(kvstore: dict[str, Any], prefix: str) -> list[str]:
-  """Names of the zarr arrays in a store that start with `prefix`."""
-  store = ts.KvStore.open(kvstore).result()
-  keys = store.list(ts.KvStore.KeyRange(prefix, prefix + _LAST)).result()
+def array_names(where: str, kvstore: dict[str, Any], prefix: str) -> list[str]:
+  """Names of the zarr arrays in a store that start with `prefix`.
+
+  Raises:
+    ValueError: when the store can't be read; names `where`.
+  """
+  try:
+    store = ts.KvStore.open(kvstore).result()
+    keys = store.list(ts.KvStore.KeyRange(prefix, prefix + _LAST)).result()
+  except ValueError as error:
+    raise ValueError(f"can't read {where}: {brief(error)}") from error
   found = [re.fullmatch(r"([^/]+)/\.zarray", key.decode()) for key in keys]
   return sorted(match[1] for match in found if match)
 

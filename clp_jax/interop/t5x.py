@@ -13,7 +13,9 @@ The tree is this package's own. The config is in no checkpoint: `infer_config`
 reads it from the shapes, and what they can't tell is what T5 has.
 """
 
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +23,6 @@ import flax.serialization
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-from etils import epath
 
 from clp_jax.interop import leaves as leaves_lib
 from clp_jax.interop import orbax, storage
@@ -189,7 +190,7 @@ def infer_config(where: str, shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
 
 
 def save(
-  path: epath.Path,
+  folder: Folder,
   config: T5Config,
   views: Mapping[str, View],
   step: int,
@@ -201,7 +202,7 @@ def save(
   folders can't be renamed, its file `checkpoint` comes last.
 
   Args:
-    path: checkpoint_<step>, which gives the step, or the folder for it.
+    folder: checkpoint_<step>, which gives the step, or where to make it.
     config: of the model.
     views: from `leaves.views`.
     step: that the checkpoint is named for.
@@ -219,24 +220,24 @@ def save(
         f"a t5x checkpoint does not say that {field} is {ours!r}, and would be "
         f"read as {theirs!r}; choose another format."
       )
-  if match := _STEP.fullmatch(path.name):
-    step = int(match[1])
+  if is_step(folder.name):
+    step = int(folder.name.removeprefix("checkpoint_"))
   else:
-    path = path / f"checkpoint_{step}"
-  if path.exists():
-    raise ValueError(f"{path} is there already; remove it or save elsewhere.")
-  path.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder.within(f"checkpoint_{step}")
+  if folder.names(""):
+    raise ValueError(
+      f"{folder.path} is there already; remove it or save elsewhere."
+    )
   if use_orbax:
     arrays = {f"target/{p}": view.numpy() for p, view in views.items()}
-    orbax.save_tree(path / "state", arrays | {"state/step": np.int32(step)})
+    state = folder.within("state").path
+    orbax.save_tree(state, arrays | {"state/step": np.int32(step)})
     return
-  final = path
-  if not str(path).startswith("gs://"):
-    path = path.parent / f"{path.name}.tmp-clp"
-    if path.exists():
-      path.rmtree()
-  folder = Folder(str(path))
-  target = {p: _write_array(folder, p, view) for p, view in views.items()}
+  partial = folder
+  if folder.on_disk:
+    partial = Folder(f"{folder.path}.tmp-clp")
+    shutil.rmtree(partial.path, ignore_errors=True)
+  target = {p: _write_array(partial, p, view) for p, view in views.items()}
   content = {
     "version": _VERSION,
     "optimizer": {
@@ -244,9 +245,9 @@ def save(
       "state": {"step": np.int32(step)},
     },
   }
-  storage.write(folder, _FILE, flax.serialization.msgpack_serialize(content))
-  if path != final:
-    path.rename(final)
+  storage.write(partial, _FILE, flax.serialization.msgpack_serialize(content))
+  if folder.on_disk:
+    os.replace(partial.path, folder.path)
 
 
 def _write_array(folder: Folder, path: str, view: View) -> dict[str, Any]:
