@@ -6,12 +6,19 @@ processes that a test starts inherit them.
 
 import datetime
 import os
+import pathlib
 
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+# Many tests, and the processes that they start, compile the same programs.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR",
+  str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -38,9 +45,6 @@ def sft_run(tmp_path_factory):
   from clp_jax import demo
   from clp_jax.train import sft
 
-  # What the commands under test compile is compiled once.
-  cache = tmp_path_factory.mktemp("compiled")
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
   config = demo.get_config()
   config.sft.steps = 12
   config.sft.batch = 16
