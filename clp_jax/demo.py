@@ -46,8 +46,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.sft.steps = 600
   config.sft.learning_rate = 3e-3
   config.sft.decay_steps = 600
-  config.train.steps = 400
-  config.optimizer.decay_steps = 400
+  config.train.steps = 500
+  config.optimizer.decay_steps = 500
   return config
 
 
