@@ -28,17 +28,17 @@ def load(workdir, step):
   return items.params, items.train, items.data
 
 
+def assert_equal_leaves(p, q):
+  if hasattr(p, "dtype") and jax.dtypes.issubdtype(
+    p.dtype, jax.dtypes.prng_key
+  ):
+    p, q = jax.random.key_data(p), jax.random.key_data(q)
+  np.testing.assert_array_equal(p, q)
+
+
 def assert_same_run(a, b, step):
   for x, y in zip(load(a, step), load(b, step), strict=True):
-
-    def same(p, q):
-      if hasattr(p, "dtype") and jax.dtypes.issubdtype(
-        p.dtype, jax.dtypes.prng_key
-      ):
-        p, q = jax.random.key_data(p), jax.random.key_data(q)
-      np.testing.assert_array_equal(p, q)
-
-    jax.tree.map(same, x, y)
+    jax.tree.map(assert_equal_leaves, x, y)
   assert runs.metrics(a) == runs.metrics(b)
 
 
@@ -118,8 +118,12 @@ def test_2_processes_train_as_1_does(sft_run, tmp_path):
     )
     for i in range(2)
   ]
-  for process in pair:
-    finish(process)
+  try:
+    for process in pair:
+      finish(process)
+  finally:
+    for process in pair:  # the one that waits for a dead one
+      process.kill()
   a, b = runs.metrics(one), runs.metrics(two)
   assert [row["step"] for row in b] == [1, 2, 3, 4]
   for x, y in zip(a, b, strict=True):
@@ -128,6 +132,25 @@ def test_2_processes_train_as_1_does(sft_run, tmp_path):
   # What two processes wrote, one reads.
   status, _, err = runs.clp("evaluate", "--workdir", two)
   assert status == 0, err
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(sft_run, tmp_path):
+  workdir = tmp_path / "run"
+  arguments = runs.train_arguments(workdir, sft_run, **{"train.steps": 2})
+  status, _, err = runs.clp(*arguments)
+  assert status == 0, err
+  before = load(workdir, 2)
+  process = runs.start(
+    runs.train_arguments(workdir, sft_run), devices=8, file_limit=200_000
+  )
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 1, err
+  assert "Traceback" not in err
+  last = err.splitlines()[-1]
+  assert "can't save to" in last and "Free space" in last
+  assert runs.checkpoint_steps(workdir) == [2]
+  for x, y in zip(before, load(workdir, 2), strict=True):
+    jax.tree.map(assert_equal_leaves, x, y)
 
 
 def test_a_step_that_cannot_be_read_falls_back_to_the_one_before(

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -46,11 +47,22 @@ def clp(*arguments):
   return status, out.getvalue(), err.getvalue()
 
 
-def start(arguments, devices=1):
-  """Starts `clp` as a process of its own, with so many CPU devices."""
+def start(arguments, devices=1, file_limit=None):
+  """Starts `clp` as a process of its own.
+
+  Args:
+    arguments: of the command.
+    devices: virtual CPU devices.
+    file_limit: bytes that a file may have; beyond, writing fails as it does on
+      a full disk.
+  """
   environment = os.environ | {
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
   }
+
+  def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
   return subprocess.Popen(
     [sys.executable, "-m", "clp_jax", *map(str, arguments)],
     env=environment,
@@ -58,6 +70,7 @@ def start(arguments, devices=1):
     stderr=subprocess.PIPE,
     text=True,
     cwd=pathlib.Path(__file__).parents[1],
+    preexec_fn=None if file_limit is None else limit,
   )
 
 
