@@ -1,0 +1,96 @@
+"""Runs of the paper's kind and size: T5 on XSum and on Reddit TL;DR.
+
+What the paper is known to have: T5 policies from base upwards; XSum, and Reddit
+TL;DR for ablations; the rewards nli (the probability of entailment by a T5),
+rouge (against the reference summary) and tldr (a T5 preference model of TL;DR
+comparisons); one fixed KL weight where several rewards are traded off; full-,
+attention- and logit-CLP (here `steering`), T5 finetuned before. All numbers
+below (lengths, batches, rates, steps, alpha, Q) are ours, and so is TFDS's
+`reddit` as Reddit TL;DR.
+"""
+
+from typing import NamedTuple
+
+import ml_collections
+from ml_collections import config_dict
+
+from clp_jax import config as config_lib
+
+
+class Size(NamedTuple):
+  """What a model's size changes."""
+
+  microbatches: int  # parts of the 64 prompts x 4 samples of a step
+  model_axis: int  # devices that share each matrix
+  fsdp: bool  # parameters cut over the data axis as well
+  remat: str
+
+
+SIZES = {
+  "base": Size(microbatches=1, model_axis=1, fsdp=False, remat="minimal"),
+  "large": Size(microbatches=2, model_axis=1, fsdp=True, remat="full"),
+  "xl": Size(microbatches=4, model_axis=4, fsdp=True, remat="full"),
+}
+# Tokens: articles of XSum are longer than posts.
+SOURCE_LENGTHS = {"xsum": 1024, "tldr": 512}
+
+
+def get_config(task: str, size: str) -> ml_collections.ConfigDict:
+  """Two rewards, NLI and ROUGE, at one KL weight (full-CLP).
+
+  Args:
+    task: "xsum" or "tldr".
+    size: of SIZES; the T5 itself is whatever model.init names.
+
+  Returns:
+    The config; model.init and the reward models are left to be given.
+  """
+  config = config_lib.get_config()
+  config.objectives = ("nli", "rouge")
+  config.rewards = ml_collections.ConfigDict(
+    {
+      "nli": config_lib.model_reward(
+        "entailment", dtype="bfloat16", scan_layers=True, fsdp=True
+      ),
+      "rouge": config_lib.reward("rouge"),
+      # Its scale is arbitrary; the others are in [0, 1].
+      "tldr": config_lib.model_reward(
+        "preference", normalise="fixed", dtype="bfloat16", fsdp=True
+      ),
+    }
+  )
+  config.data.task = task
+  config.data.template = "summarize: {document}"
+  config.data.source_length = SOURCE_LENGTHS[task]
+  config.data.target_length = 64
+
+  settings = SIZES[size]
+  config.model.init = config_dict.placeholder(str)
+  config.model.dtype = "bfloat16"
+  config.model.scan_layers = True
+  config.model.remat = settings.remat
+  config.mesh.model = settings.model_axis
+  config.mesh.fsdp = settings.fsdp
+
+  config.sft.steps = 10_000
+  config.sft.batch = 128
+  config.sft.learning_rate = 1e-3  # Adafactor's, relative to a parameter
+  config.sft.warmup_steps = 1000
+  config.sft.dropout = 0.1
+  config.sft.checkpoint_every = 1000
+
+  config.weightings.alpha = 0.01
+  config.rollout.prompts = 64
+  config.rollout.samples = 4
+  config.rollout.weightings = 16
+  config.optimizer.name = "adafactor"
+  config.optimizer.learning_rate = 1e-4
+  config.optimizer.warmup_steps = 200
+  config.train.steps = 10_000
+  config.train.microbatches = settings.microbatches
+  config.train.checkpoint_every = 500
+  config.train.normalisation_batches = 32
+
+  config.eval.prompts = 1024
+  config.eval.samples = 1
+  return config

@@ -1,0 +1,27 @@
+"""CLP on Reddit TL;DR between NLI and ROUGE, T5-xl.
+
+  clp train --config configs/tldr/xl.py --workdir runs/tldr-xl \
+    --config.model.init=PATH_OF_T5_XL \
+    --config.rewards.nli.model=PATH_OF_AN_ENTAILMENT_T5
+
+Needs the data (tfds build reddit),
+a T5 v1.1, LM-adapted or Flan checkpoint of this size, and a T5 that answers in
+the format of TRUE. The third reward, a preference model of `clp train-reward`:
+
+    --config.objectives="('nli', 'rouge', 'tldr')" \
+    --config.rewards.tldr.model=PATH_OF_A_train-reward_RUN
+
+Differs from base.py in that parameters and optimizer state are cut over the
+data axis and matrices over 4 devices (mesh.model), layers are computed again in
+the backward pass, and a step's gradients are accumulated over 4 parts.
+clp_jax/paper.py says what of these settings is the paper's and what is ours.
+"""
+
+import ml_collections
+
+from clp_jax import paper
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The settings."""
+  return paper.get_config("tldr", "xl")
