@@ -1,0 +1,108 @@
+"""Policy: one steerable model out of a run's folder."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+import clp_jax
+from clp_jax.data import tasks
+
+TEXTS = [
+  "Brivane opened the museum. It happened in Merrowby.",
+  "Captain Farrogan saved the mill. Word spread on Friday.",
+  "Wexcombe praised the factory.",
+]
+
+
+@pytest.fixture(scope="module")
+def policy(sft_run):
+  """Two sets that differ, KL's among three: alpha varies in this run."""
+  workdir = pathlib.Path(sft_run).parent / "policy"
+  fields = {
+    "train.steps": 2,
+    "optimizer.learning_rate": 0.02,
+    "weightings.alpha_range": "(0.01,0.5)",
+  }
+  status, _, err = runs.clp(*runs.train_arguments(workdir, sft_run, **fields))
+  assert status == 0, err
+  return clp_jax.Policy.load(str(workdir))
+
+
+def test_params_are_the_mixture_of_the_sets(policy):
+  mixed = policy.params({"nli": 0.25, "rouge": 0.75}, alpha=0.2)
+  c = np.float32([0.8 * 0.75, 0.8 * 0.25, 0.2])  # rouge, nli, KL
+  jax.tree.map(
+    lambda m, s: np.testing.assert_allclose(
+      m, np.tensordot(c, np.asarray(s), 1), atol=1e-6
+    ),
+    mixed,
+    policy.sets,
+  )
+
+
+def test_score_is_the_sum_of_the_tokens_log_probabilities(policy):
+  responses = ["Brivane opened the museum.", "Farrogan saved", "Wexcombe"]
+  weights = {"nli": 0.25, "rouge": 0.75}
+  scores = policy.score(TEXTS, responses, weights=weights, alpha=0.1)
+  assert scores.shape == (3,) and scores.dtype == np.float32
+  model = clp_jax.T5(policy.model_config)
+  params = policy.params(weights, 0.1)
+  for text, response, score in zip(TEXTS, responses, scores, strict=True):
+    prompt = tasks.tokenize_inputs(policy.vocabulary, [text], 56)
+    ids = [*policy.vocabulary.encode(response), policy.vocabulary.eos_id]
+    logits = model.apply(
+      {"params": params}, prompt, np.asarray([[0, *ids[:-1]]])
+    )
+    logp = jax.nn.log_softmax(logits)[0, np.arange(len(ids)), ids]
+    np.testing.assert_allclose(score, logp.sum(), rtol=1e-5)
+
+
+def test_each_text_can_have_its_own_weighting(policy):
+  weights = [{"nli": 1.0}, {"rouge": 1.0}, {"nli": 1.0}]
+  alphas = [0.01, 0.3, 0.01]
+  together = policy.generate(TEXTS, weights, alphas, seed=3)
+  for i, text in enumerate(TEXTS):
+    (alone,) = policy.generate(
+      [text], weights[i], alphas[i], seed=3, first_row=i
+    )
+    assert alone == together[i]
+  assert policy.generate(TEXTS, weights, alphas, seed=4) != together
+
+
+def test_greedy_decoding_needs_no_randomness(policy):
+  a, b = (
+    policy.generate(TEXTS, {"nli": 1.0}, 0.1, temperature=0, seed=seed)
+    for seed in (0, 1)
+  )
+  assert a == b
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ({"weights": None}, "give weights for rouge, nli"),
+    ({"weights": {"nli": 0.5}}, "sum to 1"),
+    ({"weights": {"x": 1.0}}, "unknown objective 'x'"),
+    ({"weights": {"nli": 1.0}}, r"alpha in \[0.01, 0.5\]"),
+    ({"weights": {"nli": 1.0}, "alpha": 0.9}, r"alpha in \[0.01, 0.5\]"),
+    ({"weights": [{"nli": 1.0}], "alpha": 0.1}, "1 weights for 3 texts"),
+    ({"weights": {"nli": 1.0}, "alpha": 0.1, "top_k": 0}, "top_k"),
+    ({"weights": {"nli": 1.0}, "alpha": 0.1, "top_p": 1.5}, "top_p"),
+    ({"weights": {"nli": 1.0}, "alpha": 0.1, "temperature": -1}, "temperature"),
+  ],
+)
+def test_what_can_not_work_is_refused(policy, arguments, message):
+  with pytest.raises(ValueError, match=message):
+    policy.generate(TEXTS, **arguments)
+
+
+def test_as_many_responses_as_texts(policy):
+  with pytest.raises(ValueError, match="3 texts but 1 responses"):
+    policy.score(TEXTS, ["x"], weights={"nli": 1.0}, alpha=0.1)
+
+
+def test_no_texts_give_no_responses(policy):
+  assert policy.generate([], {"nli": 1.0}, 0.1) == []
