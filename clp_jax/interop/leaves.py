@@ -122,15 +122,20 @@ def assemble(
       f"{_some(sorted(set(paths) - at.keys()))}, got "
       f"{_some(sorted(at.keys() - set(paths)))}."
     )
+  found = {
+    path: _layers_of(leaves, path) if "/layers/" in path else leaves[path]
+    for path in paths
+  }
   params = {}
-  for path in paths:
-    leaf = _layers_of(leaves, path) if "/layers/" in path else leaves[path]
+  # Large ones first: what reading one takes on top is gone when the sum peaks.
+  for path in sorted(paths, key=lambda path: -found[path].nbytes):
+    leaf = found[path]
     array_dtype = leaf.dtype if dtype is None else np.dtype(dtype)
     if at is None:
       params[path] = leaf.all().astype(array_dtype, copy=False)
     else:
       params[path] = _place(leaf, at[path], array_dtype)
-  return config, unflatten(params)
+  return config, unflatten({path: params[path] for path in paths})
 
 
 def _layers_of(leaves: Mapping[str, Leaf], path: str) -> Leaf:
@@ -154,16 +159,23 @@ def _layers_of(leaves: Mapping[str, Leaf], path: str) -> Leaf:
 
 
 def _place(leaf: Leaf, sharding: jax.sharding.Sharding, dtype: Any):
-  """Reads each device's part, and what several devices share only once."""
-  parts: dict[tuple, np.ndarray] = {}
+  """Reads, once, the box that holds the parts of this process's devices."""
+  indices = sharding.addressable_devices_indices_map(leaf.shape).values()
+  bounds = np.asarray([_bounds(index, leaf.shape) for index in indices])
+  first, stop = bounds[..., 0].min(0), bounds[..., 1].max(0)
+  box = tuple(slice(int(a), int(b)) for a, b in zip(first, stop, strict=True))
+  held = leaf.read(box).astype(dtype, copy=False)
 
   def part(index: Any) -> np.ndarray:
-    key = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
-    if key not in parts:
-      parts[key] = leaf.read(index).astype(dtype, copy=False)
-    return parts[key]
+    within = zip(_bounds(index, leaf.shape), first, strict=True)
+    return held[tuple(slice(a - start, b - start) for (a, b), start in within)]
 
   return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+
+def _bounds(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+  """(first, stop) of each axis."""
+  return [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
 
 
 class View(NamedTuple):

@@ -102,21 +102,19 @@ def _read_part(
 ) -> np.ndarray:
   """Rows are read as they lie; columns are cut out of blocks of whole rows."""
   ranges = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-  part = np.empty([len(r) for r in ranges], dtype)
+  first, count = ranges[0].start, len(ranges[0])
   row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-  if not part.size:
+  columns = tuple(slice(r.start, r.stop) for r in ranges[1:])
+  part = np.empty([len(r) for r in ranges], dtype)
+  if part.shape[1:] == shape[1:]:
+    folder.read_into(name, offset + first * row_bytes, part)
     return part
   rows = max(1, _BLOCK // row_bytes)
-  for start in range(0, len(ranges[0]), rows):
-    stop = min(start + rows, len(ranges[0]))
-    first = ranges[0].start + start
-    content = folder.read(
-      name,
-      offset + first * row_bytes,
-      offset + (first + stop - start) * row_bytes,
-    )
-    block = np.frombuffer(content, dtype).reshape(-1, *shape[1:])
-    part[start:stop] = block[(slice(None), *index[1:])]
+  for start in range(0, count, rows):
+    stop = min(start + rows, count)
+    block = np.empty((stop - start, *shape[1:]), dtype)
+    folder.read_into(name, offset + (first + start) * row_bytes, block)
+    part[start:stop] = block[(slice(None), *columns)]
   return part
 
 

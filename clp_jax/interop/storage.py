@@ -14,6 +14,7 @@ import tensorstore as ts
 
 from clp_jax.interop.leaves import Index, Leaf
 
+_BLOCK = 16 << 20  # bytes read from a bucket at a time
 _LAST = "\U0010ffff"  # sorts after every name that starts alike
 
 
@@ -86,6 +87,26 @@ class Folder:
   def _list(self, first: str, stop: str) -> list[str]:
     keys = self._store.list(ts.KvStore.KeyRange(first, stop)).result()
     return [key.decode() for key in keys]
+
+  def read_into(self, name: str, offset: int, array: np.ndarray) -> None:
+    """Fills a contiguous array with the file's bytes from `offset` on.
+
+    Raises:
+      ValueError: when the file isn't there, can't be read or is shorter.
+    """
+    target = array.reshape(-1).view(np.uint8).data
+    if self.on_disk:
+      with open(os.path.join(self.path, name), "rb", buffering=0) as file:
+        file.seek(offset)
+        filled = 0
+        while filled < len(target) and (n := file.readinto(target[filled:])):
+          filled += n
+      if filled < len(target):
+        raise ValueError(f"{self.path}/{name} ends too early.")
+      return
+    for first in range(0, len(target), _BLOCK):
+      stop = min(first + _BLOCK, len(target))
+      target[first:stop] = self.read(name, offset + first, offset + stop)
 
   def read(
     self, name: str, start: int | None = None, stop: int | None = None

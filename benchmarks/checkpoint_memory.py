@@ -1,0 +1,114 @@
+"""How much memory reading a checkpoint needs, as a multiple of its size.
+
+    python benchmarks/checkpoint_memory.py [--gib 1.0] [--folder DIR]
+
+writes a T5 v1.1 of at least that size in every format, then reads each in a
+process of its own and prints one line a format: the size of the files, the most
+memory that the process had resident, and their ratio. Importing the package is
+counted in. "hf, sharded" reads to 8 virtual devices of that one process, whose
+memory is the host's.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+LIMIT = 1.3
+READ = """
+import resource, sys
+from clp_jax import interop, sharding
+from clp_jax.models import t5
+shardings = None
+if sys.argv[2] == "sharded":
+  mesh = sharding.make_mesh(4, 2)
+  shardings = lambda config: sharding.param_shardings(
+    mesh, t5.logical_axes(config), t5.abstract_params(config), fsdp=True)
+config, params = interop.load_t5(sys.argv[1], shardings)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def write(folder: pathlib.Path, gib: float) -> dict[str, pathlib.Path]:
+  """Writes the checkpoint in each format: {name: folder}."""
+  import numpy as np
+
+  from clp_jax import interop
+  from clp_jax.interop import leaves
+  from clp_jax.models.presets import PRESETS
+
+  config = PRESETS["base"]
+  shapes = leaves.expected_shapes(config)
+  while 4 * sum(int(np.prod(s)) for s in shapes.values()) < gib * 2**30:
+    depth = config.num_encoder_layers + 2
+    fields = {"num_encoder_layers": depth, "num_decoder_layers": depth}
+    config = config.__class__(**(vars(config) | fields))
+    shapes = leaves.expected_shapes(config)
+  rng = np.random.default_rng(0)
+  params = leaves.unflatten(
+    {p: rng.standard_normal(s, np.float32) for p, s in shapes.items()}
+  )
+  folders = {}
+  for name in interop.FORMATS:
+    folders[name] = folder / name
+    interop.save_t5(folders[name], config, params, name)
+  return folders
+
+
+def size_of(folder: pathlib.Path) -> int:
+  """Bytes of all files."""
+  return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--gib", type=float, default=1.0)
+  parser.add_argument(
+    "--folder", help="where to write (default: a temporary one)"
+  )
+  args = parser.parse_args()
+  parent = pathlib.Path(tempfile.mkdtemp(dir=args.folder))
+  worst = 0.0
+  try:
+    # In a process of its own, so that the readers start from nothing.
+    pid = os.fork()
+    if pid == 0:
+      write(parent, args.gib)
+      os._exit(0)
+    if os.waitpid(pid, 0)[1]:
+      return 1
+    print(f"{'format':18} {'GiB':>6} {'peak':>6} {'ratio':>6} {'s':>6}")
+    for folder in sorted(parent.iterdir()):
+      for where in ("host", "sharded"):
+        start = time.perf_counter()
+        done = subprocess.run(
+          [sys.executable, "-c", READ, str(folder), where],
+          env=os.environ
+          | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+          },
+          stdout=subprocess.PIPE,
+          text=True,
+          check=True,
+        )
+        seconds = time.perf_counter() - start
+        size, peak = size_of(folder), 1024 * int(done.stdout)
+        worst = max(worst, peak / size)
+        name = folder.name + ("" if where == "host" else ", sharded")
+        print(
+          f"{name:18} {size / 2**30:6.2f} {peak / 2**30:6.2f} "
+          f"{peak / size:6.2f} {seconds:6.1f}"
+        )
+  finally:
+    shutil.rmtree(parent)
+  print(f"worst ratio {worst:.2f}, at most {LIMIT} is wanted")
+  return int(worst > LIMIT)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
