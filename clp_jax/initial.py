@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-from etils import epath
 
 from clp_jax import config as config_lib
-from clp_jax import run_folder
+from clp_jax import interop, run_folder, sharding
 from clp_jax.config import ConfigError
 from clp_jax.data import tasks
 from clp_jax.data.vocabulary import load_vocabulary, loaded
+from clp_jax.interop.storage import Folder
 from clp_jax.models import t5
 from clp_jax.models.presets import PRESETS
 from clp_jax.train import checkpoints
@@ -53,7 +53,7 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
     key = jax.random.fold_in(jax.random.key(config.seed), 0x1217)
     params = t5.init_params(model_config, key)
     content = vocabulary.sp_model
-  elif (epath.Path(init) / "model.json").exists():
+  elif _is_run(init):
     model_config = run_folder.load_model_config(init)
     params, _ = checkpoints.load_params(init, t5.abstract_params(model_config))
     if model_config.scan_layers and not config.model.scan_layers:
@@ -63,6 +63,11 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
     model_config = _computation(model_config, config)
     content = run_folder.load_vocabulary_bytes(init)
     vocabulary = load_vocabulary(run_folder.vocabulary_path(init))
+  elif Folder(init).is_folder():
+    vocabulary = _vocabulary_beside(config)
+    content = vocabulary.sp_model
+    model_config, params = _load_checkpoint(config)
+    model_config = _computation(model_config, config)
   else:
     raise ConfigError(
       f"model.init = {init!r} is neither a preset ({', '.join(PRESETS)}) nor "
@@ -88,6 +93,48 @@ def _vocabulary(config: ml_collections.ConfigDict) -> Any:
       )
     task = tasks.get_task(config.data.task)
     return loaded(task.output_features["inputs"].vocabulary)
+
+
+def _is_run(init: str) -> bool:
+  """A run's folder, rather than what `clp export` or another program wrote."""
+  folder = Folder(init)
+  return folder.has("model.json") and folder.has("config.json")
+
+
+def _vocabulary_beside(config: ml_collections.ConfigDict) -> Any:
+  path = config.model.vocabulary
+  if path is None:
+    path = interop.find_vocabulary(config.model.init)
+  if path is None:
+    raise ConfigError(
+      f"model.init = {config.model.init} has no spiece.model; set "
+      "model.vocabulary, the SentencePiece .model file that it was trained "
+      "with."
+    )
+  with config_lib.as_config_error():
+    return load_vocabulary(path)
+
+
+def _load_checkpoint(
+  config: ml_collections.ConfigDict,
+) -> tuple[t5.T5Config, Params]:
+  """A T5 of another program, in float32, cut over the mesh as it is read."""
+
+  def shardings(model_config: t5.T5Config) -> Any:
+    return sharding.param_shardings(
+      sharding.make_mesh(config.mesh.data, config.mesh.model),
+      t5.logical_axes(model_config),
+      t5.abstract_params(model_config),
+      fsdp=config.mesh.fsdp,
+    )
+
+  with config_lib.as_config_error():
+    return interop.load_t5(
+      config.model.init,
+      shardings,
+      dtype="float32",
+      scan_layers=config.model.scan_layers,
+    )
 
 
 def _computation(
