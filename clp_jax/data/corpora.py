@@ -1,8 +1,8 @@
 """XSum and Reddit TL;DR as seqio Tasks, through TensorFlow Datasets.
 
-  task   TFDS dataset  document   reference  splits
-  xsum   xsum          document   summary    its own
-  tldr   reddit        content    summary    cut from its one split
+  task   TFDS dataset   document   reference  splits
+  xsum   xsum:1.1.0     document   summary    its own
+  tldr   reddit:1.0.0   content    summary    cut from its one split
 
 XSum (Narayan et al. 2018): BBC articles and their first sentences. TFDS has
 `reddit`, the Webis-TLDR-17 corpus (Völske et al. 2017), for Reddit TL;DR: posts
@@ -38,13 +38,13 @@ class Corpus(NamedTuple):
 
 CORPORA = {
   "xsum": Corpus(
-    "xsum",
+    "xsum:1.1.0",
     "document",
     "summary",
     {"train": "train", "validation": "validation", "test": "test"},
   ),
   "tldr": Corpus(
-    "reddit",
+    "reddit:1.0.0",
     "content",
     "summary",
     {

@@ -345,8 +345,12 @@ def _raw(task: Any, split: str) -> tuple[Any, int]:
   except ValueError:
     raise
   except Exception as error:  # a source may be the user's or TFDS's code
+    prepare = ""
+    if task.name in corpora.CORPORA:
+      dataset, _, _ = corpora.CORPORA[task.name].dataset.partition(":")
+      prepare = f"; `tfds build {dataset}` prepares it, once"
     raise ValueError(
-      f"can't read split {split!r} of task {task.name!r}: "
+      f"can't read split {split!r} of task {task.name!r}{prepare}: "
       f"{type(error).__name__}: {error}"
     ) from error
   count = int(raw.cardinality())
