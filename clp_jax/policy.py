@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from clp_jax import conditioning, run_folder, sharding, weightings
+from clp_jax import conditioning, interop, run_folder, sharding, weightings
 from clp_jax import config as config_lib
 from clp_jax.models import decoding, t5
 from clp_jax.rollout import row_keys
@@ -255,6 +255,38 @@ class Policy:
           )
         )[: len(chunk)]
     return scores
+
+  def export(
+    self,
+    path: str,
+    format: str,
+    weights: Weights | None = None,
+    alpha: float | None = None,
+    dtype: str | None = None,
+  ) -> None:
+    """Writes the policy of a weighting as an ordinary T5 checkpoint.
+
+    Args:
+      path: the folder.
+      format: one of `interop.FORMATS`; see `interop.save_t5`.
+      weights: one weighting.
+      alpha: likewise.
+      dtype: of the parameters written; None keeps theirs.
+
+    Raises:
+      ValueError: see `coefficients` and `interop.save_t5`.
+    """
+    params = self.params(weights, alpha)
+    if dtype is not None:
+      params = jax.tree.map(lambda p: p.astype(dtype), params)
+    interop.save_t5(
+      path,
+      self.model_config,
+      params,
+      format,
+      vocabulary=run_folder.load_vocabulary_bytes(self.workdir),
+      step=self.step,
+    )
 
   def _by_weighting(self, num, weights, alpha):
     """Rows that share a weighting: [(coefficients [M], row numbers)]."""

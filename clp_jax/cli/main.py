@@ -19,6 +19,7 @@ COMMANDS = {
   "train-reward": "train a preference model from pairs of responses",
   "evaluate": "sweep the weightings of a run on held-out prompts",
   "generate": "summarise documents at any weighting",
+  "export": "write one policy of a run as an ordinary T5 checkpoint",
 }
 
 
