@@ -64,13 +64,35 @@ def add_training(parser: argparse.ArgumentParser) -> None:
   )
   add_workdir(parser)
   processes = parser.add_argument_group(
-    "several processes", "on a TPU pod they are found out"
+    "several processes",
+    "the same command on every host; launch/tpu.sh does so on a TPU slice",
   )
   processes.add_argument(
-    "--coordinator", metavar="HOST:PORT", help="address of process 0"
+    "--distributed",
+    action="store_true",
+    help="find the others out: on a TPU slice, GKE, Slurm or Open MPI",
   )
-  processes.add_argument("--num-processes", type=positive)
-  processes.add_argument("--process-id", type=int)
+  processes.add_argument(
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="elsewhere: the address of process 0",
+  )
+  processes.add_argument(
+    "--num-processes",
+    type=positive,
+    metavar="N",
+    help="of the job; with --distributed, checked",
+  )
+  processes.add_argument(
+    "--process-id", type=int, metavar="I", help="of this one, from 0"
+  )
+  processes.add_argument(
+    "--join-timeout",
+    type=positive,
+    default=300,
+    metavar="SECONDS",
+    help="how long to wait for the others (default: 300)",
+  )
 
 
 def start_training(args: argparse.Namespace):
@@ -90,7 +112,13 @@ def start_training(args: argparse.Namespace):
   from clp_jax.config import validate
 
   validate(config)
-  distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+  distributed.initialize(
+    args.coordinator,
+    args.num_processes,
+    args.process_id,
+    cluster=args.distributed,
+    timeout=args.join_timeout,
+  )
   return config
 
 
