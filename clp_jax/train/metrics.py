@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import jax
 from etils import epath
 
-
 # Steps between points in TensorBoard: writing one takes milliseconds, which
 # was a third of a small run's time. metrics.jsonl has every step.
 TENSORBOARD_EVERY = 10
