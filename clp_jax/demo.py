@@ -46,8 +46,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.sft.steps = 700
   config.sft.learning_rate = 3e-3
   config.sft.decay_steps = 700
-  # Half of the weightings lie within 0.15 of an end, and a step has four of them:
-  # little else trains the ends of the front.
+  # Half of the weightings lie within 0.15 of an end of the front, and a step
+  # has four of them: little else trains the ends.
   config.weightings.concentration = 0.5
   config.rollout.weightings = 4
   config.train.steps = 500
