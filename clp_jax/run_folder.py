@@ -32,6 +32,11 @@ class RunError(RuntimeError):
   """A run's folder can't be used; the message says what to change."""
 
 
+def folder(workdir: str) -> epath.Path:
+  """The absolute path of a run's folder: Orbax takes no other."""
+  return epath.Path(workdir).absolute()
+
+
 def start(workdir: str, config: ml_collections.ConfigDict) -> None:
   """Claims a folder for a run, or checks that it holds this very run.
 
@@ -42,7 +47,7 @@ def start(workdir: str, config: ml_collections.ConfigDict) -> None:
     RunError: when the folder can't be written.
     config.ConfigError: when it holds a run of another config.
   """
-  path = epath.Path(workdir)
+  path = folder(workdir)
   new = config_lib.to_json(config)
   file = path / "config.json"
   try:
@@ -81,7 +86,7 @@ def _check_same(workdir: str, old: dict, new: dict) -> None:
 
 def load_config(workdir: str) -> ml_collections.ConfigDict:
   """The config of the run in `workdir`."""
-  file = epath.Path(workdir) / "config.json"
+  file = folder(workdir) / "config.json"
   if not file.exists():
     raise RunError(
       f"{workdir} holds no run (no config.json); give the --workdir of "
@@ -101,7 +106,7 @@ def save_model(
     vocabulary: the SentencePiece model file's content.
     reference: parameters of an ordinary T5, [..] arrays.
   """
-  path = epath.Path(workdir)
+  path = folder(workdir)
   _write(path / "vocabulary.model", vocabulary)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path / "reference", reference, force=True)
@@ -112,12 +117,12 @@ def save_model(
 
 def has_model(workdir: str) -> bool:
   """Whether `save_model` has completed in this folder."""
-  return (epath.Path(workdir) / "model.json").exists()
+  return (folder(workdir) / "model.json").exists()
 
 
 def load_model_config(workdir: str) -> T5Config:
   """The T5Config of the run in `workdir`."""
-  file = epath.Path(workdir) / "model.json"
+  file = folder(workdir) / "model.json"
   if not file.exists():
     raise RunError(
       f"{workdir} holds no model yet (no model.json); let `clp train` run "
@@ -132,12 +137,12 @@ def load_model_config(workdir: str) -> T5Config:
 def load_reference(workdir: str, abstract: Any) -> Any:
   """The reference's parameters, placed as `abstract` says."""
   with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(epath.Path(workdir) / "reference", abstract)
+    return checkpointer.restore(folder(workdir) / "reference", abstract)
 
 
 def vocabulary_path(workdir: str) -> str:
   """Path of the run's SentencePiece model."""
-  return str(epath.Path(workdir) / "vocabulary.model")
+  return str(folder(workdir) / "vocabulary.model")
 
 
 def load_vocabulary_bytes(workdir: str) -> bytes:

@@ -63,6 +63,16 @@ def test_evaluate_writes_the_contracts_files(run_folder):
   assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_folders_may_be_relative(sft_run, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  fields = {"train.steps": 1}
+  status, _, err = runs.clp(*runs.train_arguments("run", sft_run, **fields))
+  assert status == 0, err
+  status, _, err = runs.clp("evaluate", "--workdir", "run", "--grid", 2)
+  assert status == 0, err
+  assert clp_jax.Policy.load("run").reference is not None
+
+
 def test_the_same_evaluation_gives_the_same_numbers(run_folder):
   fronts = []
   for _ in range(2):

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
+from clp_jax import run_folder
 from clp_jax.run_folder import RunError
 from clp_jax.train.state import TrainState
 
@@ -28,7 +28,7 @@ class Checkpoints:
 
   def __init__(self, workdir: str, keep: int):
     """Opens DIR/checkpoints, keeping the `keep` newest steps."""
-    self.directory = epath.Path(workdir) / "checkpoints"
+    self.directory = run_folder.folder(workdir) / "checkpoints"
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
@@ -174,7 +174,7 @@ def _join(params: Tree, train: Tree) -> TrainState:
 
 def save_params(workdir: str, step: int, params: Tree) -> None:
   """Saves parameter sets that were not trained here (Rewarded Soups)."""
-  manager = ocp.CheckpointManager(epath.Path(workdir) / "checkpoints")
+  manager = ocp.CheckpointManager(run_folder.folder(workdir) / "checkpoints")
   if step not in manager.all_steps():
     manager.save(
       step, args=ocp.args.Composite(params=ocp.args.StandardSave(params))
@@ -199,7 +199,7 @@ def load_params(
   Raises:
     RunError: when there is no such step or it can't be read.
   """
-  directory = epath.Path(workdir) / "checkpoints"
+  directory = run_folder.folder(workdir) / "checkpoints"
   if not directory.exists():
     raise RunError(
       f"{workdir} holds no checkpoints; let `clp train` run to its first one."
