@@ -34,7 +34,9 @@ class RunError(RuntimeError):
 
 def folder(workdir: str) -> epath.Path:
   """The absolute path of a run's folder: Orbax takes no other."""
-  return epath.Path(workdir).absolute()
+  path = epath.Path(workdir)
+  # A bucket's path is absolute as it is, and absolute() would not see that.
+  return path if "://" in str(workdir) else path.absolute()
 
 
 def start(workdir: str, config: ml_collections.ConfigDict) -> None:
