@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 
@@ -59,18 +58,17 @@ def start(arguments, devices=1, file_limit=None):
   environment = os.environ | {
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
   }
-
-  def limit():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
+  command = [sys.executable, "-m", "clp_jax", *map(str, arguments)]
+  if file_limit is not None:  # in blocks of 1,024 bytes
+    shell = f'ulimit -f {file_limit // 1024}; exec "$@"'
+    command = ["bash", "-c", shell, "clp", *command]
   return subprocess.Popen(
-    [sys.executable, "-m", "clp_jax", *map(str, arguments)],
+    command,
     env=environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
     cwd=pathlib.Path(__file__).parents[1],
-    preexec_fn=None if file_limit is None else limit,
   )
 
 

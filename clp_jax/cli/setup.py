@@ -13,8 +13,9 @@ def configure() -> None:
   names another folder.
   """
   logging.basicConfig(format="clp: %(levelname)s: %(message)s")
-  for library in ("absl", "jax", "orbax", "tensorflow"):
-    # What they raise is reported by the command; their threads log it too.
+  # What these raise is reported by the command; their threads log it as well.
+  quiet = "absl asyncio concurrent.futures jax orbax tensorflow"
+  for library in quiet.split():
     logging.getLogger(library).setLevel(logging.CRITICAL)
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
