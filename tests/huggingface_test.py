@@ -306,9 +306,9 @@ class TestSharded:
     )
     assert sizes == [12 * 12 * 4]
     # Kernels lie transposed: a slice of columns is a slice of their rows.
-    kernel = stored["encoder/layers_1/attention/query/kernel"]
+    kernel = stored["decoder/layers_1/self_attention/query/kernel"]
     part = kernel.read((slice(None), slice(4, 8)))
-    query = params["encoder"]["layers_1"]["attention"]["query"]["kernel"]
+    query = params["decoder"]["layers_1"]["self_attention"]["query"]["kernel"]
     np.testing.assert_array_equal(part, query[:, 4:8])
     assert sizes[1:] == [4 * 12 * 4]
 
@@ -397,7 +397,7 @@ class TestBadFolders:
 
   def test_missing_and_extra_tensors_are_named(self, folder):
     tensors = tensors_of(folder)
-    name = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    name = "decoder.block.1.layer.0.SelfAttention.q.weight"
     del tensors[name]
     tensors["encoder.block.2.layer.0.layer_norm.weight"] = np.ones(
       12, np.float32
@@ -490,8 +490,8 @@ class TestSaving:
       found["shared.weight"].astype("float32"),
       params["token_embedder"]["embedding"].astype("float32"),
     )
-    query = params["decoder"]["layers_2"]["self_attention"]["query"]["kernel"]
-    stored = found["decoder.block.2.layer.0.SelfAttention.q.weight"]
+    query = params["decoder"]["layers_1"]["self_attention"]["query"]["kernel"]
+    stored = found["decoder.block.1.layer.0.SelfAttention.q.weight"]
     assert stored.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(
       stored.astype("float32"), query.T.astype("float32")

@@ -18,8 +18,8 @@ V1_1 = t5.T5Config(
   emb_dim=12,
   num_heads=2,
   head_dim=8,
-  num_encoder_layers=2,
-  num_decoder_layers=3,
+  num_encoder_layers=1,
+  num_decoder_layers=2,
   mlp_dim=20,
 )
 V1_0 = dataclasses.replace(
