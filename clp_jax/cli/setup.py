@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 import jax
 
@@ -17,6 +18,7 @@ def configure() -> None:
   quiet = "absl asyncio concurrent.futures jax orbax tensorflow"
   for library in quiet.split():
     logging.getLogger(library).setLevel(logging.CRITICAL)
+  sys.unraisablehook = _all_but_closed_loops
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     jax.config.update(
@@ -24,3 +26,13 @@ def configure() -> None:
     )
   # Small programs as well: a demo run is made of them.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _all_but_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+  """Python's own hook, but for what follows a save that failed.
+
+  Writes that TensorStore still had in flight then report to an event loop that
+  Orbax has closed.
+  """
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
