@@ -24,7 +24,10 @@ from clp_jax import config as config_lib
 from clp_jax.models.t5 import T5Config
 
 # What a resumed run may change: how long, how often, and on which mesh.
-_FREE = ("train.steps", "train.checkpoint_every", "train.keep")
+_FREE = (
+  *("train.steps", "train.checkpoint_every", "train.keep"),
+  *("reward_model.steps", "reward_model.checkpoint_every"),
+)
 _FREE_PREFIXES = ("train.log_", "eval.", "mesh.")
 
 

@@ -1,0 +1,505 @@
+"""Rewards that are T5 models: entailment, preference, and its training."""
+
+import functools
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from clp_jax import config as config_lib
+from clp_jax import run_folder, sharding
+from clp_jax.data import jsonl, vocabulary
+from clp_jax.models import t5
+from clp_jax.rewards import entailment, model, preference
+from clp_jax.rewards.base import load_reward
+from clp_jax.run_folder import RunError
+from clp_jax.train import checkpoints, reward_model
+from clp_jax.train.state import init_state, make_optimizer
+
+REWARD_CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "reward.py"
+WORDS = [f"w{i}" for i in range(20)]
+PIECES = ["premise:", "hypothesis:", "document:", "summary:", "0", "1", *WORDS]
+MODEL = t5.T5Config(
+  vocab_size=32,
+  emb_dim=8,
+  num_heads=2,
+  head_dim=4,
+  num_encoder_layers=1,
+  num_decoder_layers=1,
+  mlp_dim=8,
+)
+
+
+def text(seed, length):
+  random = np.random.default_rng(seed)
+  return " ".join(random.choice(WORDS, length))
+
+
+DOCUMENTS = [text(i, n) for i, n in enumerate((3, 60, 11, 25, 1))]
+RESPONSES = [text(100 + i, n) for i, n in enumerate((2, 4, 0, 7, 3))]
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+  """(folder of a T5 as a supervised run leaves it, vocabulary, parameters)."""
+  folder = tmp_path_factory.mktemp("judge")
+  content = vocabulary.word_model(PIECES, [])
+  params = t5.init_params(MODEL, jax.random.key(0))
+  # Verdicts that vary with what is read.
+  params["decoder"]["logits_dense"]["kernel"] *= 2.0
+  attention = params["decoder"]["layers_0"]["encoder_decoder_attention"]
+  attention["out"]["kernel"] *= 8.0
+  run_folder.write_json(folder / "config.json", {"seed": 0})
+  run_folder.save_model(str(folder), MODEL, content, params)
+  checkpoints.save_params(str(folder), 3, params)
+  path = run_folder.vocabulary_path(str(folder))
+  return str(folder), vocabulary.load_vocabulary(path), params
+
+
+def mesh_of(data=1, model_axis=1):
+  devices = jax.devices()[: data * model_axis]
+  return sharding.make_mesh(data, model_axis, devices)
+
+
+def first_logits(params, rows):
+  """The T5's first output, for rows [n, S], in one batch of longer rows."""
+  rows = np.pad(rows, ((0, 0), (0, 5)))
+  start = np.zeros([len(rows), 1], np.int32)
+  logits = jax.jit(t5.T5(MODEL).apply)({"params": params}, rows, start)
+  return np.asarray(logits)[:, 0]
+
+
+class TestInputs:
+  def inputs(self, judge, template=entailment.TEMPLATE, length=20, overlap=4):
+    return model.Inputs(judge[1], template, length, overlap)
+
+  def test_a_pair_that_fits_reads_as_the_whole_text(self, judge):
+    tokens, pair = self.inputs(judge, length=40)(DOCUMENTS[2:], RESPONSES[2:])
+    np.testing.assert_array_equal(pair, [0, 1, 2])
+    for row, document, response in zip(
+      tokens, DOCUMENTS[2:], RESPONSES[2:], strict=True
+    ):
+      whole = f"premise: {document} hypothesis: {response}"
+      ids = [*judge[1].encode(whole), judge[1].eos_id]
+      np.testing.assert_array_equal(row[: len(ids)], ids)
+      assert not row[len(ids) :].any()
+
+  def test_windows_cover_a_long_document_and_overlap(self, judge):
+    _, words, _ = judge
+    tokens, pair = self.inputs(judge)(DOCUMENTS, RESPONSES)
+    premise, hypothesis = (words.encode(w)[0] for w in PIECES[:2])
+    for i, (document, response) in enumerate(
+      zip(DOCUMENTS, RESPONSES, strict=True)
+    ):
+      windows = []
+      for row in tokens[pair == i].tolist():
+        row = row[: row.index(words.eos_id)]
+        assert row[0] == premise
+        cut = row.index(hypothesis)
+        assert row[cut + 1 :] == words.encode(response)
+        windows.append(row[1:cut])
+      ids = words.encode(document)
+      room = 20 - 3 - len(words.encode(response))
+      starts = [0] if len(ids) <= room else range(0, len(ids) - 4, room - 4)
+      assert windows == [ids[start : start + room] for start in starts]
+      joined = windows[0] + [t for w in windows[1:] for t in w[4:]]
+      assert joined == ids
+    assert (pair == 1).sum() == 7 and (pair == 0).sum() == 1
+
+  def test_without_windows_the_document_is_cut(self, judge):
+    template = "summary: {response} document: {document}"
+    inputs = self.inputs(judge, template, length=20, overlap=None)
+    tokens, pair = inputs(DOCUMENTS, RESPONSES)
+    np.testing.assert_array_equal(pair, range(5))
+    words = judge[1]
+    for row, document, response in zip(
+      tokens, DOCUMENTS, RESPONSES, strict=True
+    ):
+      whole = words.encode(f"summary: {response} document: {document}")[:19]
+      np.testing.assert_array_equal(row[: len(whole)], whole)
+      assert row[len(whole)] == words.eos_id
+
+  def test_a_response_that_is_too_long_leaves_half_to_the_document(self, judge):
+    inputs = self.inputs(judge, overlap=None)
+    tokens, _ = inputs([text(7, 50), "w1"], [text(8, 50), text(8, 50)])
+    hypothesis = judge[1].encode("hypothesis:")[0]
+    assert tokens[0].tolist().index(hypothesis) == 1 + 9  # 17 left, 8 and 9
+    assert tokens[1].tolist().index(hypothesis) == 1 + 1
+    assert (tokens[:, -1] == judge[1].eos_id).all()
+
+  def test_odd_texts_make_rows(self, judge):
+    inputs = self.inputs(judge, overlap=19)
+    tokens, pair = inputs(["", "", "w1 " * 50], ["", text(1, 99), text(1, 99)])
+    assert tokens.shape[0] == len(pair) > 3
+    tokens, pair = inputs([], [])
+    assert tokens.shape == (0, 20) and pair.shape == (0,)
+
+  @pytest.mark.parametrize(
+    "change, message",
+    [
+      ({"template": "premise: {document}"}, "must hold {document} and {resp"),
+      ({"length": 9}, "too short: the template takes 2 of them; raise"),
+      ({"overlap": -1}, r"\.overlap must be >= 0, got -1"),
+    ],
+  )
+  def test_refuses_what_makes_no_rows(self, judge, change, message):
+    with pytest.raises(ValueError, match=message):
+      self.inputs(judge, **change)
+
+
+class TestEntailment:
+  def probabilities(self, judge, negative=None):
+    """By hand: every window alone, unpadded, then the largest."""
+    _, words, params = judge
+    tokens, pair = model.Inputs(words, entailment.TEMPLATE, 20, 4)(
+      DOCUMENTS, RESPONSES
+    )
+    logits = first_logits(params, tokens)
+    one, zero = (words.encode(t)[0] for t in ("1", "0"))
+    among = logits if negative is None else logits[:, [one, zero]]
+    p = np.exp(logits[:, one]) / np.exp(among).sum(-1)
+    assert p.max() > 3 * p.min()
+    return np.asarray([p[pair == i].max() for i in range(len(DOCUMENTS))])
+
+  @pytest.mark.parametrize(
+    "data, tensor, negative", [(1, 1, None), (2, 2, "0")]
+  )
+  def test_is_the_largest_probability_of_a_window(
+    self, judge, data, tensor, negative
+  ):
+    score = entailment.build(
+      mesh_of(data, tensor),
+      judge[0],
+      batch=4,
+      source_length=20,
+      overlap=4,
+      negative=negative,
+      fsdp=data > 1,
+    )
+    scores = score(DOCUMENTS, [""] * 5, RESPONSES)
+    assert scores.shape == (5,) and scores.dtype == np.float32
+    np.testing.assert_allclose(
+      scores, self.probabilities(judge, negative), rtol=2e-4
+    )
+    # Pairs do not depend on what they are batched with.
+    alone = [
+      score([d], [""], [r])[0]
+      for d, r in zip(DOCUMENTS, RESPONSES, strict=True)
+    ]
+    np.testing.assert_allclose(scores, alone, rtol=1e-5)
+    assert score([], [], []).shape == (0,)
+
+  def test_a_config_names_its_model(self, judge):
+    spec = config_lib.model_reward("entailment", source_length=20).to_dict()
+    with pytest.raises(ValueError, match="reward 'nli': no model; set .model"):
+      load_reward("nli", spec, mesh_of())
+    spec |= {"model": judge[0], "overlap": 4, "batch": 8}
+    reward = load_reward("nli", spec, mesh_of())
+    np.testing.assert_allclose(
+      reward.score(DOCUMENTS, [""] * 5, RESPONSES),
+      self.probabilities(judge),
+      rtol=2e-4,
+    )
+
+  @pytest.mark.parametrize(
+    "change, message",
+    [
+      ({"model": "tiny"}, "'tiny' is a preset with random parameters"),
+      ({"model": "no/where"}, "'no/where': there is no such folder"),
+      ({"positive": "yes"}, r"spells 'yes' as \['<unk>'\]; a verdict must"),
+      ({"positive": "0 1"}, "as .* a verdict must be one known piece"),
+      ({"batch": 0}, r"\.batch must be at least 1, got 0"),
+      ({"source_length": 8}, "raise .source_length to 10 at least"),
+      ({"windows": 3}, r"can't be called as build\(mesh, model=..., windows"),
+    ],
+  )
+  def test_says_what_is_wrong(self, judge, change, message):
+    spec = {"source": "entailment", "model": judge[0]} | change
+    with pytest.raises(ValueError, match=f"reward 'nli': .*{message}"):
+      load_reward("nli", spec, mesh_of())
+
+  def test_a_folder_that_holds_no_t5_is_refused(self, judge, tmp_path):
+    spec = {"source": "entailment", "model": str(tmp_path)}
+    with pytest.raises(ValueError, match="reward 'nli': .*holds no T5"):
+      load_reward("nli", spec, mesh_of())
+    # A run before its first checkpoint.
+    run_folder.write_json(tmp_path / "config.json", {"seed": 0})
+    content = vocabulary.word_model(PIECES, [])
+    run_folder.save_model(str(tmp_path), MODEL, content, judge[2])
+    with pytest.raises(RunError, match="holds no checkpoints"):
+      load_reward("nli", spec, mesh_of())
+
+
+def test_any_number_of_rows_is_one_compiled_shape():
+  traced = []
+
+  def value(params, tokens):
+    traced.append(tokens.shape)
+    return tokens.sum(-1) * params["scale"]
+
+  params = {
+    "scale": jax.device_put(jnp.float32(0.5), sharding.replicated(mesh_of(8)))
+  }
+  score = model.make_scorer(value, params, mesh_of(8), batch=10)
+  for count in (0, 1, 16, 17, 40):
+    tokens = np.random.default_rng(count).integers(0, 9, size=(count, 6))
+    np.testing.assert_allclose(
+      score(tokens.astype(np.int32)), 0.5 * tokens.sum(-1)
+    )
+  assert traced == [(16, 6)]  # 10, up to a multiple of the data axis
+
+
+class TestPreference:
+  def test_any_t5_scores_by_a_tokens_logit(self, judge):
+    folder, words, params = judge
+    score = preference.build(
+      mesh_of(), folder, token="1", source_length=20, batch=4
+    )
+    tokens, _ = model.Inputs(words, preference.TEMPLATE, 20, None)(
+      DOCUMENTS, RESPONSES
+    )
+    logits = first_logits(params, tokens)
+    np.testing.assert_allclose(
+      score(DOCUMENTS, [""] * 5, RESPONSES),
+      logits[:, words.encode("1")[0]],
+      atol=1e-4,
+    )
+    with pytest.raises(ValueError, match="not trained by .* set .token"):
+      preference.build(mesh_of(), folder)
+
+  def test_a_step_has_the_gradient_of_bradley_terry(self, judge):
+    """From a zero head only the head moves, and its gradient is known."""
+    _, words, params = judge
+    network = t5.T5(MODEL)
+    inputs = model.Inputs(words, preference.TEMPLATE, 20, None)
+    tokens, _ = inputs(DOCUMENTS[:4] * 2, RESPONSES[:4] + RESPONSES[1:])
+    tokens = tokens.reshape(2, 4, 20).transpose(1, 0, 2)  # [P, 2, S]
+    optimizer = make_optimizer(
+      name="adam",
+      learning_rate=0.1,
+      warmup_steps=0,
+      decay_steps=None,
+      clip_norm=1e9,
+    )
+    state = init_state(
+      {"t5": params, "head": jnp.zeros([8])}, optimizer, jax.random.key(0)
+    )
+    step = jax.jit(
+      functools.partial(
+        reward_model.update, model=network, token=None, optimizer=optimizer
+      )
+    )
+    new, metrics = step(state, tokens)
+    hidden = np.asarray(
+      model.first_hidden(network, params, jnp.asarray(tokens.reshape(8, 20)))
+    ).reshape(4, 2, 8)
+    # What the logit layer makes of the hidden state is the T5's own output.
+    np.testing.assert_allclose(
+      hidden[:, 0] @ params["decoder"]["logits_dense"]["kernel"],
+      first_logits(params, tokens[:, 0]),
+      atol=1e-4,
+    )
+    gradient = -0.5 * (hidden[:, 0] - hidden[:, 1]).mean(0)
+    np.testing.assert_allclose(metrics["loss"], math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(
+      metrics["gradient_norm"], np.linalg.norm(gradient), rtol=1e-4
+    )
+    assert metrics["accuracy"].sum == 2  # four ties, half a pair each
+    np.testing.assert_allclose(
+      new.params["head"], -0.1 * np.sign(gradient), rtol=1e-3
+    )
+    # One step on, the margins are those of the new head.
+    _, metrics = step(new, tokens)
+    margin = (hidden[:, 0] - hidden[:, 1]) @ np.asarray(new.params["head"])
+    np.testing.assert_allclose(
+      metrics["loss"], np.log1p(np.exp(-margin)).mean(), rtol=1e-4
+    )
+    assert metrics["accuracy"].sum == (margin > 0).sum() > 2
+
+
+def write_pairs(path, count, seed):
+  """The better of two responses has more of w0 to w9."""
+  random = np.random.default_rng(seed)
+  with open(path, "w") as file:
+    for _ in range(count):
+      good, bad = WORDS[:10], WORDS[10:]
+      chosen, rejected = (
+        " ".join(random.choice(pool, random.integers(3, 7)))
+        for pool in (good, bad)
+      )
+      row = {"document": text(seed, 9), "chosen": chosen, "rejected": rejected}
+      file.write(json.dumps(row) + "\n")
+  return path
+
+
+class TestPairs:
+  def test_batches_are_numbered_and_cover_every_epoch(self, judge, tmp_path):
+    path = write_pairs(tmp_path / "pairs.jsonl", 7, 0)
+    rows = jsonl.read_rows(str(path), ("document", "chosen", "rejected"))
+    inputs = model.Inputs(judge[1], preference.TEMPLATE, 24, None)
+
+    def batches(count, start=0, seed=5):
+      stream = reward_model.pair_batches(
+        rows, inputs, batch_size=3, seed=seed, start=start
+      )
+      return [next(stream) for _ in range(count)]
+
+    whole = batches(7)  # three epochs
+    assert whole[0].shape == (3, 2, 24)
+    for start in (1, 2, 5):
+      np.testing.assert_array_equal(batches(1, start)[0], whole[start])
+    pairs = reward_model.tokenise(inputs, [rows[i] for i in range(7)])
+    keys = [pair.tobytes() for pair in pairs]
+    drawn = [keys.index(pair.tobytes()) for b in whole for pair in b]
+    epochs = [drawn[i : i + 7] for i in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert not np.array_equal(batches(1, seed=6)[0], whole[0])
+
+  def test_held_out_accuracy_counts_pairs(self, judge, tmp_path):
+    path = write_pairs(tmp_path / "pairs.jsonl", 5, 0)
+    rows = jsonl.read_rows(str(path), ("document", "chosen", "rejected"))
+    inputs = model.Inputs(judge[1], preference.TEMPLATE, 24, None)
+    margins = np.asarray([2.0, -1.0, 0.0, 0.5, 3.0])
+    scores = np.stack([margins + 7, np.full(5, 7)], 1).reshape(-1)
+    report = reward_model.evaluate(
+      rows, inputs, lambda tokens: scores[: len(tokens)], step=9
+    )
+    assert report.accuracy == 3.5 / 5 and report.pairs == 5 and report.step == 9
+    np.testing.assert_allclose(report.loss, np.log1p(np.exp(-margins)).mean())
+    np.testing.assert_allclose(report.stderr, math.sqrt(0.7 * 0.3 / 5))
+
+
+@pytest.fixture(scope="module")
+def pairs_folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pairs")
+  write_pairs(folder / "train.jsonl", 60, 1)
+  write_pairs(folder / "held_out.jsonl", 21, 2)
+  (folder / "words.model").write_bytes(vocabulary.word_model(PIECES, []))
+  return folder
+
+
+def train_reward(folder, workdir, **fields):
+  """Runs `clp train-reward` on those pairs: (status, stdout, stderr)."""
+  settings = {
+    "data.train": folder / "train.jsonl",
+    "data.eval": folder / "held_out.jsonl",
+    "model.init": "tiny",
+    "model.vocabulary": folder / "words.model",
+    "data.source_length": 24,
+    "reward_model.steps": 24,
+    "reward_model.batch": 8,
+    "reward_model.learning_rate": 5e-3,
+    "reward_model.warmup_steps": 2,
+  } | fields
+  return runs.clp(
+    *("train-reward", "--config", REWARD_CONFIG, "--workdir", workdir),
+    *(f"--config.{name}={value}" for name, value in settings.items()),
+  )
+
+
+@pytest.fixture(scope="module")
+def trained(pairs_folder):
+  """(the run's folder, what the command printed)."""
+  status, out, err = train_reward(pairs_folder, pairs_folder / "run")
+  assert status == 0, err
+  return pairs_folder / "run", out
+
+
+class TestCommand:
+  def test_learns_to_tell_good_from_bad(self, trained):
+    workdir, out = trained
+    report = json.loads((workdir / "evaluation" / "accuracy.json").read_text())
+    assert report["accuracy"] > 0.85 and report["loss"] < 0.67
+    assert report["pairs"] == 21 and report["step"] == 24
+    assert f"held-out accuracy {report['accuracy']:.4f}" in out
+    assert out.splitlines()[-1] == f"{workdir}/evaluation/accuracy.json"
+    first, *_, last = runs.metrics(workdir)
+    np.testing.assert_allclose(first["loss"], math.log(2), rtol=1e-6)
+    assert last["loss"] < first["loss"] and last["accuracy"] > 0.8
+
+  def test_resumes_bit_for_bit(self, trained, pairs_folder):
+    parts = pairs_folder / "parts"
+    for steps in (5, 24):
+      status, _, err = train_reward(
+        pairs_folder, parts, **{"reward_model.steps": steps}
+      )
+      assert status == 0, err
+    assert runs.metrics(parts) == runs.metrics(trained[0])
+    name = "evaluation/accuracy.json"
+    assert (parts / name).read_text() == (trained[0] / name).read_text()
+
+  def test_its_model_is_a_reward(self, trained, pairs_folder):
+    workdir, _ = trained
+    rows = jsonl.read_rows(
+      str(pairs_folder / "held_out.jsonl"), ("document", "chosen", "rejected")
+    )
+    documents, chosen, rejected = zip(
+      *(rows[i] for i in range(21)), strict=True
+    )
+    spec = {"source": "preference", "model": str(workdir)}
+    scores = []
+    for mesh in (mesh_of(), mesh_of(4, 2)):
+      reward = load_reward("good", spec, mesh)
+      scores.append(
+        [reward.score(documents, documents, r) for r in (chosen, rejected)]
+      )
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)
+    report = json.loads((workdir / "evaluation" / "accuracy.json").read_text())
+    margin = scores[0][0] - scores[0][1]
+    assert (margin > 0).mean() == pytest.approx(report["accuracy"])
+    np.testing.assert_allclose(
+      np.log1p(np.exp(-margin)).mean(), report["loss"], rtol=1e-4
+    )
+    for option in ({"token": "1"}, {"vocabulary": "x"}):
+      with pytest.raises(ValueError, match="is for other models"):
+        load_reward("good", spec | option, mesh_of())
+
+  @pytest.mark.parametrize(
+    "line, message",
+    [
+      ("{", "held_out.jsonl, line 2: not valid JSON"),
+      ('{"document": "a", "chosen": "b"}', "line 2: no field 'rejected'"),
+      (
+        '{"document": "a", "chosen": ["b"], "rejected": "c"}',
+        "line 2: field 'chosen' must be a string, got list",
+      ),
+      (None, "held_out.jsonl is empty"),
+    ],
+  )
+  def test_malformed_pairs_are_named(
+    self, pairs_folder, tmp_path, line, message
+  ):
+    file = tmp_path / "held_out.jsonl"
+    pair = '{"document": "a", "chosen": "b", "rejected": "c"}'
+    file.write_text("" if line is None else f"{pair}\n{line}\n")
+    self.fails(pairs_folder, tmp_path, message, **{"data.eval": file})
+
+  @pytest.mark.parametrize(
+    "field, value, message",
+    [
+      ("data.train", "absent.jsonl", "no file matches absent.jsonl"),
+      ("reward_model.head", "mlp", "must be one of linear, token, got 'mlp'"),
+      ("reward_model.batch", 12, "not a multiple of the mesh's data axis, 8"),
+      ("reward_model.steps", 0, "nothing would be trained"),
+      ("reward_model.template", "{document}", "must hold {document} and {resp"),
+      ("model.init", "nowhere", "nowhere"),
+    ],
+  )
+  def test_bad_settings_are_one_line(
+    self, pairs_folder, tmp_path, field, value, message
+  ):
+    self.fails(pairs_folder, tmp_path, message, **{field: value})
+
+  def fails(self, folder, tmp_path, message, **fields):
+    status, out, err = train_reward(folder, tmp_path / "run", **fields)
+    assert status == 2 and not out
+    last = err.splitlines()[-1]
+    assert last.startswith("clp train-reward: error: ") and message in last
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "checkpoints").exists()
