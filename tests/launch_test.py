@@ -4,18 +4,26 @@ tests/fake_gcloud stands in for `gcloud`, and in the quick tests a script that
 counts stands in for `clp`.
 """
 
+import argparse
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
+import socket
+import string
 import subprocess
 import sys
 import time
 
 import pytest
+import runs
+import yaml
 from fake_gcloud import cloud as cloud_lib
+
+from clp_jax.cli import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -433,3 +441,108 @@ def test_refuses_bad_arguments_before_anything_is_asked_for(tpu, cloud):
     _, err = tpu(*arguments, status=2)
     assert message in err, arguments
   assert cloud.calls() == []
+
+
+def test_the_gke_job_runs_clp_once_on_every_host_of_a_slice():
+  values = {
+    "NAME": "clp-1",
+    "IMAGE": "registry/clp:1",
+    "OUTPUT": "gs://bucket/runs",
+    "CONFIG": "configs/demo.py",
+    "ACCELERATOR": "tpu-v5-lite-podslice",
+    "TOPOLOGY": "4x4",
+    "HOSTS": "4",
+    "CHIPS": "4",
+  }
+  text = (ROOT / "launch" / "xpk.yaml").read_text()
+  comments, job = text.split("apiVersion:", 1)
+  # Every name that the job needs is in the command that fills it in.
+  (exports,) = re.findall(r"export (.*\\\n.*)\n", comments)
+  assert sorted(re.findall(r"([A-Z]+)=", exports)) == sorted(
+    set(values) - {"IMAGE"}
+  )
+  job = yaml.safe_load("apiVersion:" + string.Template(job).substitute(values))
+  assert job["metadata"]["name"] == "clp-1"
+  spec = job["spec"]["replicatedJobs"][0]["template"]["spec"]
+  assert spec["parallelism"] == spec["completions"] == 4
+  pod = spec["template"]["spec"]
+  (container,) = pod["containers"]
+  assert container["image"] == "registry/clp:1"
+  assert container["resources"]["limits"] == {"google.com/tpu": 4}
+  parser = argparse.ArgumentParser()
+  train.add_arguments(parser)
+  assert container["args"][0] == "train"
+  args = parser.parse_args(container["args"][1:])
+  assert args.distributed and args.num_processes == 4
+  assert args.workdir == "gs://bucket/runs/clp-1"
+  assert (ROOT / args.config).exists()
+  # A run that is refused (2) is not restarted; one that was stopped is.
+  (rule,) = spec["podFailurePolicy"]["rules"]
+  assert rule["onExitCodes"] == {"operator": "In", "values": [2]}
+  assert job["spec"]["failurePolicy"]["maxRestarts"] > 0
+
+
+@pytest.mark.slow
+def test_training_that_was_preempted_ends_as_if_it_never_was(
+  tpu, cloud, sft_run, tmp_path
+):
+  """The real `clp train`, from an archive of this checkout, on 2 workers."""
+  for name in ("clp_jax", "configs"):
+    shutil.copytree(
+      ROOT / name,
+      tpu.checkout / name,
+      ignore=shutil.ignore_patterns("__pycache__"),
+    )
+  tpu.commit()
+  clp = cloud.folder / "clp"
+  # In the job's folder, so that the archive's clp_jax is the one imported.
+  clp.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m clp_jax "$@"\n')
+  clp.chmod(0o755)
+  steps = {"train.steps": 12, "train.checkpoint_every": 2}
+  settings = runs.overrides(sft_run, **steps)
+
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  whole = [
+    runs.start(
+      [
+        *runs.train_arguments(tmp_path / "whole", sft_run, **steps),
+        *("--coordinator", f"127.0.0.1:{port}"),
+        *("--num-processes", 2, "--process-id", worker),
+      ]
+    )
+    for worker in range(2)
+  ]
+  for process in whole:
+    _, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+
+  shared = tmp_path / "shared"
+  tpu("create", "real", *CREATE, "v4-16", "--spot")
+  run = tpu.start(
+    *("run", "real", "--output", shared, "--shared"),
+    *("--poll", "1", "--backoff", "0", "--grace", "120"),
+    *("--", "train", "--config", "configs/demo.py", *settings),
+  )
+  metrics = shared / "real" / "metrics.jsonl"
+  end = time.monotonic() + 600
+  while not metrics.exists() or metrics.read_text().count("\n") < 5:
+    assert run.poll() is None and time.monotonic() < end, (
+      tmp_path / "err"
+    ).read_text()
+    time.sleep(0.05)
+  cloud.preempt("real", grace=3)
+  assert metrics.read_text().count("\n") < 12
+  run.wait(timeout=900)
+  _, err = tpu.finish(run)
+  assert "restart 1 of 20" in err and "restart 2" not in err
+  assert len(cloud.calls("create")) == 2
+
+  assert runs.checkpoint_steps(shared / "real")[-1] == 12
+  assert runs.metrics(shared / "real") == runs.metrics(tmp_path / "whole")
+  assert any((shared / "compilation_cache").iterdir())
+  for worker in range(2):
+    logs = shared.glob(f"real/logs/*/worker-{worker}.log")
+    assert "clp train: error" not in sorted(logs)[-1].read_text()
+  tpu("delete", "real")
