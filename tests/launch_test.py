@@ -285,6 +285,7 @@ def test_a_killed_worker_restarts_the_job_on_the_same_slice(tpu, cloud):
   run = tpu.start("run", "kill", *OUTPUT, *QUICKLY, *JOB)
   tpu.wait_for_5("kill")
   cloud.end("kill", 1, [signal.SIGKILL])
+  tpu.wait_for("restart 1 of 20")
   tpu.release()
   _, err = tpu.finish(run)
   assert "worker 1 lost" in err
@@ -332,7 +333,9 @@ def test_the_job_outlives_its_watcher_but_not_its_slice(tpu, cloud):
   os.killpg(run.pid, signal.SIGINT)
   _, err = tpu.finish(run, 130)
   assert "the job goes on" in err
-  # Another command is refused while it runs, the same one is watched again.
+  # Another command is refused while it runs, the same one is watched again,
+  # whatever has happened to the checkout.
+  tpu.commit(version="second\n")
   _, err = tpu(*arguments, "--config.seed=1", status=1)
   assert "another job is running here" in err
   run = tpu.start(*arguments)
@@ -354,11 +357,12 @@ def test_the_job_outlives_its_watcher_but_not_its_slice(tpu, cloud):
 
 def test_create_asks_once_and_for_one_thing(tpu, cloud):
   arguments = ("create", "once", *CREATE, "v5litepod-16")
-  tpu(*arguments)
-  _, err = tpu(*arguments)
+  tpu(*arguments, "--spot")
+  _, err = tpu(*arguments, "--spot")
   assert "once exists; it is WAITING_FOR_RESOURCES" in err
-  _, err = tpu(*arguments, "--spot", status=1)
-  assert "exists with other settings" in err
+  for others in ([], ["--spot", "--", "--network=n"]):
+    _, err = tpu(*arguments, *others, status=1)
+    assert "exists with other settings" in err
   (call,) = cloud.calls("create")
   assert flag(call, "--runtime-version") == "v2-alpha-tpuv5-lite"
 
