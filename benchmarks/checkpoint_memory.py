@@ -1,12 +1,12 @@
 """How much memory reading a checkpoint needs, as a multiple of its size.
 
-    python benchmarks/checkpoint_memory.py [--gib 1.0] [--folder DIR]
+    python benchmarks/checkpoint_memory.py [--gib 2.0] [--folder DIR]
 
-writes a T5 v1.1 of at least that size in every format, then reads each in a
-process of its own and prints one line a format: the size of the files, the most
-memory that the process had resident, and their ratio. Importing the package is
-counted in. "hf, sharded" reads to 8 virtual devices of that one process, whose
-memory is the host's.
+writes a T5 v1.1 with parameters of at least that size in every format, then
+reads each in a process of its own and prints one line a format: the size of the
+files, the memory that was resident after the imports, the most that was ever,
+and the ratio of that to the size. "sharded" reads to 8 virtual devices of that
+one process, whose memory is the host's.
 """
 
 import argparse
@@ -28,8 +28,10 @@ if sys.argv[2] == "sharded":
   mesh = sharding.make_mesh(4, 2)
   shardings = lambda config: sharding.param_shardings(
     mesh, t5.logical_axes(config), t5.abstract_params(config), fsdp=True)
+resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(resident())
 config, params = interop.load_t5(sys.argv[1], shardings)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(resident())
 """
 
 
@@ -66,7 +68,7 @@ def size_of(folder: pathlib.Path) -> int:
 
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--gib", type=float, default=1.0)
+  parser.add_argument("--gib", type=float, default=2.0)
   parser.add_argument(
     "--folder", help="where to write (default: a temporary one)"
   )
@@ -81,7 +83,7 @@ def main() -> int:
       os._exit(0)
     if os.waitpid(pid, 0)[1]:
       return 1
-    print(f"{'format':18} {'GiB':>6} {'peak':>6} {'ratio':>6} {'s':>6}")
+    print("                      GiB  before    peak   ratio       s")
     for folder in sorted(parent.iterdir()):
       for where in ("host", "sharded"):
         start = time.perf_counter()
@@ -97,13 +99,12 @@ def main() -> int:
           check=True,
         )
         seconds = time.perf_counter() - start
-        size, peak = size_of(folder), 1024 * int(done.stdout)
+        before, peak = (1024 * int(kib) for kib in done.stdout.split())
+        size = size_of(folder)
         worst = max(worst, peak / size)
         name = folder.name + ("" if where == "host" else ", sharded")
-        print(
-          f"{name:18} {size / 2**30:6.2f} {peak / 2**30:6.2f} "
-          f"{peak / size:6.2f} {seconds:6.1f}"
-        )
+        gib = "".join(f"{n / 2**30:8.2f}" for n in (size, before, peak))
+        print(f"{name:18}{gib}{peak / size:8.2f}{seconds:8.1f}", flush=True)
   finally:
     shutil.rmtree(parent)
   print(f"worst ratio {worst:.2f}, at most {LIMIT} is wanted")

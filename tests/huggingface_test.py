@@ -383,6 +383,7 @@ class TestBadFolders:
     [
       ({"feed_forward_proj": "gelu"}, "feed_forward_proj must be one of"),
       ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon must be 1e-06"),
+      ({"decoder_start_token_id": 2}, "decoder_start_token_id must be 0"),
       ({"d_model": "wide"}, "emb_dim must be a positive integer"),
       ({"is_encoder_decoder": False}, "only an encoder"),
     ],

@@ -16,7 +16,8 @@ RECORD = "export.json"
 # What the formats write; nothing else in the folder is touched.
 _WRITTEN = (
   *("config.json", "generation_config.json", "tokenizer_config.json"),
-  *("model*.safetensors*", "spiece.model"),
+  *("model.safetensors", "model.safetensors.index.json"),
+  *("model-*-of-*.safetensors", "spiece.model"),
   "checkpoint_*",
   *("params", "model.json", "vocabulary.model"),
 )

@@ -11,27 +11,29 @@ also decides whether tied logits are scaled; transformers 5 always writes true,
 and `scale_decoder_outputs`. See `_decide_tying`.
 """
 
-import functools
-import importlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import sentencepiece
 from etils import epath
 
 from clp_jax.interop import leaves as leaves_lib
-from clp_jax.interop import safetensors_file
-from clp_jax.interop.leaves import Index, Leaf, View
+from clp_jax.interop import safetensors_file, weight_files
+from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
 from clp_jax.models import layers
 from clp_jax.models.t5 import T5Config
 
 VOCABULARY = "spiece.model"
-_BFLOAT16 = np.dtype(jnp.bfloat16)
+# Names of what `save` writes the weights to.
+WEIGHTS = (
+  "model.safetensors",
+  "model.safetensors.index.json",
+  "model-*-of-*.safetensors",
+)
 MAX_SHARD_BYTES = 5_000_000_000
 
 # feed_forward_proj -> mlp_activations. transformers means the tanh
@@ -48,6 +50,12 @@ _ACTIVATIONS = {
 _DEFAULTS: dict[str, dict[str, Any]] = {
   "t5": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
   "mt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+# What is no choice of this network's.
+_CONSTANTS = {
+  "layer_norm_epsilon": layers.NORM_EPSILON,
+  "decoder_start_token_id": layers.PAD_ID,
+  "pad_token_id": layers.PAD_ID,
 }
 _FIELDS = {
   "vocab_size": "vocab_size",
@@ -83,23 +91,13 @@ def open_folder(
   Raises:
     ValueError: names what is wrong with the folder.
   """
-  values = _read_json(folder, "config.json")
+  values = weight_files.read_json(folder, "config.json")
   _check_is_t5(folder, values)
-  stored = _stored_tensors(folder, mapped)
+  stored = weight_files.read(folder, mapped)
   stored.pop(_UNUSED, None)
   _unify_embeddings(folder, stored)
   config, stored = _decide_tying(folder, values, stored)
   return config, _leaves(folder, config, stored)
-
-
-def _read_json(folder: Folder, name: str) -> dict[str, Any]:
-  try:
-    values = json.loads(folder.read(name))
-  except ValueError as error:
-    raise ValueError(f"{folder.path}/{name} can't be read: {error}") from error
-  if not isinstance(values, dict):
-    raise ValueError(f"{folder.path}/{name} must be a JSON object.")
-  return values
 
 
 def _check_is_t5(folder: Folder, values: Mapping[str, Any]) -> None:
@@ -123,12 +121,12 @@ def _config(folder: Folder, values: Mapping[str, Any], tied: bool) -> T5Config:
       f"{folder.path}/config.json: feed_forward_proj must be one of "
       f"{', '.join(_ACTIVATIONS)}, got {activation!r}."
     )
-  epsilon = values.get("layer_norm_epsilon", layers.NORM_EPSILON)
-  if epsilon != layers.NORM_EPSILON:
-    raise ValueError(
-      f"{folder.path}/config.json: layer_norm_epsilon must be "
-      f"{layers.NORM_EPSILON:g}, got {epsilon!r}."
-    )
+  for name, value in _CONSTANTS.items():
+    if values.get(name) not in (None, value):
+      raise ValueError(
+        f"{folder.path}/config.json: {name} must be {value}, got "
+        f"{values[name]!r}."
+      )
   fields = {ours: values[theirs] for ours, theirs in _FIELDS.items()}
   depth = values.get("num_decoder_layers")
   try:
@@ -156,7 +154,7 @@ def _unify_embeddings(folder: Folder, stored: dict[str, Leaf]) -> None:
       continue
     other = stored.pop(alias)
     kept = stored.setdefault(_EMBEDDING, other)
-    if not leaves_lib.same(kept, other):
+    if kept is not other and not leaves_lib.same(kept, other):
       raise ValueError(
         f"{folder.path} holds a {alias} that differs from {_EMBEDDING}; a T5 "
         "has one embedding."
@@ -267,89 +265,6 @@ _PLACES = {  # part of a layer, or what its norm is named for
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
-# The files that hold the tensors.
-
-
-def _stored_tensors(folder: Folder, mapped: bool) -> dict[str, Leaf]:
-  """{name: leaf} of all the weights in a folder."""
-  for name, read_file in (
-    ("model.safetensors", safetensors_file.read),
-    ("pytorch_model.bin", functools.partial(_read_torch, mapped=mapped)),
-  ):
-    if folder.has(name):
-      return dict(read_file(folder, name))
-    index = f"{name}.index.json"
-    if folder.has(index):
-      return _indexed(folder, index, read_file)
-  raise ValueError(
-    f"{folder.path} holds no weights: expected model.safetensors or "
-    "pytorch_model.bin, whole or in parts with an index."
-  )
-
-
-def _indexed(folder: Folder, index: str, read_file: Any) -> dict[str, Leaf]:
-  where = f"{folder.path}/{index}"
-  files = _read_json(folder, index).get("weight_map")
-  if not isinstance(files, dict):
-    raise ValueError(f"{where} lacks weight_map.")
-  tensors: dict[str, Leaf] = {}
-  for name in sorted(set(files.values())):
-    if not folder.has(name):
-      raise ValueError(f"{folder.path} lacks {name}, which {index} names.")
-    tensors |= read_file(folder, name)
-  if absent := sorted(files.keys() - tensors.keys()):
-    raise ValueError(
-      f"{where} names {', '.join(absent[:4])}, which no file holds."
-    )
-  return tensors
-
-
-def _read_torch(folder: Folder, name: str, mapped: bool) -> dict[str, Leaf]:
-  where = f"{folder.path}/{name}"
-  try:
-    # By name, since it is no dependency: safetensors need it not.
-    torch = importlib.import_module("torch")
-  except ImportError as error:
-    raise ValueError(
-      f"reading {where} needs PyTorch: pip install torch, or save the model as "
-      "safetensors where it is installed."
-    ) from error
-  if not folder.on_disk:
-    raise ValueError(f"{where} must be copied to disk, or be safetensors.")
-  try:
-    tensors = torch.load(
-      where, map_location="cpu", weights_only=True, mmap=mapped
-    )
-  except Exception as error:  # torch raises many types, for an old file too
-    text = " ".join(str(error).split())[:200]
-    raise ValueError(f"{where} can't be read: {text}") from error
-  return {
-    tensor: _torch_leaf(torch, where, tensor, value)
-    for tensor, value in tensors.items()
-  }
-
-
-def _torch_leaf(torch: Any, where: str, name: str, tensor: Any) -> Leaf:
-  if tensor.dtype == torch.bfloat16:
-    # NumPy has it from ml_dtypes, which torch doesn't know.
-    array = tensor.view(torch.int16).numpy().view(_BFLOAT16)
-  elif tensor.dtype in (torch.float32, torch.float16):
-    array = tensor.numpy()
-  else:
-    raise ValueError(
-      f"{where}: {name} is of dtype {tensor.dtype}, expected float32, bfloat16 "
-      "or float16."
-    )
-
-  def read(index: Index) -> np.ndarray:
-    return array[index]
-
-  return Leaf(array.shape, array.dtype, read)
-
-
-# Writing.
-
-
 class Vocabulary(NamedTuple):
   """A SentencePiece model and what a tokenizer has to know of it."""
 
@@ -407,8 +322,9 @@ def save(
   values = _config_values(config, views, vocabulary)
   path.mkdir(parents=True, exist_ok=True)
   (path / "config.json").unlink(missing_ok=True)
-  for old in path.glob("model*.safetensors*"):
-    old.unlink()
+  for pattern in WEIGHTS:
+    for old in path.glob(pattern):
+      old.unlink()
   _save_weights(path, views, max_shard_bytes)
   _write_json(
     path / "generation_config.json",
@@ -448,12 +364,10 @@ def _config_values(
     "tie_word_embeddings": config.logits_via_embedding,
     "scale_decoder_outputs": config.logits_via_embedding,
     "dropout_rate": config.dropout_rate,
-    "layer_norm_epsilon": layers.NORM_EPSILON,
     "relative_attention_num_buckets": config.relative_attention_num_buckets,
     "relative_attention_max_distance": config.relative_attention_max_distance,
     "is_encoder_decoder": True,
-    "decoder_start_token_id": layers.PAD_ID,
-    "pad_token_id": layers.PAD_ID,
+    **_CONSTANTS,
     "eos_token_id": 1 if vocabulary is None else vocabulary.eos_id,
     "torch_dtype": str(views[_KEPT].dtype),
   }

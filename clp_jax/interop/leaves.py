@@ -82,7 +82,7 @@ def check(
   ][:3]
   if problems:
     raise ValueError(
-      f"{where} does not hold the T5 that it describes: {'; '.join(problems)}."
+      f"{where} is not the T5 that its config describes: {'; '.join(problems)}."
     )
 
 
@@ -170,7 +170,8 @@ def _place(leaf: Leaf, sharding: jax.sharding.Sharding, dtype: Any):
     within = zip(_bounds(index, leaf.shape), first, strict=True)
     return held[tuple(slice(a - start, b - start) for (a, b), start in within)]
 
-  return jax.make_array_from_callback(leaf.shape, sharding, part)
+  array = jax.make_array_from_callback(leaf.shape, sharding, part)
+  return jax.block_until_ready(array)
 
 
 def _bounds(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int]]:
