@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import socket
 
 import jax
 import numpy as np
@@ -84,10 +85,8 @@ def sft(folder):
   return workdir, out
 
 
-@pytest.fixture(scope="module")
-def trained(folder, sft):
-  """Folder of `clp train` from there, with a model among the rewards."""
-  workdir = folder / "clp"
+def train_arguments(folder, sft, workdir):
+  """Arguments of `clp train` from there, with a model among the rewards."""
   fields = {
     "model.init": sft[0],
     "sft.steps": 0,
@@ -102,13 +101,20 @@ def trained(folder, sft):
   source = (CONFIGS / "jsonl.py").read_text()
   source = source.replace(
     'model_reward("entailment")',
-    'model_reward("entailment", positive="museum", source_length=32)',
+    'model_reward("entailment", positive="museum", source_length=24)',
   )
   config = folder / "own_config.py"
   config.write_text(source)
   command = arguments("train", folder, workdir, **fields)
   command[command.index(CONFIGS / "jsonl.py")] = config
-  status, _, err = runs.clp(*command)
+  return command
+
+
+@pytest.fixture(scope="module")
+def trained(folder, sft):
+  """Folder of that run."""
+  workdir = folder / "clp"
+  status, _, err = runs.clp(*train_arguments(folder, sft, workdir))
   assert status == 0, err
   return workdir
 
@@ -179,6 +185,34 @@ def test_train_normalises_each_reward_as_it_is_told(trained):
     stats["mean"][2], np.mean([row["reward/nli"] for row in rows]), rtol=1e-5
   )
   assert stats["mean"][0] == 0 and 0 < stats["mean"][1] < 1
+
+
+@pytest.mark.slow
+def test_2_processes_read_and_judge_as_1_does(trained, folder, sft):
+  """Of each batch a process has its own rows, of unequal numbers of windows."""
+  workdir = folder / "two"
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  pair = [
+    runs.start(
+      [
+        *train_arguments(folder, sft, workdir),
+        *("--coordinator", f"127.0.0.1:{port}"),
+        *("--num-processes", 2, "--process-id", i),
+      ],
+      devices=4,
+    )
+    for i in range(2)
+  ]
+  for process in pair:
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+  for one, two in zip(
+    runs.metrics(trained), runs.metrics(workdir), strict=True
+  ):
+    for name in one:
+      np.testing.assert_allclose(one[name], two[name], rtol=2e-3, atol=2e-4)
 
 
 def test_evaluate_and_generate_go_on_from_there(trained, folder):

@@ -12,7 +12,7 @@ import pytest
 import runs
 
 from clp_jax import config as config_lib
-from clp_jax import run_folder, sharding
+from clp_jax import interop, run_folder, sharding
 from clp_jax.data import jsonl, vocabulary
 from clp_jax.models import t5
 from clp_jax.rewards import entailment, model, preference
@@ -202,6 +202,25 @@ class TestEntailment:
     reward = load_reward("nli", spec, mesh_of())
     np.testing.assert_allclose(
       reward.score(DOCUMENTS, [""] * 5, RESPONSES),
+      self.probabilities(judge),
+      rtol=2e-4,
+    )
+
+  @pytest.mark.parametrize("format", ["hf", "t5x"])
+  def test_takes_other_programs_checkpoints(self, judge, tmp_path, format):
+    _, words, params = judge
+    content = words.sp_model if format == "hf" else None
+    interop.save_t5(tmp_path, MODEL, params, format, vocabulary=content)
+    options = {"source_length": 20, "overlap": 4, "batch": 8}
+    if content is None:
+      with pytest.raises(ValueError, match="holds no SentencePiece model; set"):
+        entailment.build(mesh_of(), str(tmp_path), **options)
+      options["vocabulary"] = run_folder.vocabulary_path(judge[0])
+    score = entailment.build(
+      mesh_of(2, 2), str(tmp_path), scan_layers=True, fsdp=True, **options
+    )
+    np.testing.assert_allclose(
+      score(DOCUMENTS, [""] * 5, RESPONSES),
       self.probabilities(judge),
       rtol=2e-4,
     )
