@@ -13,11 +13,11 @@ import runs
 import clp_jax
 from clp_jax import config as config_lib
 from clp_jax import run_folder
+from clp_jax.batches import train_batches
 from clp_jax.cli.arguments import load_config
 from clp_jax.data import newsroom, newsroom_text, vocabulary
 from clp_jax.models import t5
 from clp_jax.train import checkpoints
-from clp_jax.train.data import train_batches
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 TEMPLATE = "news {document}"

@@ -16,13 +16,13 @@ from etils import epath
 
 from clp_jax import config as config_lib
 from clp_jax import progress, sharding, weightings
+from clp_jax.batches import eval_batch
 from clp_jax.data import tasks
 from clp_jax.evaluation import report
 from clp_jax.models import decoding, t5
 from clp_jax.policy import Policy
 from clp_jax.rewards import base as rewards_lib
 from clp_jax.rollout import row_keys
-from clp_jax.train.data import eval_batch
 
 METHODS = {
   "full": "full-CLP",

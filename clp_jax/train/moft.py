@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from clp_jax import conditioning, run_folder, sharding
 from clp_jax import config as config_lib
 from clp_jax.algorithms import reinforce
+from clp_jax.batches import check_data, train_batches
 from clp_jax.data import tasks
 from clp_jax.data.vocabulary import allowed_tokens, load_vocabulary
 from clp_jax.initial import load_initial
@@ -37,7 +38,6 @@ from clp_jax.rewards.normalisation import RewardStats, normalise
 from clp_jax.rollout import Rollout, sample_rollout
 from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import loop, sft
-from clp_jax.train.data import check_data, train_batches
 from clp_jax.train.state import (
   TrainState,
   init_state,

@@ -12,18 +12,18 @@ from etils import epath
 
 from clp_jax import config as config_lib
 from clp_jax import run_folder, sharding
+from clp_jax.batches import (
+  check_data,
+  count_held_out,
+  eval_batch,
+  train_batches,
+)
 from clp_jax.data.vocabulary import load_vocabulary
 from clp_jax.initial import Initial, load_initial
 from clp_jax.masked import Mean, masked_sum
 from clp_jax.models import t5
 from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import loop
-from clp_jax.train.data import (
-  check_data,
-  count_held_out,
-  eval_batch,
-  train_batches,
-)
 from clp_jax.train.state import (
   TrainState,
   init_state,
