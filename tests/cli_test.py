@@ -206,7 +206,8 @@ def test_a_checkpoint_of_another_shape_is_refused(run_folder, tmp_path):
   shutil.copytree(run_folder, workdir)
   model = json.loads((workdir / "model.json").read_text())
   (workdir / "model.json").write_text(json.dumps(model | {"mlp_dim": 48}))
-  fails(1, "can't be read", "evaluate", "--workdir", workdir)
+  message = "wi_0/kernel, and the run's model needs shape (2, 64, 48)"
+  fails(1, message, "evaluate", "--workdir", workdir)
   assert runs.checkpoint_steps(workdir) == runs.checkpoint_steps(run_folder)
 
 

@@ -1,6 +1,7 @@
 """Small runs on the built-in world, for the tests that need one."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -37,6 +38,9 @@ def train_arguments(workdir, sft, **fields):
 
 def clp(*arguments):
   """Runs `clp` in this process: (status, stdout, stderr)."""
+  # What an earlier test's failed read left behind complains when it is
+  # collected, and would do so into this command's stderr.
+  gc.collect()
   out, err = io.StringIO(), io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     try:

@@ -222,10 +222,13 @@ def load_params(
       f"{directory} has no step {step}; it has {', '.join(map(str, steps))}."
     )
   try:
+    _check_shapes(directory / str(step) / "params", target)
     restored = manager.restore(
       step,
       args=ocp.args.Composite(params=ocp.args.StandardRestore(target)),
     )
+  except RunError:
+    raise
   except Exception as error:  # Orbax raises many types for a bad file
     raise RunError(
       f"checkpoint {step} in {directory} can't be read: {one_line(error)}. "
@@ -235,6 +238,34 @@ def load_params(
   finally:
     manager.close()
   return restored.params, step
+
+
+def _check_shapes(directory, expected: Tree) -> None:
+  """Names the first leaf whose saved shape is another than the expected one.
+
+  Raises:
+    RunError: with both shapes. Orbax says less, and after reading much.
+  """
+  with ocp.StandardCheckpointer() as checkpointer:
+    saved = dict(_paths(checkpointer.metadata(directory).item_metadata.tree))
+  for name, leaf in _paths(expected):
+    found = saved.get(name)
+    if found is None or tuple(found.shape) != tuple(leaf.shape):
+      raise RunError(
+        f"{directory} holds "
+        + ("no " if found is None else f"{tuple(found.shape)} for ")
+        + f"{name}, and the run's model needs shape {tuple(leaf.shape)}; the "
+        "checkpoint and model.json are of different models: restore the one "
+        "that was changed."
+      )
+
+
+def _paths(tree: Tree) -> list[tuple[str, Any]]:
+  """(path with slashes, leaf) of a tree's leaves."""
+  return [
+    (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  ]
 
 
 def abstract_like(shapes: Tree, shardings: Tree) -> Tree:
