@@ -326,11 +326,20 @@ wait_for_slice() {
 
 # Makes the slice exist, replaces one that was preempted, and waits for it.
 bring_up() {
-  local state
-  state=$(slice_state) || return 1
+  local state last=''
+  while :; do
+    state=$(slice_state) || return 1
+    case $state in
+      SUSPENDING | DELETING) ;; # can't be deleted, or its name be used, yet
+      *) break ;;
+    esac
+    [[ $state == "$last" ]] || say "$name is $state"
+    last=$state
+    sleep "$poll"
+  done
   case $state in
     ACTIVE) return 0 ;;
-    NOT_FOUND | DELETING)
+    NOT_FOUND)
       # Somebody's wish, unless this very process was about to replace it.
       if ((started && !removed)); then
         outcome=deleted
@@ -338,7 +347,7 @@ bring_up() {
       fi
       create_slice || return 1
       ;;
-    FAILED | SUSPENDING | SUSPENDED | LOST)
+    FAILED | SUSPENDED | LOST)
       say "$name is $state; replacing it"
       remove_slice && create_slice || return 1
       ;;
@@ -378,7 +387,7 @@ install_everywhere() {
   cloud compute tpus tpu-vm scp "$folder/source.tar.gz" \
     "$name:clp_jax.tar.gz" "${where[@]}" --quiet --worker=all || return 1
   on_workers all "mkdir -p clp_jax && \
-{ flock --nonblock clp_jax/lock rm -rf clp_jax/source || \
+{ flock --timeout 5 clp_jax/lock rm -rf clp_jax/source || \
 { echo 'a job is running; delete the slice or wait' >&2; exit 1; }; } && \
 mkdir clp_jax/source && tar -xzf clp_jax.tar.gz -C clp_jax/source && \
 $WORKER setup $commit"

@@ -119,6 +119,9 @@ class Cloud:
   def preempt(self, name: str, grace: float) -> None:
     """Takes a slice away: its processes, `grace` seconds later its disks."""
     slice_ = self.load(name)
+    # First, so that nothing is started on it any more.
+    taken = slice_ | {"node": "PREEMPTED"}
+    self.store(name, taken | {"states": ["SUSPENDING"]})
     hosts = range(slice_["hosts"])
     for number in (signal.SIGTERM, signal.SIGKILL):
       for worker in hosts:
@@ -130,7 +133,7 @@ class Cloud:
         time.sleep(0.05)
     for worker in hosts:
       shutil.rmtree(self.home(name, worker))
-    self.store(name, slice_ | {"states": ["SUSPENDED"], "node": "PREEMPTED"})
+    self.store(name, taken | {"states": ["SUSPENDED"]})
 
   def delete(self, name: str) -> None:
     """Deletes a slice and what runs on it."""
@@ -227,6 +230,8 @@ def run(cloud: Cloud, command: str, args: argparse.Namespace) -> None:
   elif command == "queued-resources delete":
     if state == "ACTIVE" and not args.force:
       fail(f"FAILED_PRECONDITION: {name} has a node")
+    if state in ("SUSPENDING", "DELETING"):
+      fail(f"FAILED_PRECONDITION: {name} is {state}")
     cloud.delete(name)
   elif command == "tpu-vm describe":
     assert args.format == "value(state)"
