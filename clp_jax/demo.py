@@ -6,24 +6,28 @@ Stages, each a run folder of its own below the work directory:
   attention     attn-CLP, the same but for what is steerable
   single/<name> one single-objective run for each reward
   soups         Rewarded Soups: their average, at equal total training samples
-and the sweeps over the same held-out prompts. Nothing here is special to the
-demo but the sizes: every stage is a config that `clp train` takes.
+and the sweeps over the same held-out prompts, with report.html. Nothing here is
+special to the demo but the sizes: every stage is a config that `clp train`
+takes.
 """
 
 import contextlib
+import datetime
 import json
 import resource
+import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import jax
 import ml_collections
 from etils import epath
 
 from clp_jax import config as config_lib
 from clp_jax.baselines import soups
 from clp_jax.data import newsroom
-from clp_jax.evaluation import report, sweep
+from clp_jax.evaluation import html, report, sweep
 from clp_jax.policy import Policy
 from clp_jax.train import moft
 
@@ -98,12 +102,13 @@ def run(workdir: str, seed: int) -> list[report.Front]:
     soups.make_soup(variant(), singles, soup_dir)
 
   fronts = []
+  folders = {
+    "full-CLP": workdir,
+    "attn-CLP": f"{workdir}/attention",
+    "Rewarded Soups": soup_dir,
+  }
   with _timed("evaluate", seconds):
-    for path, method in (
-      (workdir, "full-CLP"),
-      (f"{workdir}/attention", "attn-CLP"),
-      (soup_dir, "Rewarded Soups"),
-    ):
+    for method, path in folders.items():
       fronts.append(sweep.evaluate_run(path, method=method, seed=seed))
   picture = f"{workdir}/evaluation/fronts.png"
   report.plot_fronts(fronts, picture)
@@ -111,7 +116,11 @@ def run(workdir: str, seed: int) -> list[report.Front]:
   _show_steering(workdir, full.objectives)
   print()
   report.print_table(fronts)
-  _print_costs(seconds)
+  costs = _costs(seconds)
+  for name, text in costs.items():
+    print(f"{name:<10} {text}")
+  address = _save_report(workdir, seed, folders, fronts, costs)
+  print(f"report     {address}")
   print(f"fronts     {picture}")
   print(f"samples    {workdir}/evaluation/samples.jsonl")
   print(f"numbers    {workdir}/evaluation/front.json")
@@ -152,9 +161,65 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
   print(f"{stage}: {seconds[stage]:.0f} s", file=sys.stderr)
 
 
-def _print_costs(seconds: dict[str, float]) -> None:
+def _costs(seconds: dict[str, float]) -> dict[str, str]:
   stages = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   gib = peak * (1 if sys.platform == "darwin" else 1024) / 2**30
-  print(f"time       {stages}; {sum(seconds.values()):.0f} s in all")
-  print(f"memory     {gib:.1f} GiB at the peak")
+  return {
+    "time": f"{stages}; {sum(seconds.values()):.0f} s in all",
+    "memory": f"{gib:.1f} GiB at the peak",
+  }
+
+
+def _save_report(
+  workdir: str,
+  seed: int,
+  folders: Mapping[str, str],
+  fronts: list[report.Front],
+  costs: Mapping[str, str],
+) -> str:
+  """Writes report.html and returns its address."""
+
+  def read(path: str) -> str:
+    return epath.Path(path).read_text()
+
+  samples = [
+    json.loads(line) | {"method": method}
+    for method, path in folders.items()
+    for line in read(f"{path}/evaluation/samples.jsonl").splitlines()
+  ]
+  shown = shlex.quote(workdir)
+  text = html.render(
+    "One model, steered between rewards: the demo",
+    fronts=[
+      json.loads(read(f"{path}/evaluation/front.json"))
+      for path in folders.values()
+    ],
+    tables=[
+      html.Table(
+        "Methods",
+        report.methods_rows(fronts),
+        report.methods_caption(fronts[0]),
+      )
+    ],
+    samples=samples,
+    configs={
+      method: json.loads(read(f"{path}/config.json"))
+      for method, path in folders.items()
+    },
+    commands=[
+      f"clp demo --workdir {shown} --seed {seed}",
+      "# and to look further:",
+      f"clp evaluate --workdir {shown} --grid 21 --seed {seed + 1}",
+      f"head -n 1 {shown}/evaluation/samples.jsonl | "
+      f"clp generate --workdir {shown} --weights nli=0.7,rouge=0.3",
+    ],
+    about={
+      "written": datetime.datetime.now().isoformat(" ", "minutes"),
+      "software": f"JAX {jax.__version__}, "
+      f"{jax.device_count()} {jax.default_backend()} device(s)",
+    }
+    | dict(costs),
+    unsupported=newsroom.unsupported,
+  )
+  return html.save(f"{workdir}/report.html", text)

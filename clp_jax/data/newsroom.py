@@ -358,6 +358,27 @@ def preference(
   return scores
 
 
+def unsupported(document: str, summary: str) -> list[tuple[int, int]] | None:
+  """Where a summary states a fact that its article does not have.
+
+  Args:
+    document: an article.
+    summary: any text.
+
+  Returns:
+    [(start, end)] of the words in question, in the summary's characters and
+    order; None where it is not grammatical, so that it states nothing.
+  """
+  stated = parse(summary)
+  if stated is None:
+    return None
+  facts = facts_of(document)
+  lacking = {b for a, b in zip(facts, stated, strict=True) if a != b}
+  # A grammatical summary is words, single spaces and the stop.
+  words = re.finditer(r"[^ .]+", summary)
+  return [match.span() for match in words if match[0] in lacking]
+
+
 def _supported(facts: Facts, stated: Facts) -> tuple[int, int]:
   """Counts the stated facts that an article has and those that it lacks."""
   same = sum(a == b for a, b in zip(facts, stated, strict=True) if b)

@@ -24,7 +24,7 @@ its examples are then tokenised already, by the vocabulary it was cached with.
 import contextlib
 import dataclasses
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -447,6 +447,21 @@ def _read(dataset: Any) -> Iterator[Batch]:
       references=[text.decode(errors="replace") for text in batch["reference"]],
       num_cut=int(batch["cut"].sum()),
     )
+
+
+def fact_checker(
+  task: str | None,
+) -> Callable[[str, str], list[tuple[int, int]] | None] | None:
+  """What finds the unsupported facts of a summary, where the data know them.
+
+  Args:
+    task: a config's data.task.
+
+  Returns:
+    (document, summary) -> [(start, end)] in the summary, as
+    `newsroom.unsupported` has it; None for data that know no facts.
+  """
+  return newsroom.unsupported if task == "newsroom" else None
 
 
 def tokenize_inputs(

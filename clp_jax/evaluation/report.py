@@ -181,9 +181,9 @@ def save_front(directory: str | os.PathLike[str], front: Front) -> None:
   _check(front)
   path = epath.Path(directory)
   path.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(_to_json(front), indent=2, allow_nan=False)
-  _write(path / "front.json", (text + "\n").encode())
-  _write(path / "front.csv", _to_csv(front).encode())
+  text = json.dumps(to_json(front), indent=2, allow_nan=False)
+  write(path / "front.json", (text + "\n").encode())
+  write(path / "front.csv", _to_csv(front).encode())
 
 
 def load_front(path: str | os.PathLike[str]) -> Front:
@@ -200,13 +200,22 @@ def load_front(path: str | os.PathLike[str]) -> Front:
     ) from None
   except ValueError as error:
     raise FrontError(f"{path} is not JSON: {error}.") from None
+  return front_from_json(content, str(path))
+
+
+def front_from_json(content: Any, name: str) -> Front:
+  """A front from the content of a front.json; `name` is what errors call it.
+
+  Raises:
+    FrontError: a field is missing or wrong.
+  """
   try:
     front = _from_json(content)
     _check(front)
   except KeyError as error:
-    raise FrontError(f"{path} is no front: it lacks {error}.") from None
+    raise FrontError(f"{name} is no front: it lacks {error}.") from None
   except (TypeError, ValueError, AttributeError) as error:
-    raise FrontError(f"{path} is no front: {error}") from None
+    raise FrontError(f"{name} is no front: {error}") from None
   return front
 
 
@@ -252,7 +261,7 @@ def _check(front: Front) -> None:
       raise FrontError(f"{name} must be a finite number and is {number}.")
 
 
-def _to_json(front: Front) -> dict[str, Any]:
+def to_json(front: Front) -> dict[str, Any]:
   """The content of front.json, derived quantities included."""
 
   def estimate(value: Estimate) -> dict[str, float]:
@@ -285,7 +294,7 @@ def _to_json(front: Front) -> dict[str, Any]:
 
 
 def _from_json(content: Mapping[str, Any]) -> Front:
-  """The inverse of _to_json; KeyError or TypeError where it is no front."""
+  """The inverse of to_json; KeyError or TypeError where it is no front."""
 
   def estimate(value: Mapping[str, Any]) -> Estimate:
     return Estimate(float(value["mean"]), float(value["stderr"]))
@@ -334,7 +343,7 @@ def _to_csv(front: Front) -> str:
   return out.getvalue()
 
 
-def _write(path: epath.Path, content: bytes) -> None:
+def write(path: epath.Path, content: bytes) -> None:
   """Writes beside the file first, so that no reader sees half of it."""
   temporary = path.parent / f".{path.name}.partial"
   temporary.write_bytes(content)
@@ -370,7 +379,7 @@ def plot_fronts(fronts: Sequence[Front], path: str | os.PathLike[str]) -> None:
     FrontError: no fronts, or fronts over different objectives.
     OSError: the file can't be written.
   """
-  objectives = _shared_objectives(fronts)
+  objectives = shared_objectives(fronts)
   pairs: list[tuple[str | None, str]]
   if len(objectives) == 1:
     pairs = [(None, objectives[0])]  # None stands for KL.
@@ -419,11 +428,11 @@ def plot_fronts(fronts: Sequence[Front], path: str | os.PathLike[str]) -> None:
   )
   png = io.BytesIO()
   figure.savefig(png, format="png", dpi=150)
-  _write(epath.Path(path), png.getvalue())
+  write(epath.Path(path), png.getvalue())
 
 
-def methods_table(fronts: Sequence[Front]) -> Table:
-  """A row a front: what it cost, how good it is, how well it steers.
+def methods_rows(fronts: Sequence[Front]) -> list[dict[str, str]]:
+  """A row a front, column to text: its cost, how good it is, how it steers.
 
   Columns that no front has a value for (training samples, rank correlation
   where no weight changes) are left out.
@@ -434,7 +443,7 @@ def methods_table(fronts: Sequence[Front]) -> Table:
   Raises:
     FrontError: fronts whose hypervolumes can't be compared.
   """
-  objectives = _shared_objectives(fronts)
+  objectives = shared_objectives(fronts)
   for front in fronts[1:]:
     if front.reference_point != fronts[0].reference_point:
       raise FrontError(
@@ -455,24 +464,37 @@ def methods_table(fronts: Sequence[Front]) -> Table:
     }
     for front in fronts
   ]
-  names = ", ".join(objectives)
-  reference_point = ", ".join(f"{x:g}" for x in fronts[0].reference_point)
+  shown = [c for c in rows[0] if any(row[c].strip("- ") for row in rows)]
+  return [{column: row[column] for column in shown} for row in rows]
+
+
+def methods_caption(front: Front) -> str:
+  """What the columns of methods_rows mean, for fronts like this one."""
+  names = ", ".join(front.objectives)
+  reference_point = ", ".join(f"{x:g}" for x in front.reference_point)
+  return (
+    f"Hypervolume above ({reference_point}) in {names}. Rank corr.: of each "
+    "reward with its weight. Utility: the weighted rewards, mean over the "
+    "sweep."
+  )
+
+
+def methods_table(fronts: Sequence[Front]) -> Table:
+  """methods_rows as a table for a terminal; raises what it does."""
+  rows = methods_rows(fronts)
   table = Table(
     box=rich.box.SIMPLE_HEAD,
     pad_edge=False,
-    caption=(
-      f"Hypervolume above ({reference_point}) in {names}. Rank corr.: of each "
-      "reward with its weight. Utility: the weighted rewards, mean over the "
-      "sweep."
-    ),
+    caption=methods_caption(fronts[0]),
     caption_justify="left",
   )
-  shown = [c for c in rows[0] if any(row[c].strip("- ") for row in rows)]
-  table.add_column(shown[0], overflow="fold")
-  for column in shown[1:]:
-    table.add_column(column, justify="right", no_wrap=True)
+  for i, column in enumerate(rows[0]):
+    if i == 0:
+      table.add_column(column, overflow="fold")
+    else:
+      table.add_column(column, justify="right", no_wrap=True)
   for row in rows:
-    table.add_row(*(Text(row[column]) for column in shown))
+    table.add_row(*map(Text, row.values()))
   return table
 
 
@@ -481,7 +503,8 @@ def print_table(fronts: Sequence[Front]) -> None:
   Console().print(methods_table(fronts))
 
 
-def _shared_objectives(fronts: Sequence[Front]) -> tuple[str, ...]:
+def shared_objectives(fronts: Sequence[Front]) -> tuple[str, ...]:
+  """The objectives of fronts that can be compared; FrontError for others."""
   if not fronts:
     raise FrontError("There is no front to show.")
   for front in fronts[1:]:
