@@ -51,7 +51,9 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
     model_config = _computation(model_config, config)
     # Its own fold of the seed: the run's key must not depend on the model.
     key = jax.random.fold_in(jax.random.key(config.seed), 0x1217)
-    params = t5.init_params(model_config, key)
+    # One program, which compiles faster than one for each kind of leaf.
+    draw = jax.jit(t5.init_params, static_argnums=0)
+    params = draw(model_config, key)
     content = vocabulary.sp_model
   elif _is_run(init):
     model_config = run_folder.load_model_config(init)
