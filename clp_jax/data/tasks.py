@@ -415,6 +415,9 @@ def _batches(
 
   options = tf.data.Options()
   options.deterministic = True
+  # There is nothing to tune, and the tuner sleeps for up to a minute: an
+  # iterator that is closed waits for it to wake.
+  options.autotune.enabled = False
   padded = {
     "inputs": [source_length],
     "targets": [target_length],
