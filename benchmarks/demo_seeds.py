@@ -18,6 +18,7 @@ import numpy as np
 
 from clp_jax import demo
 from clp_jax.baselines import soups
+from clp_jax.cli import setup
 from clp_jax.evaluation import fronts, report, sweep
 from clp_jax.train import moft
 
@@ -88,6 +89,7 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--workdir", default="runs/seeds")
   args = parser.parse_args()
+  setup.configure()
   columns = (
     "seed | method | hypervolume | spread | rank corr. | utility | "
     "mean stderr of a reward | KL at the ends | dominates of full | "
