@@ -199,7 +199,7 @@ def _save_report(
       html.Table(
         "Methods",
         report.methods_rows(fronts),
-        report.methods_caption(fronts[0]),
+        report.methods_caption(fronts),
       )
     ],
     samples=samples,

@@ -320,6 +320,17 @@ class TestMethodsTable:
       *("soups", "-", f"{fronts[1].hypervolume:.4f}", "±", "0.0123"),
     ]
 
+  def test_says_how_certain_a_point_is(self):
+    point = _point((1.0,), (0.5,))
+    name = next(iter(point.rewards))
+    wider = dataclasses.replace(
+      point, rewards={name: report.Estimate(0.25, 0.0521)}
+    )
+    fronts = [_front([point]), _front([wider])]
+    mean = (point.rewards[name].stderr + 0.0521) / 2
+    caption = report.methods_caption(fronts)
+    assert caption.endswith(f"error of a point: {mean:.3f} ({name}).")
+
   def test_leaves_out_what_nobody_has(self):
     text = _rendered([_front([_point((1.0,), (0.5,))])])
     assert "samples" not in text

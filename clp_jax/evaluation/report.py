@@ -468,14 +468,19 @@ def methods_rows(fronts: Sequence[Front]) -> list[dict[str, str]]:
   return [{column: row[column] for column in shown} for row in rows]
 
 
-def methods_caption(front: Front) -> str:
-  """What the columns of methods_rows mean, for fronts like this one."""
-  names = ", ".join(front.objectives)
-  reference_point = ", ".join(f"{x:g}" for x in front.reference_point)
+def methods_caption(fronts: Sequence[Front]) -> str:
+  """What the columns of methods_rows mean, and how certain the rewards are."""
+  objectives = fronts[0].objectives
+  reference_point = ", ".join(f"{x:g}" for x in fronts[0].reference_point)
+  points = [point for front in fronts for point in front.points]
+  errors = ", ".join(
+    f"{np.mean([p.rewards[o].stderr for p in points]):.3f} ({o})"
+    for o in objectives
+  )
   return (
-    f"Hypervolume above ({reference_point}) in {names}. Rank corr.: of each "
-    "reward with its weight. Utility: the weighted rewards, mean over the "
-    "sweep."
+    f"Hypervolume above ({reference_point}) in {', '.join(objectives)}. Rank "
+    "corr.: of each reward with its weight. Utility: the weighted rewards, "
+    f"mean over the sweep. Mean standard error of a point: {errors}."
   )
 
 
@@ -485,7 +490,7 @@ def methods_table(fronts: Sequence[Front]) -> Table:
   table = Table(
     box=rich.box.SIMPLE_HEAD,
     pad_edge=False,
-    caption=methods_caption(fronts[0]),
+    caption=methods_caption(fronts),
     caption_justify="left",
   )
   for i, column in enumerate(rows[0]):
