@@ -32,7 +32,8 @@ def steerable_leaves(params: Params, kind: str) -> Params:
     params: an ordinary T5 parameter tree (t5x names); only names are read.
     kind: "full", every leaf; "attention", the query, key, value and output
       kernels of all attention layers; "logits", the final layer (where it is
-      tied to the token embedding, that table); "none", no leaf.
+      tied to the token embedding, that table); "none", no leaf. Soft tokens,
+      where the tree has them, are steerable under every kind.
 
   Returns:
     A tree of the structure of `params` with True at steerable leaves.
@@ -48,6 +49,8 @@ def steerable_leaves(params: Params, kind: str) -> Params:
 
   def is_steerable(path, _) -> bool:
     names = [entry.key for entry in path]
+    if names[0] == "soft_tokens":
+      return True
     if kind == "attention":
       return not _ATTENTION.isdisjoint(names)
     if kind == "logits":
@@ -97,13 +100,13 @@ def mix(params: Params, steerable: Params, coefficients: jax.Array) -> Params:
         f"sets, but there are {coefficients.shape[-1]} coefficients; use the "
         "num_sets given to expand()."
       )
-    return _combine(p, coefficients)
+    return combine(p, coefficients)
 
   return jax.tree.map(leaf, params, steerable)
 
 
 @jax.custom_vjp
-def _combine(sets: jax.Array, coefficients: jax.Array) -> jax.Array:
+def combine(sets: jax.Array, coefficients: jax.Array) -> jax.Array:
   """sum_i c_i sets[i]: [M, ...] and [*batch, M] -> [*batch, ...].
 
   Written as multiply-adds and not as a matrix product: the operation is bound
@@ -135,7 +138,7 @@ def _combine(sets: jax.Array, coefficients: jax.Array) -> jax.Array:
 
 
 def _combine_forward(sets, coefficients):
-  return _combine(sets, coefficients), (sets, coefficients)
+  return combine(sets, coefficients), (sets, coefficients)
 
 
 def _combine_backward(residuals, gradient):
@@ -156,7 +159,7 @@ def _combine_backward(residuals, gradient):
   )
 
 
-_combine.defvjp(_combine_forward, _combine_backward)
+combine.defvjp(_combine_forward, _combine_backward)
 
 
 def batched_axes(steerable: Params) -> Params:

@@ -7,14 +7,19 @@ code reads fields and never falls back to a default of its own.
 import contextlib
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import ml_collections
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from clp_jax import conditioning
+from clp_jax import adapters, prompting
+from clp_jax import bank as bank_lib
 from clp_jax.algorithms import reinforce
 from clp_jax.data.tasks import check_template
+from clp_jax.data.vocabulary import control_ids
+from clp_jax.models.presets import PRESETS
+from clp_jax.models.t5 import T5Config
 from clp_jax.rewards import base
 from clp_jax.weightings import Distribution
 
@@ -67,7 +72,8 @@ def get_config() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.algorithm = "reinforce"
-  # Which parameters exist once per objective: full, attention, logits, none.
+  # Which parameters exist once per objective: full, attention, logits, lora,
+  # svd_lora (see adapters), none.
   c.steering = "full"
   # Names of rewards; the order of weights everywhere.
   c.objectives = ("rouge",)
@@ -106,6 +112,33 @@ def get_config() -> ml_collections.ConfigDict:
   c.weightings.alpha = 0.01  # KL weight in [0, 1]
   # Instead, (low, high) of a log-uniform alpha: KL becomes an objective.
   c.weightings.alpha_range = config_dict.placeholder(tuple)
+
+  c.conditioning = ml_collections.ConfigDict()
+  # The KL term's parameter set, where there is one: trained, or frozen at the
+  # reference.
+  c.conditioning.kl_set = "trained"
+  # Parameters that all weightings share: trained or frozen; None freezes what
+  # adapters adapt, and trains elsewhere.
+  c.conditioning.shared = config_dict.placeholder(str)
+
+  c.adapters = ml_collections.ConfigDict()  # steering lora and svd_lora
+  c.adapters.rank = 8  # svd_lora: singular values that all weightings share
+  c.adapters.scale = 1.0  # of what is added to a kernel
+  c.adapters.targets = ("attention", "mlp")  # one or both
+  c.adapters.orthogonality = 0.1  # weight of svd_lora's penalty
+
+  c.soft_tokens = ml_collections.ConfigDict()
+  # Learned embeddings before the input, one set per objective; with any
+  # steering.
+  c.soft_tokens.length = config_dict.placeholder(int)
+
+  # The weighting, written before the document (prompting.py).
+  c.prompting = ml_collections.ConfigDict()
+  c.prompting.style = "none"  # none, text or control_tokens
+  c.prompting.levels = 10  # weights are rounded to multiples of 1 / levels
+  # Share of the documents of supervised finetuning that get a random one, so
+  # that the model has seen the format before it matters.
+  c.prompting.sft_share = 0.0
 
   c.rollout = ml_collections.ConfigDict()
   c.rollout.prompts = 16  # B, a step
@@ -185,6 +218,81 @@ def distribution(config: ml_collections.ConfigDict) -> Distribution:
   )
 
 
+def bank(
+  config: ml_collections.ConfigDict, model_config: T5Config
+) -> bank_lib.Bank:
+  """How the config conditions a T5 on weightings.
+
+  Args:
+    config: a valid training config.
+    model_config: of the reference.
+  """
+  own, steering = config.conditioning, config.steering
+  frozen_kl = (
+    own.kl_set == "frozen" and config.weightings.alpha_range is not None
+  )
+  adapter = None
+  if steering in adapters.KINDS:
+    adapter = adapters.Adapter(
+      kind=steering,
+      rank=config.adapters.rank,
+      scale=config.adapters.scale,
+      targets=tuple(config.adapters.targets),
+      frozen_kl=frozen_kl,
+    )
+  frozen_shared = adapter is not None
+  if own.shared is not None:
+    frozen_shared = own.shared == "frozen"
+  return bank_lib.Bank(
+    reference_config=model_config,
+    kind=steering,
+    num_sets=distribution(config).num_sets,
+    frozen_kl=frozen_kl,
+    frozen_shared=frozen_shared,
+    soft_tokens=config.soft_tokens.length or 0,
+    adapter=adapter,
+  )
+
+
+def control_tokens(config: ml_collections.ConfigDict) -> int:
+  """Tokens beyond those of text that the config's prompts are made of."""
+  if config.prompting.style != "control_tokens":
+    return 0
+  q = distribution(config)
+  return prompting.num_control_tokens(
+    q.num_rewards, config.prompting.levels, q.alpha_range
+  )
+
+
+def prompts(
+  config: ml_collections.ConfigDict, vocabulary: Any, vocab_size: int
+) -> prompting.Prompts | None:
+  """The config's prompt format, or None without one.
+
+  Args:
+    config: a valid training config.
+    vocabulary: seqio.SentencePieceVocabulary of the model.
+    vocab_size: V, rows of the model's embedding.
+
+  Raises:
+    ConfigError: when the vocabulary can't express it.
+  """
+  own, q = config.prompting, distribution(config)
+  with as_config_error():
+    if own.style == "text":
+      return prompting.text_prompts(
+        vocabulary, config.objectives, own.levels, q.alpha_range
+      )
+    if own.style == "control_tokens":
+      return prompting.control_prompts(
+        control_ids(vocabulary, vocab_size),
+        q.num_rewards,
+        own.levels,
+        q.alpha_range,
+      )
+  return None
+
+
 @contextlib.contextmanager
 def as_config_error() -> Iterator[None]:
   """Turns a ValueError about what a config names into a ConfigError."""
@@ -222,7 +330,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
     ConfigError: says what was found and what to change.
   """
   _one_of("algorithm", config.algorithm, ALGORITHMS)
-  _one_of("steering", config.steering, conditioning.STEERING)
+  _one_of("steering", config.steering, bank_lib.STEERING)
+  own = config.conditioning
+  _one_of("conditioning.kl_set", own.kl_set, bank_lib.KL_SETS)
+  if own.shared is not None:
+    _one_of("conditioning.shared", own.shared, bank_lib.SHARED)
+  if own.kl_set == "frozen" and config.weightings.alpha_range is None:
+    raise ConfigError(
+      "conditioning.kl_set = frozen, but with one alpha there is no set for "
+      "the KL term; give weightings.alpha_range, or leave kl_set=trained."
+    )
+  _one_of("prompting.style", config.prompting.style, prompting.STYLES)
+  share = config.prompting.sft_share
+  if not 0 <= share <= 1:
+    raise ConfigError(f"prompting.sft_share must be in [0, 1], got {share}.")
+  if share and config.prompting.style == "none":
+    raise ConfigError(
+      f"prompting.sft_share = {share}, but prompting.style = none writes no "
+      "prompts; choose a style, or leave sft_share=0."
+    )
   _one_of("reinforce.baseline", config.reinforce.baseline, reinforce.BASELINES)
   _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
   _one_of("reward_model.head", config.reward_model.head, HEADS)
@@ -252,10 +378,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     distribution(config)
   except (TypeError, ValueError) as error:
     raise ConfigError(f"weightings: {error}") from error
+  with as_config_error():
+    bank(config, PRESETS["tiny"])  # whatever the model, its checks are the same
 
   positive = (
     "data.source_length data.target_length rollout.prompts rollout.samples "
     "rollout.weightings optimizer.learning_rate optimizer.clip_norm "
+    "prompting.levels "
     "train.microbatches train.checkpoint_every train.keep "
     "train.log_samples_every train.normalisation_batches sft.batch "
     "sft.learning_rate sft.checkpoint_every rollout.temperature "
@@ -263,12 +392,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
     "reward_model.checkpoint_every eval.prompts eval.samples eval.batch "
     "mesh.model"
   )
+  if config.soft_tokens.length is not None:
+    positive += " soft_tokens.length"
   for path in positive.split():
     if not _get(config, path) > 0:  # also false for NaN
       raise ConfigError(f"{path} must be > 0, got {_get(config, path)}.")
   not_negative = (
     "train.steps sft.steps sft.warmup_steps reward_model.steps "
-    "reward_model.warmup_steps"
+    "reward_model.warmup_steps adapters.orthogonality"
   )
   for path in not_negative.split():
     if not _get(config, path) >= 0:

@@ -45,8 +45,9 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
     model_config = PRESETS[init]
     if init == "tiny":
       # The one preset without a public vocabulary: as many rows as pieces, up
-      # to a multiple that cuts well over devices.
-      rows = -(-vocabulary.vocab_size // 16) * 16
+      # to a multiple that cuts well over devices, and those of prompts.
+      tokens = vocabulary.vocab_size + config_lib.control_tokens(config)
+      rows = -(-tokens // 16) * 16
       model_config = dataclasses.replace(model_config, vocab_size=rows)
     model_config = _computation(model_config, config)
     # Its own fold of the seed: the run's key must not depend on the model.

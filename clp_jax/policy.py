@@ -18,11 +18,14 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from clp_jax import conditioning, interop, run_folder, sharding, weightings
 from clp_jax import config as config_lib
+from clp_jax import interop, run_folder, sharding, weightings
+from clp_jax.bank import Bank
 from clp_jax.models import decoding, t5
+from clp_jax.prompting import Prompts
 from clp_jax.rollout import row_keys
 from clp_jax.train import checkpoints
+from clp_jax.weightings import Weighting
 
 Params = Any
 Weights = Mapping[str, float]
@@ -35,8 +38,9 @@ class Policy:
 
   Attributes:
     config: of the run.
-    model_config: of the T5.
-    sets: steerable leaves [M, ...], shared leaves [...].
+    bank: how a weighting makes a T5 of the sets.
+    sets: what the run trains (bank.py): for the kinds of CLP steerable leaves
+      [M, ...], shared leaves [...].
     step: updates that the sets have seen.
     vocabulary: seqio SentencePieceVocabulary.
     mesh: where all of it lies.
@@ -44,7 +48,7 @@ class Policy:
   """
 
   config: ml_collections.ConfigDict
-  model_config: t5.T5Config
+  bank: Bank
   sets: Params
   step: int
   vocabulary: Any
@@ -71,33 +75,37 @@ class Policy:
     config = run_folder.load_config(workdir)
     model_config = run_folder.load_model_config(workdir)
     mesh = sharding.make_mesh() if mesh is None else mesh
-    abstract = t5.abstract_params(model_config)
     if "objectives" in config:  # a supervised run has neither
-      steerable = conditioning.steerable_leaves(abstract, config.steering)
-      num_sets = config_lib.distribution(config).num_sets
-      abstract = jax.eval_shape(
-        lambda p: conditioning.expand(p, steerable, num_sets), abstract
-      )
-    shardings = sharding.param_shardings(
-      mesh, t5.logical_axes(model_config), abstract
+      bank = config_lib.bank(config, model_config)
+    else:
+      bank = Bank(model_config, "none", num_sets=1)
+    abstract = jax.eval_shape(
+      bank.init, t5.abstract_params(model_config), jax.random.key(0)
     )
+    shardings = sharding.param_shardings(mesh, bank.logical_axes, abstract)
     sets, step = checkpoints.load_params(
       workdir, checkpoints.abstract_like(abstract, shardings), step
     )
     vocabulary = load_vocabulary(run_folder.vocabulary_path(workdir))
-    return cls(config, model_config, sets, step, vocabulary, mesh, workdir)
+    return cls(config, bank, sets, step, vocabulary, mesh, workdir)
 
   @property
   def objectives(self) -> tuple[str, ...]:
     """Names of the m rewards, in the order of weights; () without any."""
     return tuple(self.config.get("objectives", ()))
 
+  @property
+  def model_config(self) -> t5.T5Config:
+    """Of the policies."""
+    return self.bank.model_config
+
   @functools.cached_property
   def reference(self) -> Params:
-    """The frozen start's parameters."""
-    abstract = t5.abstract_params(self.model_config)
+    """The frozen start's parameters, a T5 of `bank.reference_config`."""
+    model_config = self.bank.reference_config
+    abstract = t5.abstract_params(model_config)
     shardings = sharding.param_shardings(
-      self.mesh, t5.logical_axes(self.model_config), abstract
+      self.mesh, t5.logical_axes(model_config), abstract
     )
     return run_folder.load_reference(
       self.workdir, checkpoints.abstract_like(abstract, shardings)
@@ -121,6 +129,20 @@ class Policy:
       if weights is not None or alpha is not None:
         raise ValueError("this run has no objectives: give no weights.")
       return np.ones([1], np.float32)
+    array, alpha = self.weighting(weights, alpha)
+    q = config_lib.distribution(self.config)
+    return np.asarray(
+      weightings.coefficients(array, None if q.alpha_range is None else alpha)
+    )
+
+  def weighting(
+    self, weights: Weights | None, alpha: float | None = None
+  ) -> tuple[np.ndarray, float]:
+    """([m] weights, alpha), checked; arguments as for `coefficients`.
+
+    Raises:
+      ValueError: as `coefficients`.
+    """
     if weights is None:
       if len(self.objectives) > 1:
         raise ValueError(
@@ -136,20 +158,23 @@ class Policy:
           f"this run was trained with the one alpha {q.alpha:g}, got "
           f"{alpha:g}; leave alpha out."
         )
-      return np.asarray(weightings.coefficients(array))
+      return array, q.alpha
     low, high = q.alpha_range
     if alpha is None or not low <= alpha <= high:
       raise ValueError(
         f"this run is steered by alpha in [{low:g}, {high:g}] too, got "
         f"{alpha}; give one of them."
       )
-    return np.asarray(weightings.coefficients(array, alpha))
+    return array, alpha
 
   def params(
     self, weights: Weights | None = None, alpha: float | None = None
   ) -> Params:
-    """The ordinary T5 parameter tree of a weighting."""
-    return self._mix(self.sets, self.coefficients(weights, alpha))
+    """The ordinary T5 parameter tree of a weighting.
+
+    With soft tokens it holds theirs besides, [P, D], and its T5Config says so.
+    """
+    return self._mixed(self.coefficients(weights, alpha))
 
   def generate(
     self,
@@ -192,12 +217,12 @@ class Policy:
     keys = row_keys(jax.random.key(seed), first_row + len(texts))[first_row:]
     responses = [""] * len(texts)
     for coefficients, rows in self._by_weighting(len(texts), weights, alpha):
-      policy = self._mix(self.sets, coefficients)
+      policy = self._mixed(coefficients)
       for start in range(0, len(rows), BATCH):
         chunk = rows[start : start + BATCH]
         samples = self._sample(
           policy,
-          self._tokenize([texts[i] for i in chunk]),
+          self._tokenize(chunk, texts, weights, alpha),
           keys[_pad_rows(np.asarray(chunk), self._batch_rows(len(chunk)))],
           temperature,
           top_k=top_k,
@@ -239,7 +264,7 @@ class Policy:
       )
     scores = np.zeros([len(texts)], np.float32)
     for coefficients, rows in self._by_weighting(len(texts), weights, alpha):
-      policy = self._mix(self.sets, coefficients)
+      policy = self._mixed(coefficients)
       for start in range(0, len(rows), BATCH):
         chunk = rows[start : start + BATCH]
         targets = tasks.tokenize_inputs(
@@ -250,7 +275,7 @@ class Policy:
         scores[chunk] = np.asarray(
           self._score(
             policy,
-            self._tokenize([texts[i] for i in chunk]),
+            self._tokenize(chunk, texts, weights, alpha),
             _pad_rows(targets, self._batch_rows(len(chunk))),
           )
         )[: len(chunk)]
@@ -274,8 +299,15 @@ class Policy:
       dtype: of the parameters written; None keeps theirs.
 
     Raises:
-      ValueError: see `coefficients` and `interop.save_t5`.
+      ValueError: see `coefficients` and `interop.save_t5`; also for a policy
+        with soft tokens, which no other program's T5 has.
     """
+    if self.bank.soft_tokens:
+      raise ValueError(
+        f"this run's policies have {self.bank.soft_tokens} soft tokens before "
+        "their input, which an ordinary T5 has not; use `clp generate`, or "
+        "train without soft_tokens.length."
+      )
     params = self.params(weights, alpha)
     if dtype is not None:
       params = jax.tree.map(lambda p: p.astype(dtype), params)
@@ -301,14 +333,48 @@ class Policy:
       groups.setdefault(key, (coefficients, []))[1].append(i)
     return list(groups.values())
 
-  def _tokenize(self, texts: list[str]) -> np.ndarray:
+  def _tokenize(self, chunk, texts, weights, alpha) -> np.ndarray:
+    """[b, S] tokens of the texts of these numbers, with what prompts say."""
     from clp_jax.data import tasks
 
     data = self.config.data
     tokens = tasks.tokenize_inputs(
-      self.vocabulary, texts, data.source_length, data.template
+      self.vocabulary,
+      [texts[i] for i in chunk],
+      data.source_length,
+      data.template,
     )
-    return _pad_rows(tokens, self._batch_rows(len(texts)))
+    rows = self._batch_rows(len(chunk))
+    tokens = _pad_rows(tokens, rows)
+    if self.prompts is None:
+      return tokens
+    per_row = zip(
+      _per_row("weights", len(texts), weights, Mapping),
+      _per_row("alpha", len(texts), alpha, float | int),
+      strict=True,
+    )
+    given = [self.weighting(w, a) for w, a in per_row]
+    return self._prepend(
+      tokens,
+      Weighting(
+        jnp.asarray(_pad_rows(np.stack([given[i][0] for i in chunk]), rows)),
+        jnp.asarray(_pad_rows(np.stack([given[i][1] for i in chunk]), rows)),
+      ),
+    )
+
+  @functools.cached_property
+  def prompts(self) -> Prompts | None:
+    """What the policy is told of a weighting; None without prompting."""
+    if not self.objectives:
+      return None
+    return config_lib.prompts(
+      self.config, self.vocabulary, self.model_config.vocab_size
+    )
+
+  @functools.cached_property
+  def _prepend(self):
+    assert self.prompts is not None
+    return jax.jit(self.prompts.prepend)
 
   def _batch_rows(self, num: int) -> int:
     """Rows of the compiled shape that `num` rows are padded to."""
@@ -323,17 +389,18 @@ class Policy:
 
     return allowed_tokens(self.vocabulary, self.model_config.vocab_size)
 
+  def _mixed(self, coefficients: np.ndarray) -> Params:
+    reference = self.reference if self.bank.needs_reference else {}
+    return self._mix(self.sets, reference, coefficients)
+
   @functools.cached_property
   def _mix(self):
-    abstract = t5.abstract_params(self.model_config)
-    if self.objectives:
-      steerable = conditioning.steerable_leaves(abstract, self.config.steering)
-    else:
-      steerable = conditioning.steerable_leaves(abstract, "none")
     return jax.jit(
-      lambda sets, c: conditioning.mix(sets, steerable, c),
+      self.bank.mix,
       out_shardings=sharding.param_shardings(
-        self.mesh, t5.logical_axes(self.model_config), abstract
+        self.mesh,
+        t5.logical_axes(self.model_config),
+        t5.abstract_params(self.model_config),
       ),
     )
 

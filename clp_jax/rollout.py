@@ -15,8 +15,10 @@ import numpy as np
 from flax import struct
 
 from clp_jax import conditioning
+from clp_jax.bank import Bank
 from clp_jax.models import decoding
 from clp_jax.models.t5 import T5
+from clp_jax.prompting import Prompts
 from clp_jax.weightings import Distribution, Weighting
 
 Params = Any
@@ -30,7 +32,7 @@ class Rollout:
   stays flat between programs and is folded to [G, R/G] inside of them.
   """
 
-  encoder_input_tokens: jax.Array  # [B, S] int32
+  encoder_input_tokens: jax.Array  # [B, S] int32, prompted as the policies are
   tokens: jax.Array  # [R, T] int32, PAD after EOS
   mask: jax.Array  # [R, T] bool, True up to and including EOS
   logp: jax.Array  # [R, T] float32, nats, under the sampling policy
@@ -40,14 +42,14 @@ class Rollout:
 
 
 def sample_rollout(
-  model: T5,
   params: Params,
   reference: Params,
   encoder_input_tokens: jax.Array,
   weightings_key: jax.Array,
   samples_key: jax.Array,
   *,
-  steerable: Params,
+  bank: Bank,
+  prompts: Prompts | None,
   distribution: Distribution,
   num_weightings: int,
   num_samples: int,
@@ -58,13 +60,13 @@ def sample_rollout(
   """Steps 1 to 3 of the module.
 
   Args:
-    model: the T5.
-    params: steerable leaves [M, ...].
+    params: what the bank trains.
     reference: an ordinary T5's parameters.
     encoder_input_tokens: [B, S] int32 prompts.
     weightings_key: key of the weightings.
     samples_key: key of the samples.
-    steerable: from `conditioning.steerable_leaves`.
+    bank: that makes the policies.
+    prompts: what the policies are told of their weightings, or None.
     distribution: Q.
     num_weightings: G, divides B.
     num_samples: N.
@@ -78,11 +80,14 @@ def sample_rollout(
   """
   weighting = distribution.sample(weightings_key, num_weightings)
   coefficients = distribution.coefficients(weighting)
-  policies = conditioning.mix(params, steerable, coefficients)
+  documents = encoder_input_tokens
+  if prompts is not None:
+    encoder_input_tokens = prompts.prepend(documents, weighting)
+  policies = bank.mix(params, reference, coefficients)
   samples = decoding.sample_groups(
-    model,
+    T5(bank.model_config),
     policies,
-    conditioning.batched_axes(steerable),
+    conditioning.batched_axes(bank.steerable),
     encoder_input_tokens,
     row_keys(samples_key, encoder_input_tokens.shape[0] * num_samples),
     num_groups=num_weightings,
@@ -93,9 +98,9 @@ def sample_rollout(
     allowed=allowed,
   )
   ref_logp, _ = decoding.token_logp(
-    model,
+    T5(bank.reference_config),
     reference,
-    encoder_input_tokens,
+    documents,
     samples.tokens,
     num_samples=num_samples,
     temperature=temperature,

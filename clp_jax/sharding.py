@@ -26,6 +26,8 @@ RULES = {
   "relpos_buckets": None,
   "layers": None,
   "objective": None,
+  "rank": None,
+  "soft_tokens": None,
 }
 
 

@@ -81,7 +81,7 @@ def train(config, mesh, steps, rewards_fn=rewards_of, key=7):
     )
     rewards = rewards_fn(rollout)
     state, metrics = programs.update(
-      state, rollout, sharding.to_devices(mesh, rewards, len(rewards))
+      state, rollout, sharding.to_devices(mesh, rewards, len(rewards)), placed
     )
     history.append(jax.device_get(metrics))
   return state, history, programs
@@ -201,7 +201,7 @@ def test_update_equals_a_plain_computation(kind):
     sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(gradient))
   )
   before = jax.tree.map(np.asarray, state.params)
-  new, metrics = programs.update(state, rollout, rewards)
+  new, metrics = programs.update(state, rollout, rewards, reference())
   np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-4)
   mean = metrics["return"].sum / metrics["return"].count
   np.testing.assert_allclose(mean, returns.mean(), atol=1e-5)

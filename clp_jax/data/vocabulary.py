@@ -14,7 +14,7 @@ import numpy as np
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 PAD = 0  # everywhere; EOS differs between vocabularies, ask for `eos_id`
-_EXTRA_ID = re.compile(r"▁?<extra_id_\d+>")
+_EXTRA_ID = re.compile(r"▁?<extra_id_(\d+)>")
 
 
 @functools.lru_cache
@@ -188,3 +188,27 @@ def allowed_tokens(vocabulary: Any, vocab_size: int) -> np.ndarray:
     )
   allowed[vocabulary.eos_id] = True
   return allowed
+
+
+def control_ids(vocabulary: Any, vocab_size: int) -> list[int]:
+  """Tokens that stand for no text, to mark inputs with.
+
+  Args:
+    vocabulary: a seqio.SentencePieceVocabulary.
+    vocab_size: V, rows of the model's embedding.
+
+  Returns:
+    Ids of the sentinels <extra_id_0>, <extra_id_1>, ..., then of the rows that
+    no piece uses. `allowed_tokens` excludes them all.
+  """
+  tokenizer = vocabulary.tokenizer
+  pieces = tokenizer.get_piece_size()
+  sentinels = {}
+  for i in range(pieces):
+    match = _EXTRA_ID.fullmatch(tokenizer.id_to_piece(i))
+    if match is not None:
+      sentinels[int(match[1])] = i
+  return [
+    *(sentinels[n] for n in sorted(sentinels)),
+    *range(pieces, vocab_size),
+  ]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from etils import epath
 
@@ -23,12 +24,14 @@ from clp_jax.models import decoding, t5
 from clp_jax.policy import Policy
 from clp_jax.rewards import base as rewards_lib
 from clp_jax.rollout import row_keys
+from clp_jax.weightings import Weighting
 
 METHODS = {
   "full": "full-CLP",
   "attention": "attn-CLP",
   "logits": "logit-CLP",
-  "none": "single objective",
+  "lora": "LoRA",
+  "svd_lora": "SVD-LoRA",
 }
 SHOWN_PROMPTS = 5  # whose samples go to samples.jsonl
 
@@ -79,7 +82,10 @@ def sweep(
     for weights, alpha in todo:
       named = dict(zip(policy.objectives, map(float, weights), strict=True))
       steer = alpha if _has_alpha(policy) else None
-      measured = measure(policy.params(named, steer))
+      measured = measure(
+        policy.params(named, steer),
+        Weighting(jnp.asarray(weights)[None], jnp.asarray([alpha])),
+      )
       value = (1 - alpha) * measured.rewards @ weights - alpha * measured.kl
       means = {
         name: report.standard_error(measured.rewards[:, :, i])
@@ -138,12 +144,24 @@ def weightings_grid(
   return [(w, a) for a in alphas for w in weights]
 
 
+def method_name(config: ml_collections.ConfigDict) -> str:
+  """How a run's policy is conditioned, such as "full-CLP + prompting"."""
+  parts = []
+  if config.steering in METHODS:
+    parts.append(METHODS[config.steering])
+  if config.soft_tokens.length is not None:
+    parts.append("soft tokens")
+  if config.prompting.style != "none":
+    parts.append("prompting")
+  return " + ".join(parts) or "single objective"
+
+
 def _has_alpha(policy: Policy) -> bool:
   return policy.config.weightings.alpha_range is not None
 
 
 def _is_steerable(policy: Policy) -> bool:
-  return policy.config.steering != "none"
+  return method_name(policy.config) != "single objective"
 
 
 def make_measure(
@@ -151,8 +169,12 @@ def make_measure(
   rewards: list[rewards_lib.Reward],
   batch: tasks.Batch,
   seed: int,
-) -> Callable[[Any], Measured]:
-  """Compiles sampling and scoring once; returns params -> Measured."""
+) -> Callable[..., Measured]:
+  """Compiles sampling and scoring once.
+
+  Returns:
+    (parameters, one weighting for the prompts or None) -> Measured.
+  """
   config = policy.config
   settings = config.eval
   data = policy.mesh.shape["data"]
@@ -171,12 +193,15 @@ def make_measure(
   logp_temperature = temperature or 1.0
 
   @jax.jit
-  def sample(params, reference, tokens, keys):
+  def sample(params, reference, tokens, keys, weighting):
     tokens = jax.lax.with_sharding_constraint(tokens, rows)
+    prompted = tokens
+    if policy.prompts is not None and weighting is not None:
+      prompted = policy.prompts.prepend(tokens, weighting)
     samples = decoding.sample(
       model,
       params,
-      tokens,
+      prompted,
       keys,
       max_length=config.data.target_length,
       num_samples=settings.samples,
@@ -185,7 +210,7 @@ def make_measure(
       allowed=policy.allowed,
     )
     ref_logp, _ = decoding.token_logp(
-      model,
+      t5.T5(policy.bank.reference_config),
       reference,
       tokens,
       samples.tokens,
@@ -200,7 +225,7 @@ def make_measure(
   last = prompts - 1
   keys = row_keys(jax.random.key(seed), num_batches * size * n)
 
-  def measure(params) -> Measured:
+  def measure(params, weighting: Weighting | None = None) -> Measured:
     responses: list[str] = []
     kls = []
     for i in range(num_batches):
@@ -212,6 +237,7 @@ def make_measure(
         policy.reference,
         batch.encoder_input_tokens[index],
         keys[i * size * n : (i + 1) * size * n],
+        weighting,
       )
       responses += tasks.decode_tokens(
         policy.vocabulary, np.asarray(tokens)[:real], np.asarray(mask)[:real]
@@ -269,7 +295,7 @@ def evaluate_run(
       "`clp train` made from it."
     )
   if method is None:
-    method = METHODS[config.steering]
+    method = method_name(config)
   if training_samples is None:
     training_samples = (
       policy.step * config.rollout.prompts * config.rollout.samples

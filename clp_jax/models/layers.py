@@ -57,6 +57,8 @@ class T5Config:
       the compile time of a deep model that of one layer.
     remat: what the backward pass computes again: "none" of it, "minimal" all
       but the outputs of linear maps, "full" whole layers.
+    soft_tokens: learned embeddings that stand before the encoder's input; 0 in
+      an ordinary T5.
   """
 
   vocab_size: int = 32128
@@ -74,6 +76,7 @@ class T5Config:
   relative_attention_max_distance: int = 128
   scan_layers: bool = False
   remat: str = "none"
+  soft_tokens: int = 0
 
   def __post_init__(self):
     for name in (
@@ -255,6 +258,26 @@ class Embedding(nn.Module):
     """[..., D] -> logits [..., V] float32, scaled as tied logits are."""
     scale = self.config.emb_dim**-0.5
     return x.astype(jnp.float32) @ self.embedding.T * scale
+
+
+class SoftTokens(nn.Module):
+  """Learned embeddings in place of words, before the encoder's input."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, embedded: jax.Array) -> jax.Array:
+    """embedded: [B, S, D] -> [B, P + S, D]."""
+    table = _param(
+      self,
+      "embedding",
+      nn.initializers.normal(stddev=1.0),
+      (self.config.soft_tokens, self.config.emb_dim),
+      ("soft_tokens", "embed"),
+    )
+    table = table.astype(embedded.dtype)[None]
+    rows = jnp.broadcast_to(table, (embedded.shape[0], *table.shape[1:]))
+    return jnp.concatenate([rows, embedded], axis=1)
 
 
 class RelativeBias(nn.Module):

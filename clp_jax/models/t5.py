@@ -14,6 +14,12 @@ checkpoints load without a map and a mixed policy is an ordinary T5. Reading:
    `encoder/layers` and `decoder/layers`; `stack_layers` and `unstack_layers`
    convert. The relative-position tables stay outside of the layers, shared.
 
+With `soft_tokens` P, learned embeddings stand before the encoder's input, at
+the positions -P to -1: the distances between the words of the input, and so
+their relative biases, stay what they are. They are never masked, and the
+encoded source has length P + S; encoder masks are those of the S tokens
+throughout, and are extended here.
+
 Axes: B prompts, N samples per prompt, R = B * N rows, S source, T target,
 Q queries (S or T), D model, H heads, K head width, F mlp, V vocabulary,
 L layers.
@@ -38,6 +44,7 @@ from clp_jax.models.layers import (
   Linear,
   RelativeBias,
   RMSNorm,
+  SoftTokens,
   T5Config,
   constrain,
   dropout,
@@ -443,6 +450,8 @@ class T5(nn.Module):
 
   def setup(self):
     self.token_embedder = Embedding(self.config)
+    if self.config.soft_tokens:
+      self.soft_tokens = SoftTokens(self.config)
     self.encoder = Encoder(self.config)
     self.decoder = Decoder(self.config)
 
@@ -478,10 +487,12 @@ class T5(nn.Module):
     encoder_mask: jax.Array | None = None,
     deterministic: bool = True,
   ) -> jax.Array:
-    """encoder_input_tokens: [B, S] int -> [B, S, D] in the compute dtype."""
+    """[B, S] int -> [B, S, D], or [B, P + S, D], in the compute dtype."""
     mask = _encoder_mask(encoder_input_tokens, encoder_mask)
     embedded = self.token_embedder(encoder_input_tokens)
-    return self.encoder(embedded, mask, deterministic)
+    if self.config.soft_tokens:
+      embedded = self.soft_tokens(embedded)
+    return self.encoder(embedded, self._encoded_mask(mask), deterministic)
 
   def decode(
     self,
@@ -493,7 +504,7 @@ class T5(nn.Module):
     """Teacher-forced logits from what `encode` returned.
 
     Args:
-      encoded: [B, S, D].
+      encoded: [B, S, D], or [B, P + S, D] with soft tokens.
       encoder_mask: [B, S] bool.
       decoder_input_tokens: [B * N, T] int, prompt-major.
       deterministic: no dropout.
@@ -503,6 +514,7 @@ class T5(nn.Module):
     """
     _check_rows(decoder_input_tokens.shape[0], encoded.shape[0])
     x = self.token_embedder(decoder_input_tokens)
+    encoder_mask = self._encoded_mask(encoder_mask)
     x = self.decoder(x, encoded, encoder_mask, deterministic)
     return self._logits(x)
 
@@ -532,8 +544,15 @@ class T5(nn.Module):
     """
     _check_rows(tokens.shape[0], encoder_mask.shape[0])
     x = self.token_embedder(tokens[:, None])
+    encoder_mask = self._encoded_mask(encoder_mask)
     x, cache = self.decoder.step(x, cache, position, cross, encoder_mask)
     return self._logits(x)[:, 0], cache
+
+  def _encoded_mask(self, mask: jax.Array) -> jax.Array:
+    """[B, S] bool, of tokens -> that of what is encoded: soft tokens count."""
+    return jnp.pad(
+      mask, ((0, 0), (self.config.soft_tokens, 0)), constant_values=True
+    )
 
   def _logits(self, x: jax.Array) -> jax.Array:
     if self.config.logits_via_embedding:

@@ -27,12 +27,14 @@ from jax.sharding import Mesh
 from clp_jax import conditioning, run_folder, sharding
 from clp_jax import config as config_lib
 from clp_jax.algorithms import reinforce
+from clp_jax.bank import Bank
 from clp_jax.batches import check_data, train_batches
 from clp_jax.data import tasks
 from clp_jax.data.vocabulary import allowed_tokens, load_vocabulary
 from clp_jax.initial import load_initial
 from clp_jax.masked import Mean, add, mean_of
 from clp_jax.models import decoding, t5
+from clp_jax.prompting import Prompts
 from clp_jax.rewards import base as rewards_lib
 from clp_jax.rewards.normalisation import RewardStats, normalise
 from clp_jax.rollout import Rollout, sample_rollout
@@ -47,13 +49,16 @@ from clp_jax.train.state import (
 )
 
 Params = Any
+# Of the run's key, for parameters that start random: no step has this number.
+INIT_FOLD = 2**32 - 2
 
 
 class Programs(NamedTuple):
   """The two jitted programs of a step and the shardings of the state."""
 
   rollout: Callable[..., Rollout]  # (params, reference, prompts, key, step)
-  update: Callable[..., tuple[TrainState, dict]]  # (state, rollout, rewards)
+  # (state, rollout, rewards, reference) -> (state, metrics)
+  update: Callable[..., tuple[TrainState, dict]]
   init: Callable[..., TrainState]  # (reference, key) -> state
   state_shardings: TrainState
   reference_shardings: Params
@@ -64,6 +69,7 @@ def make_programs(
   model_config: t5.T5Config,
   mesh: Mesh,
   allowed: np.ndarray,
+  prompts: Prompts | None = None,
 ) -> Programs:
   """Builds the programs that a config describes, for a mesh.
 
@@ -72,34 +78,39 @@ def make_programs(
     model_config: of the policy and the reference.
     mesh: from `sharding.make_mesh`.
     allowed: [V] bool, tokens that may be sampled.
+    prompts: from `config.prompts`; None where the config has no prompting.
 
   Returns:
     The programs, not yet compiled.
+
+  Raises:
+    ValueError: when the config asks for prompts and there are none.
   """
-  model = t5.T5(model_config)
+  if config.prompting.style != "none" and prompts is None:
+    raise ValueError(
+      f"prompting.style = {config.prompting.style} needs the prompts that "
+      "config.prompts() makes with the model's vocabulary."
+    )
+  bank = config_lib.bank(config, model_config)
   distribution = config_lib.distribution(config)
   optimizer = rl_optimizer(config)
   abstract = t5.abstract_params(model_config)
-  steerable = conditioning.steerable_leaves(abstract, config.steering)
-
-  def expand(reference):
-    return conditioning.expand(reference, steerable, distribution.num_sets)
 
   def init(reference, key):
     stats = RewardStats.empty(distribution.num_rewards)
-    return init_state(expand(reference), optimizer, key, stats)
+    params = bank.init(reference, jax.random.fold_in(key, INIT_FOLD))
+    return init_state(params, optimizer, key, stats)
 
-  logical_axes = t5.logical_axes(model_config)
   place = functools.partial(
-    sharding.param_shardings, mesh, logical_axes, fsdp=config.mesh.fsdp
+    sharding.param_shardings, mesh, fsdp=config.mesh.fsdp
   )
-  abstract_sets = jax.eval_shape(expand, abstract)
-  reference_at = place(abstract)
+  abstract_params = jax.eval_shape(bank.init, abstract, jax.random.key(0))
+  reference_at = place(t5.logical_axes(model_config), abstract)
   state_at = state_shardings(
     mesh,
     optimizer,
-    abstract_sets,
-    place(abstract_sets),
+    abstract_params,
+    place(bank.logical_axes, abstract_params),
     distribution.num_rewards,
   )
   rows: Any = sharding.row_sharding(mesh)  # stand where arrays will
@@ -108,13 +119,13 @@ def make_programs(
   def rollout(params, reference, encoder_input_tokens, key, step):
     weightings_key, samples_key, _ = step_keys(key, step)
     return sample_rollout(
-      model,
       params,
       reference,
       encoder_input_tokens,
       weightings_key,
       samples_key,
-      steerable=steerable,
+      bank=bank,
+      prompts=prompts,
       distribution=distribution,
       num_weightings=config.rollout.weightings,
       num_samples=config.rollout.samples,
@@ -123,13 +134,13 @@ def make_programs(
       allowed=allowed,
     )
 
-  def update_step(state, rollout, rewards):
+  def update_step(state, rollout, rewards, reference):
     return update(
       state,
       rollout,
       rewards,
-      model=model,
-      steerable=steerable,
+      reference,
+      bank=bank,
       optimizer=optimizer,
       objectives=tuple(config.objectives),
       normalisation=normalisation_masks(config),
@@ -155,7 +166,7 @@ def make_programs(
     ),
     update=jax.jit(
       update_step,
-      in_shardings=(state_at, rollout_at, rows),
+      in_shardings=(state_at, rollout_at, rows, reference_at),
       out_shardings=(state_at, whole),
       donate_argnums=0,
     ),
@@ -171,9 +182,9 @@ def update(
   state: TrainState,
   rollout: Rollout,
   rewards: jax.Array,
+  reference: Params,
   *,
-  model: t5.T5,
-  steerable: Params,
+  bank: Bank,
   optimizer: optax.GradientTransformation,
   objectives: tuple[str, ...],
   normalisation: tuple[np.ndarray, np.ndarray],
@@ -187,8 +198,8 @@ def update(
     state: before the update.
     rollout: R responses under G weightings.
     rewards: [R, m] float32, raw.
-    model: the T5.
-    steerable: from `conditioning.steerable_leaves`.
+    reference: an ordinary T5's parameters; what the bank freezes.
+    bank: that makes the policies.
     optimizer: that made `state.opt_state`.
     objectives: the m names, for the metrics.
     normalisation: from `normalisation_masks`.
@@ -224,15 +235,15 @@ def update(
   }
 
   def loss_fn(params, batch):
-    policies = conditioning.mix(params, steerable, rollout.coefficients)
+    policies = bank.mix(params, reference, rollout.coefficients)
     logp, entropy = jax.vmap(
       functools.partial(
         decoding.token_logp,
-        model,
+        t5.T5(bank.model_config),
         num_samples=num_samples,
         temperature=temperature,
       ),
-      in_axes=(conditioning.batched_axes(steerable), 0, 0),
+      in_axes=(conditioning.batched_axes(bank.steerable), 0, 0),
     )(policies, batch["encoder_input_tokens"], batch["tokens"])
     # Divided by all R responses here, so that microbatches simply add up.
     loss = reinforce.loss(logp, batch["mask"], batch["advantages"])
@@ -359,6 +370,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     model_config,
     mesh,
     allowed_tokens(vocabulary, model_config.vocab_size),
+    config_lib.prompts(config, vocabulary, model_config.vocab_size),
   )
   reference = run_folder.load_reference(
     workdir,
@@ -383,7 +395,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
   def step_fn(state, step, batch, want_texts):
     rollout = roll_out(state, step, batch)
     scored = scorer(rollout, batch, step)
-    state, metrics = programs.update(state, rollout, scored.rewards)
+    state, metrics = programs.update(state, rollout, scored.rewards, reference)
     return loop.Step(
       state,
       metrics,

@@ -34,6 +34,7 @@ from clp_jax.train.state import (
 Params = Any
 # What of a config this stage depends on, and its config.json records.
 SECTIONS = ("seed", "model", "data", "optimizer", "sft", "mesh")
+PROMPTS = 2**32 - 1  # of the run's key, for prompts: no step has this number
 
 
 def update(
@@ -181,6 +182,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   """
   check_data(config)
   own = ml_collections.ConfigDict({name: config[name] for name in SECTIONS})
+  share = config.prompting.sft_share
+  if config.prompting.style != "none":  # it may be in the data and the model
+    own.prompting = {
+      **config.prompting,
+      "objectives": config.objectives,
+      "weightings": config.weightings,
+    }
   run_folder.start(workdir, own)
   if not run_folder.has_model(workdir):
     initial = load_initial(config)
@@ -212,15 +220,28 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   )
   state_at = state_shardings(mesh, optimizer, abstract, params_at)
   rows, whole = sharding.row_sharding(mesh), sharding.replicated(mesh)
+  prompts = None
+  if share:
+    prompts = config_lib.prompts(config, vocabulary, model_config.vocab_size)
+  distribution = config_lib.distribution(config)
+
+  def step(state, inputs, targets):
+    if prompts is not None:
+      key = jax.random.fold_in(
+        jax.random.fold_in(state.key, PROMPTS), state.step
+      )
+      inputs = prompts.prepend_to_some(
+        inputs, key, distribution=distribution, share=share
+      )
+    return update(state, inputs, targets, model=model, optimizer=optimizer)
+
   init = jax.jit(
     lambda params, key: init_state(params, optimizer, key),
     in_shardings=(params_at, whole),
     out_shardings=state_at,
   )
   update_step = jax.jit(
-    lambda state, inputs, targets: update(
-      state, inputs, targets, model=model, optimizer=optimizer
-    ),
+    step,
     in_shardings=(state_at, rows, rows),
     out_shardings=(state_at, whole),
     donate_argnums=0,

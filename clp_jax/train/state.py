@@ -9,7 +9,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from clp_jax import sharding
+from clp_jax import adapters, sharding
 from clp_jax.rewards.normalisation import RewardStats
 
 Tree = Any
@@ -21,7 +21,7 @@ class TrainState:
 
   Attributes:
     step: [] int32, completed updates.
-    params: steerable leaves [M, ...], shared leaves [...], float32.
+    params: what the bank trains (bank.py), float32.
     opt_state: of the optax optimizer.
     key: the run's key; only ever folded with the step, never used up.
     reward_stats: moments of the rewards, for their normalisation; None in
@@ -87,9 +87,15 @@ def make_optimizer(
   return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
 
-def rl_optimizer(config: ml_collections.ConfigDict):
-  """The optimizer that `config.optimizer` describes."""
-  return make_optimizer(**config.optimizer)
+def rl_optimizer(
+  config: ml_collections.ConfigDict,
+) -> optax.GradientTransformation:
+  """The optimizer that a training config describes."""
+  optimizer = make_optimizer(**config.optimizer)
+  if config.steering == "svd_lora":
+    penalty = adapters.keep_orthogonal(config.adapters.orthogonality)
+    optimizer = optax.chain(penalty, optimizer)
+  return optimizer
 
 
 def state_shardings(

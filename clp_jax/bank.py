@@ -1,0 +1,239 @@
+"""The bank: what a run trains, and how a weighting makes one T5 of it.
+
+`Bank.init` makes the tree that is trained, and only that: the optimizer sees
+nothing else. What is frozen is the reference, and is taken from there. For
+coefficients c, `Bank.mix` gives the parameters of one policy. By kind:
+
+  full, attention, logits, none   the T5's tree, steerable leaves [M, ...]
+                                  (conditioning.py)
+  lora, svd_lora                  the factors of low-rank changes to frozen
+                                  kernels (adapters.py), in the T5's tree where
+                                  the kernels are
+
+To any of them can be added soft tokens [M, P, D], learned embeddings before the
+encoder's input. The set of the KL term can be frozen at the reference: it is
+then neither stored nor trained, and at alpha = 1 what is steered is the
+reference bit for bit. Parameters that all weightings share are trained too, or
+frozen at the reference.
+
+Every kind is linear in c: `stacked` gives any bank as plain parameter sets.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from clp_jax import adapters, conditioning
+from clp_jax.models import t5
+
+Params = Any
+STEERING = ("full", "attention", "logits", "lora", "svd_lora", "none")
+KL_SETS = ("trained", "frozen")
+SHARED = ("trained", "frozen")
+_SOFT_TOKENS = ("soft_tokens", "embedding")
+
+
+class Counts(NamedTuple):
+  """Numbers of parameters."""
+
+  trained: int  # that the optimizer changes
+  stored: int  # that a policy of any weighting is made from
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bank:
+  """A way to condition a T5 on a weighting.
+
+  Attributes:
+    reference_config: the T5 that is conditioned.
+    kind: one of STEERING.
+    num_sets: M, coefficients of a weighting.
+    frozen_kl: the last set is the reference's.
+    frozen_shared: parameters that no weighting changes are the reference's.
+    soft_tokens: P, 0 for none.
+    adapter: of the kinds lora and svd_lora, else None.
+  """
+
+  reference_config: t5.T5Config
+  kind: str
+  num_sets: int
+  frozen_kl: bool = False
+  frozen_shared: bool = False
+  soft_tokens: int = 0
+  adapter: adapters.Adapter | None = None
+
+  def __post_init__(self):
+    if self.frozen_kl and self.num_sets < 2:
+      raise ValueError("a frozen KL set needs other sets beside it.")
+    if self.frozen_kl and self.soft_tokens:
+      raise ValueError(
+        "the reference has no soft tokens, so that its set of them can't be "
+        "frozen; set conditioning.kl_set=trained or leave out "
+        "soft_tokens.length."
+      )
+    if self.kind == "none" and self.frozen_shared and not self.soft_tokens:
+      raise ValueError(
+        "steering none with conditioning.shared=frozen leaves nothing to "
+        "train; choose a steering, soft_tokens.length or shared=trained."
+      )
+
+  @property
+  def model_config(self) -> t5.T5Config:
+    """Of the policies: soft tokens are part of their T5."""
+    return dataclasses.replace(
+      self.reference_config, soft_tokens=self.soft_tokens
+    )
+
+  @functools.cached_property
+  def steerable(self) -> Params:
+    """Over a policy's tree: True where a leaf depends on the weighting."""
+    abstract = t5.abstract_params(self.model_config)
+    kind = "none" if self.adapter is not None else self.kind
+    flat = _flatten(conditioning.steerable_leaves(abstract, kind))
+    return _unflatten({p: s or self._adapts(p) for p, s in flat.items()})
+
+  def init(self, reference: Params, key: jax.Array) -> Params:
+    """What is trained, before the first update: the policy of every weighting
+    is the reference, but for soft tokens.
+
+    Args:
+      reference: an ordinary T5's parameters.
+      key: of factors that start random.
+    """
+    trained = self.num_sets - self.frozen_kl
+    flat: dict[tuple[str, ...], Any] = {}
+    for number, (path, leaf) in enumerate(sorted(_flatten(reference).items())):
+      if self._adapts(path):
+        own = jax.random.fold_in(key, number)
+        assert self.adapter is not None
+        leaves = self.adapter.init(leaf, trained, own)
+        flat |= {(*path[:-1], name): x for name, x in leaves.items()}
+      if self._has_sets(path):
+        flat[path] = jnp.broadcast_to(leaf, (trained, *leaf.shape))
+      elif not self.frozen_shared:
+        flat[path] = leaf
+    if self.soft_tokens:
+      table = reference["token_embedder"]["embedding"]
+      flat[_SOFT_TOKENS] = jnp.broadcast_to(
+        _first_soft_tokens(table, self.soft_tokens),
+        (trained, self.soft_tokens, table.shape[1]),
+      )
+    return _unflatten(flat)
+
+  def mix(
+    self, params: Params, reference: Params, coefficients: jax.Array
+  ) -> Params:
+    """The policy of a weighting, or of G.
+
+    Args:
+      params: what `init` makes and training changes.
+      reference: an ordinary T5's parameters; frozen parts are taken from it.
+        Read only where the bank has some (`needs_reference`).
+      coefficients: [M] float32 on the simplex, or [G, M].
+
+    Returns:
+      Parameters of a T5 of `model_config`; for [G, M] coefficients the leaves
+      that `steerable` marks are [G, ...].
+
+    Raises:
+      ValueError: when there are not as many coefficients as sets.
+    """
+    coefficients = jnp.asarray(coefficients, jnp.float32)
+    if coefficients.shape[-1] != self.num_sets:
+      raise ValueError(
+        f"there are {coefficients.shape[-1]} coefficients for "
+        f"{self.num_sets} parameter sets; give one for each."
+      )
+    trained = _flatten(params)
+    frozen = _flatten(reference) if self.needs_reference else {}
+    flat = {}
+    for path, steers in _flatten(self.steerable).items():
+      if self._adapts(path):
+        assert self.adapter is not None
+        kernel = frozen[path] if self.frozen_shared else trained[path]
+        leaves = {
+          p[-1]: x
+          for p, x in trained.items()
+          if p[:-1] == path[:-1] and p != path
+        }
+        flat[path] = self.adapter.adapt(kernel, leaves, coefficients)
+      elif steers:
+        sets = trained[path]
+        if self.frozen_kl:
+          sets = jnp.concatenate([sets, frozen[path][None]])
+        flat[path] = conditioning.combine(sets, coefficients)
+      else:
+        flat[path] = frozen[path] if self.frozen_shared else trained[path]
+    return _unflatten(flat)
+
+  def stacked(self, params: Params, reference: Params) -> Params:
+    """The bank as plain sets: steerable leaves [M, ...], shared ones [...]."""
+    return self.mix(params, reference, jnp.eye(self.num_sets))
+
+  def counts(self) -> Counts:
+    """How many numbers the bank trains, and what steering by it has to keep."""
+    reference = t5.abstract_params(self.reference_config)
+    params = jax.eval_shape(self.init, reference, jax.random.key(0))
+    trained = _flatten(params)
+    frozen = [
+      leaf
+      for path, leaf in _flatten(reference).items()
+      if (self.frozen_kl and self._has_sets(path))
+      or (self.frozen_shared and not self._has_sets(path))
+    ]
+    num_trained = sum(leaf.size for leaf in trained.values())
+    return Counts(
+      trained=num_trained,
+      stored=num_trained + sum(leaf.size for leaf in frozen),
+    )
+
+  @property
+  def needs_reference(self) -> bool:
+    """Whether `mix` takes something from the reference."""
+    return self.frozen_kl or self.frozen_shared
+
+  @functools.cached_property
+  def logical_axes(self) -> Params:
+    """Logical axes of what is trained, a tuple of names for each array."""
+    flat: dict[tuple[str, ...], Any] = {}
+    axes = traverse_util.flatten_dict(t5.logical_axes(self.model_config))
+    for path, names in axes.items():
+      if self._adapts(path):
+        assert self.adapter is not None
+        leaves = self.adapter.logical_axes(names)
+        flat |= {(*path[:-1], name): x for name, x in leaves.items()}
+      if self._has_sets(path):
+        flat[path] = ("objective", *names)
+      elif not self.frozen_shared:
+        flat[path] = names
+    return _unflatten(flat)
+
+  def _adapts(self, path: tuple[str, ...]) -> bool:
+    return self.adapter is not None and self.adapter.adapts(path)
+
+  def _has_sets(self, path: tuple[str, ...]) -> bool:
+    """Whether the leaf itself, and no adapter of it, exists M times."""
+    return _get(self.steerable, path) and not self._adapts(path)
+
+
+def _first_soft_tokens(table: jax.Array, number: int) -> jax.Array:
+  """[V, D] -> [P, D]: PLACEHOLDER."""
+  return table[1:2] * jnp.ones((number, 1))
+
+
+def _flatten(tree: Params) -> dict[tuple[str, ...], Any]:
+  return traverse_util.flatten_dict(tree)
+
+
+def _unflatten(flat: dict[tuple[str, ...], Any]) -> Params:
+  return traverse_util.unflatten_dict(flat)
+
+
+def _get(tree: Params, path: tuple[str, ...]) -> Any:
+  for name in path:
+    tree = tree[name]
+  return tree

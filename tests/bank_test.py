@@ -1,0 +1,431 @@
+"""The bank: adapters, soft tokens and what is frozen, as one T5."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+import clp_jax
+from clp_jax import adapters, sharding
+from clp_jax.bank import Bank
+from clp_jax.models import decoding, t5
+
+CONFIG = t5.T5Config(
+  vocab_size=11,
+  emb_dim=8,
+  num_heads=2,
+  head_dim=3,
+  num_encoder_layers=1,
+  num_decoder_layers=1,
+  mlp_dim=5,
+)
+QUERY = ("encoder", "layers_0", "attention", "query")
+BOTH = ("attention", "mlp")
+
+
+def make_bank(kind, frozen_kl=False, targets=BOTH, config=CONFIG, **changes):
+  adapter = None
+  if kind in adapters.KINDS:
+    adapter = adapters.Adapter(kind, 2, 0.7, targets, frozen_kl)
+  settings = {"frozen_shared": adapter is not None} | changes
+  return Bank(config, kind, 3, frozen_kl=frozen_kl, adapter=adapter, **settings)
+
+
+@functools.cache
+def reference():
+  """A base with zeros of both signs among its parameters."""
+  random = np.random.default_rng(0)
+
+  def leaf(p):
+    values = random.normal(size=p.shape) * (random.uniform(size=p.shape) > 0.2)
+    values = np.where(values == 0, random.choice([0.0, -0.0], p.shape), values)
+    return values.astype(np.float32)
+
+  return jax.tree.map(leaf, t5.abstract_params(CONFIG))
+
+
+@functools.cache
+def jitted(kind, frozen_kl=False, **changes):
+  bank = make_bank(kind, frozen_kl, **changes)
+  return bank, jax.jit(bank.mix)
+
+
+def trained(bank, seed=1):
+  """Parameters that all differ from the first ones and from one another."""
+  random = np.random.default_rng(seed)
+  first = bank.init(reference(), jax.random.key(3))
+  return jax.tree.map(
+    lambda p: np.asarray(p + random.normal(size=p.shape), np.float32), first
+  )
+
+
+def at(tree, *path):
+  for name in path:
+    tree = tree[name]
+  return np.asarray(tree)
+
+
+def assert_bitwise_equal(a, b):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_array_equal(
+      np.asarray(x).view(np.uint32), np.asarray(y).view(np.uint32)
+    ),
+    a,
+    b,
+  )
+
+
+INTERIOR = np.float32([[0.2, 0.5, 0.3], [0.7, 0.1, 0.2]])
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "svd_lora"])
+def test_untrained_bank_is_the_base_bit_for_bit(kind):
+  bank, mix = jitted(kind)
+  params = bank.init(reference(), jax.random.key(3))
+  mixed = mix(params, reference(), INTERIOR)
+  expected = jax.tree.map(
+    lambda p, s: np.broadcast_to(p, (2, *p.shape)) if s else p,
+    reference(),
+    bank.steerable,
+  )
+  assert_bitwise_equal(mixed, expected)
+
+
+def test_lora_mixes_products_and_a_vertex_adds_that_sets():
+  bank, mix = jitted("lora")
+  params = trained(bank)
+  a, b = (at(params, *QUERY, name) for name in ("lora_a", "lora_b"))
+  assert a.shape == (3, 8, 2) and b.shape == (3, 2, 6)
+  base = at(reference(), *QUERY, "kernel")
+  weightings = np.concatenate([INTERIOR, np.eye(3, dtype=np.float32)])
+  kernels = at(mix(params, reference(), weightings), *QUERY, "kernel")
+  products = np.matmul(a.astype(np.float64), b)
+  expected = base + 0.7 * np.einsum("gm,mdf->gdf", weightings, products)
+  np.testing.assert_allclose(kernels, expected, atol=2e-5)
+  # Mixing the factors instead gives something else.
+  factors = np.einsum("gm,mdr->gdr", INTERIOR, a) @ np.einsum(
+    "gm,mrf->grf", INTERIOR, b
+  )
+  assert np.abs(kernels[:2] - (base + 0.7 * factors)).max() > 0.1
+  # Equal sets: the same policy for any weighting, to the bit.
+  equal = jax.tree.map(lambda p: np.broadcast_to(p[:1], p.shape), params)
+  same = mix(equal, reference(), weightings)
+  kernels = at(same, *QUERY, "kernel")
+  assert_bitwise_equal(kernels, np.broadcast_to(kernels[:1], kernels.shape))
+
+
+def svd_kernel(params, coefficients, base):
+  """Of one weighting, in float64."""
+  p, v, s, q = (
+    at(params, *QUERY, f"svd_{name}").astype(np.float64)
+    for name in ("left", "values", "scale", "right")
+  )
+  diagonal = np.concatenate([v, np.asarray(coefficients, np.float64) * s])
+  return base + 0.7 * p @ np.diag(diagonal) @ q
+
+
+def test_svd_loras_last_singular_values_are_the_coefficients():
+  bank, mix = jitted("svd_lora")
+  params = trained(bank)
+  base = at(reference(), *QUERY, "kernel")
+  kernels = at(mix(params, reference(), INTERIOR), *QUERY, "kernel")
+  for kernel, coefficients in zip(kernels, INTERIOR, strict=True):
+    expected = svd_kernel(params, coefficients, base)
+    np.testing.assert_allclose(kernel, expected, atol=2e-5)
+  assert np.abs(kernels[0] - kernels[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["lora", "svd_lora"])
+@pytest.mark.parametrize("untrained", [False, True])
+def test_gradient_through_adapters_is_the_closed_form(kind, untrained):
+  """Also where nothing is added yet, and the forward pass selects the base."""
+  bank, _ = jitted(kind)
+  params = trained(bank)
+  if untrained:
+    params = bank.init(reference(), jax.random.key(3))
+  leaves = {name: np.asarray(x) for name, x in _module(params, QUERY).items()}
+  target = np.random.default_rng(5).normal(size=(2, 8, 6))
+  kernel = reference()["encoder"]["layers_0"]["attention"]["query"]["kernel"]
+
+  def value(leaves, kernel, coefficients):
+    adapted = bank.adapter.adapt(kernel, leaves, coefficients)
+    return (adapted * target.astype(np.float32)).sum()
+
+  d_leaves, d_kernel, d_c = jax.grad(value, argnums=(0, 1, 2))(
+    leaves, kernel, jnp.asarray(INTERIOR)
+  )
+  x = {name: leaf.astype(np.float64) for name, leaf in leaves.items()}
+  g, c = 0.7 * target, INTERIOR.astype(np.float64)
+  if kind == "lora":
+    expected = {
+      "lora_a": np.einsum("gm,gdf,mrf->mdr", c, g, x["lora_b"]),
+      "lora_b": np.einsum("gm,gdf,mdr->mrf", c, g, x["lora_a"]),
+    }
+    expected_c = np.einsum("gdf,mdr,mrf->gm", g, x["lora_a"], x["lora_b"])
+  else:
+    own = c * x["svd_scale"]
+    diagonal = np.concatenate(
+      [np.broadcast_to(x["svd_values"], (2, 2)), own], axis=1
+    )
+    p, q = x["svd_left"], x["svd_right"]
+    d_diagonal = np.einsum("gdf,dk,kf->gk", g, p, q)
+    expected = {
+      "svd_left": np.einsum("gdf,gk,kf->dk", g, diagonal, q),
+      "svd_right": np.einsum("gdf,dk,gk->kf", g, p, diagonal),
+      "svd_values": d_diagonal[:, :2].sum(0),
+      "svd_scale": (d_diagonal[:, 2:] * c).sum(),
+    }
+    expected_c = d_diagonal[:, 2:] * x["svd_scale"]
+  assert sum(np.abs(e).max() > 0.1 for e in expected.values()) >= 1
+  for name, e in expected.items():
+    np.testing.assert_allclose(d_leaves[name], e, atol=1e-4, rtol=1e-4)
+  np.testing.assert_allclose(d_c, expected_c, atol=1e-4, rtol=1e-4)
+  np.testing.assert_allclose(d_kernel, target.sum(0), atol=1e-5)
+
+
+def _module(params, path):
+  for name in path:
+    params = params[name]
+  return params
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "svd_lora"])
+def test_a_frozen_kl_set_makes_alpha_1_the_reference(kind):
+  bank, mix = jitted(kind, frozen_kl=True)
+  params = trained(bank)
+  alpha_1 = clp_jax.coefficients(np.float32([0.3, 0.7]), 1.0)
+  assert_bitwise_equal(mix(params, reference(), alpha_1), reference())
+  # Elsewhere the reference counts with weight alpha.
+  c = np.asarray(clp_jax.coefficients(np.float32([0.3, 0.7]), 0.4))
+  kernel = at(mix(params, reference(), c), *QUERY, "kernel")
+  base = at(reference(), *QUERY, "kernel").astype(np.float64)
+  if kind == "full":
+    sets = at(params, *QUERY, "kernel")
+    assert sets.shape == (2, 8, 6)  # neither trained nor stored
+    expected = c[0] * sets[0] + c[1] * sets[1] + c[2] * base
+  elif kind == "lora":
+    a, b = (at(params, *QUERY, name) for name in ("lora_a", "lora_b"))
+    expected = base + 0.7 * (c[0] * a[0] @ b[0] + c[1] * a[1] @ b[1])
+  else:
+    shared = dict(_module(params, QUERY))
+    shared["svd_values"] = shared["svd_values"] * np.float32(0.6)
+    nested = traverse_util.unflatten_dict({QUERY: shared})
+    expected = svd_kernel(nested, c[:2], base)
+  np.testing.assert_allclose(kernel, expected, atol=2e-5)
+
+
+def test_shared_parameters_frozen_too_make_attention_the_reference():
+  bank, mix = jitted("attention", frozen_kl=True, frozen_shared=True)
+  params = trained(bank)
+  alpha_1 = clp_jax.coefficients(np.float32([0.3, 0.7]), 1.0)
+  assert_bitwise_equal(mix(params, reference(), alpha_1), reference())
+  names = {path[-2] for path in traverse_util.flatten_dict(params)}
+  assert names == {"query", "key", "value", "out"}
+
+
+@pytest.mark.parametrize("kind", ["lora", "svd_lora"])
+def test_what_is_not_trained_holds_no_optimizer_state(kind):
+  bank = make_bank(kind, targets=("attention",))
+  params = jax.eval_shape(
+    bank.init, t5.abstract_params(CONFIG), jax.random.key(0)
+  )
+  paths = traverse_util.flatten_dict(params)
+  prefix = kind.split("_")[0]
+  assert {path[-1].split("_")[0] for path in paths} == {prefix}
+  assert not any("mlp" in path for path in paths)
+  state = jax.eval_shape(optax.adam(1e-3).init, params)
+  size = sum(x.size for x in jax.tree.leaves(params))
+  assert sum(x.size for x in jax.tree.leaves(state)) == 2 * size + 1
+
+
+@pytest.mark.parametrize("kind", ["lora", "svd_lora"])
+def test_permuting_sets_with_their_coefficients_changes_nothing(kind):
+  bank, mix = jitted(kind)
+  params = trained(bank)
+  order = np.array([2, 0, 1])
+
+  def permute(path, leaf):
+    if kind == "lora":
+      return leaf[order]
+    columns = np.concatenate([[0, 1], 2 + order])  # two are shared
+    if path[-1].key == "svd_left":
+      return leaf[:, columns]
+    return leaf[columns] if path[-1].key == "svd_right" else leaf
+
+  permuted = jax.tree_util.tree_map_with_path(permute, params)
+  a = mix(params, reference(), INTERIOR)
+  b = mix(permuted, reference(), INTERIOR[:, order])
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+
+
+@pytest.mark.parametrize("kind", ["lora", "svd_lora"])
+def test_scanned_layers_are_adapted_as_unrolled_ones(kind):
+  config = dataclasses.replace(CONFIG, num_encoder_layers=2, scan_layers=True)
+  bank = make_bank(kind, config=config)
+  stacked = t5.init_params(config, jax.random.key(0))
+  params = bank.init(stacked, jax.random.key(1))
+  params = jax.tree.map(
+    lambda p: p + jax.random.normal(jax.random.key(p.size), p.shape), params
+  )
+  mixed = bank.mix(params, stacked, jnp.asarray(INTERIOR))
+  where = ("encoder", "layers", "attention", "query")
+  both = at(mixed, *where, "kernel")
+  assert both.shape == (2, 2, 8, 6)
+  for layer in range(2):
+    axis = 1 if kind == "lora" else 0
+    leaves = {
+      name: jnp.take(leaf, layer, axis=axis)
+      for name, leaf in _module(params, where).items()
+    }
+    kernel = _module(stacked, where)["kernel"][layer]
+    one = bank.adapter.adapt(kernel, leaves, jnp.asarray(INTERIOR))
+    np.testing.assert_allclose(both[:, layer], one, atol=1e-6)
+
+
+def test_any_bank_can_be_had_as_plain_sets():
+  bank, mix = jitted("lora")
+  params = trained(bank)
+  sets = jax.jit(bank.stacked)(params, reference())
+  a = mix(params, reference(), INTERIOR)
+  b = clp_jax.mix(sets, bank.steerable, jnp.asarray(INTERIOR))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+
+
+def test_factors_are_cut_as_their_kernels_are():
+  mesh = sharding.make_mesh(4, 2)
+  specs = {}
+  for kind in adapters.KINDS:
+    bank = make_bank(kind, soft_tokens=2)
+    abstract = jax.eval_shape(
+      bank.init, t5.abstract_params(CONFIG), jax.random.key(0)
+    )
+    placed = sharding.param_shardings(
+      mesh, bank.logical_axes, abstract, fsdp=True
+    )
+    specs |= {
+      name: tuple(leaf.spec) for name, leaf in _module(placed, QUERY).items()
+    }
+    specs["soft"] = tuple(placed["soft_tokens"]["embedding"].spec)
+  assert specs == {
+    "lora_a": (None, "data", None),
+    "lora_b": (None, None, "model"),
+    "svd_left": ("data", None),
+    "svd_values": (None,),
+    "svd_scale": (),
+    "svd_right": (None, "model"),
+    "soft": (None, None, "data"),
+  }
+
+
+def test_the_penalty_vanishes_for_orthonormal_factors_only():
+  bank = make_bank("svd_lora", targets=("attention",))
+  params = trained(bank)
+
+  def orthonormal(path, leaf):
+    if path[-1].key == "svd_left":
+      return np.linalg.qr(leaf)[0]
+    if path[-1].key == "svd_right":
+      return np.linalg.qr(leaf.T)[0].T
+    return leaf
+
+  exact = jax.tree_util.tree_map_with_path(orthonormal, params)
+  assert adapters.orthogonality(exact) < 1e-9
+  expected = []
+  for path, leaf in traverse_util.flatten_dict(params).items():
+    if path[-1] in ("svd_left", "svd_right"):
+      p = leaf.T if path[-1] == "svd_left" else leaf
+      expected.append(((p @ p.T - np.eye(5)) ** 2).sum())
+  np.testing.assert_allclose(
+    adapters.orthogonality(params),
+    sum(expected) / (len(expected) / 2),
+    rtol=1e-4,
+  )
+  # The optimizer follows it, whatever the loss is.
+  step = optax.chain(adapters.keep_orthogonal(0.5), optax.sgd(0.002))
+  zero = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = jax.jit(step.update)(zero, step.init(params), params)
+  moved = optax.apply_updates(params, updates)
+  assert adapters.orthogonality(moved) < 0.99 * adapters.orthogonality(params)
+
+
+def soft_model():
+  """A T5 whose soft tokens are the embeddings of the words 7 and 4."""
+  config = dataclasses.replace(CONFIG, soft_tokens=2)
+  table = reference()["token_embedder"]["embedding"]
+  soft = {"embedding": table[[7, 4]]}
+  return t5.T5(config), reference() | {"soft_tokens": soft}
+
+
+PROMPTS = np.int32([[3, 5, 8, 1, 0, 0], [9, 6, 2, 4, 3, 1]])
+
+
+def test_soft_tokens_are_words_before_the_input():
+  """Masks, relative positions and cross-attention: logits are those of the
+  ordinary T5 that reads the same words."""
+  model, params = soft_model()
+  words = np.concatenate([np.int32([[7, 4]] * 2), PROMPTS], axis=1)
+  targets = np.int32([[2, 5, 1], [6, 1, 0], [3, 3, 1], [4, 8, 9]])
+  soft, _ = decoding.token_logp(model, params, PROMPTS, targets, num_samples=2)
+  hard, _ = decoding.token_logp(
+    t5.T5(CONFIG), reference(), words, targets, num_samples=2
+  )
+  np.testing.assert_allclose(soft, hard, atol=1e-5)
+  plain, _ = decoding.token_logp(
+    t5.T5(CONFIG), reference(), PROMPTS, targets, num_samples=2
+  )
+  assert np.abs(soft - plain).max() > 0.05
+
+
+def test_decoding_with_soft_tokens_gives_teacher_forced_log_probabilities():
+  model, params = soft_model()
+  allowed = np.arange(11) != 0
+  samples = decoding.sample(
+    model,
+    params,
+    PROMPTS,
+    jax.random.split(jax.random.key(0), 4),
+    max_length=4,
+    num_samples=2,
+    allowed=allowed,
+  )
+  logp, _ = decoding.token_logp(
+    model, params, PROMPTS, samples.tokens, num_samples=2
+  )
+  logp = np.where(samples.mask, logp, 0)
+  np.testing.assert_allclose(samples.logp, logp, atol=1e-4)
+
+
+def test_soft_tokens_mix_as_sets_under_every_kind():
+  for kind in ("none", "lora"):
+    bank = make_bank(kind, soft_tokens=2)
+    params = trained(bank)
+    assert params["soft_tokens"]["embedding"].shape == (3, 2, 8)
+    mixed = bank.mix(params, reference(), jnp.asarray(INTERIOR[0]))
+    np.testing.assert_allclose(
+      mixed["soft_tokens"]["embedding"],
+      np.tensordot(INTERIOR[0], params["soft_tokens"]["embedding"], 1),
+      atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda: adapters.Adapter("lora", 0, 1.0, BOTH), "rank must be at least 1"),
+    (lambda: adapters.Adapter("lora", 1, 1.0, ()), "targets must be some of"),
+    (lambda: make_bank("none", frozen_shared=True), "leaves nothing to train"),
+    (lambda: make_bank("full", True, soft_tokens=2), "has no soft tokens"),
+    (
+      lambda: make_bank("full").mix({}, {}, jnp.ones([2]) / 2),
+      "2 coefficients for 3 parameter sets",
+    ),
+  ],
+)
+def test_what_can_not_work_is_refused(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()

@@ -1,0 +1,237 @@
+"""Weightings in the prompt: what is written, where, and by which programs."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import moft_test
+import numpy as np
+import pytest
+from moft_test import MODEL, make_config, mesh_of, prompts_of, reference
+
+from clp_jax import config as config_lib
+from clp_jax import prompting, sharding
+from clp_jax.data import tasks
+from clp_jax.data import vocabulary as vocabularies
+from clp_jax.models import decoding, t5
+from clp_jax.train import moft
+from clp_jax.weightings import Distribution, Weighting
+
+T5_VOCABULARY = (
+  pathlib.Path(__file__).parents[2]
+  / "shared"
+  / "data"
+  / "t5_cc_all.32000.100extra.model"
+)
+LEVELS = tuple(f"0.{i}" for i in range(1, 10))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+  """Words of which some alphas take one piece and some two."""
+  words = ("rouge:", "nli:", "kl:", "0", "1", *LEVELS, "|", "a", "mill")
+  alphas = ("0.013", "0.016", "0.025", "0.032", "0.04", "0.05", "0.063")
+  content = vocabularies.word_model([*words, *alphas], punctuation=["5", "."])
+  path = tmp_path_factory.mktemp("words") / "vocabulary.model"
+  path.write_bytes(content)
+  return vocabularies.load_vocabulary(path)
+
+
+def weighting_of(weights, alpha=0.0):
+  weights = jnp.asarray(weights, jnp.float32)
+  return Weighting(weights, jnp.broadcast_to(alpha, weights.shape[:1]))
+
+
+def rows_of(vocabulary, texts, length):
+  return tasks.tokenize_inputs(vocabulary, texts, length)
+
+
+def test_text_prompts_are_the_tokens_of_the_documented_text(vocabulary):
+  prompts = prompting.text_prompts(
+    vocabulary, ("rouge", "nli"), 10, alpha_range=(0.01, 0.1)
+  )
+  tokens = rows_of(vocabulary, ["a mill.", "mill", "a", "a a mill"], 7)
+  # One group of two rows each; 0.1 and 0.01 read as two pieces, others as one.
+  weighting = Weighting(
+    jnp.float32([[0.68, 0.32], [0.0, 1.0]]), jnp.float32([0.0317, 0.015])
+  )
+  got = prompts.prepend(jnp.asarray(tokens), weighting)
+  expected = rows_of(
+    vocabulary,
+    [
+      "rouge: 0.7 nli: 0.3 kl: 0.032 | a mill.",
+      "rouge: 0.7 nli: 0.3 kl: 0.032 | mill",
+      "rouge: 0 nli: 1 kl: 0.016 | a",
+      "rouge: 0 nli: 1 kl: 0.016 | a a mill",
+    ],
+    7 + prompts.length,
+  )
+  np.testing.assert_array_equal(got, expected)
+
+
+def test_a_short_term_leaves_no_gap(vocabulary):
+  prompts = prompting.text_prompts(vocabulary, ("rouge",), 4, None)
+  shape = prompts.terms.shape  # 0.25 and 0.75 take one piece more than 0.5
+  assert shape == (1, 5, 3) and (prompts.terms[0, 2] == 0).sum() == 1
+  tokens = jnp.asarray(rows_of(vocabulary, ["a mill", "mill"], 5))
+  got = prompts.prepend(tokens, weighting_of([[0.25], [0.5]]))
+  np.testing.assert_array_equal(
+    got,
+    rows_of(vocabulary, ["rouge: 0.25 | a mill", "rouge: 0.5 | mill"], 9),
+  )
+
+
+@pytest.mark.skipif(not T5_VOCABULARY.exists(), reason="no T5 vocabulary here")
+def test_t5s_vocabulary_reads_the_format_and_has_sentinels():
+  t5_vocabulary = vocabularies.load_vocabulary(T5_VOCABULARY)
+  prompts = prompting.text_prompts(t5_vocabulary, ("nli", "tldr"), 20, None)
+  text = "A museum in Zürich, bought for $3m."
+  tokens = jnp.asarray(rows_of(t5_vocabulary, [text], 24))
+  got = prompts.prepend(tokens, weighting_of([[0.349, 0.651]]))
+  expected = f"nli: 0.35 tldr: 0.65 | {text}"
+  np.testing.assert_array_equal(
+    got, rows_of(t5_vocabulary, [expected], 24 + prompts.length)
+  )
+  ids = vocabularies.control_ids(t5_vocabulary, 32128)
+  assert ids[:2] == [32099, 32098] and len(ids) == 128
+  assert len(set(ids)) == 128
+  assert not vocabularies.allowed_tokens(t5_vocabulary, 32128)[ids].any()
+
+
+def test_weights_are_rounded_by_themselves_and_alpha_in_its_logarithm():
+  prompts = prompting.control_prompts(range(100, 130), 3, 10, (0.01, 1.0))
+  weighting = Weighting(
+    jnp.float32([[1 / 3, 1 / 3, 1 / 3], [0.25, 0.75, 0.0], [1.0, 0.0, 0.0]]),
+    jnp.float32([0.01, 0.1, 1.0]),
+  )
+  np.testing.assert_array_equal(
+    prompts.levels(weighting), [[3, 3, 3, 0], [2, 8, 0, 5], [10, 0, 0, 10]]
+  )
+  prefix = prompts.prefix(weighting)
+  np.testing.assert_array_equal(
+    prefix[1], [111, 102, 112, 108, 113, 100, 114, 105]
+  )
+  one = prompting.control_prompts(range(100, 130), 3, 10, (0.1, 0.1))
+  assert (one.levels(weighting)[:, 3] == 0).all()
+
+
+def test_sft_gives_a_share_of_rows_a_weighting_of_their_own():
+  prompts = prompting.control_prompts(range(50, 70), 2, 10, None)
+  tokens = jnp.asarray(prompts_of(0, rows=200))
+  prepend = functools.partial(
+    prompts.prepend_to_some,
+    tokens,
+    distribution=Distribution(num_rewards=2),
+    share=0.3,
+  )
+  rows = np.asarray(prepend(jax.random.key(0)))
+  chosen = rows[:, 0] >= 50
+  assert 0.2 < chosen.mean() < 0.4
+  padded = np.pad(np.asarray(tokens), ((0, 0), (0, 4)))
+  np.testing.assert_array_equal(rows[~chosen], padded[~chosen])
+  np.testing.assert_array_equal(rows[chosen, 4:], np.asarray(tokens)[chosen])
+  levels = rows[chosen][:, [1, 3]] - 50
+  assert len(np.unique(levels[:, 0])) > 5
+  assert (abs(levels.sum(1) - 10) <= 1).all()
+  again = prepend(jax.random.key(0))
+  np.testing.assert_array_equal(rows, again)
+  assert not np.array_equal(rows, prepend(jax.random.key(1)))
+
+
+def ragged_prompts():
+  """Of words of the tests' model, some terms shorter than others."""
+  terms = np.int32([[[3, 0], [3, 4], [5, 6]], [[7, 8], [9, 0], [9, 10]]])
+  return prompting.Prompts(terms, np.int32([11]), None)
+
+
+def test_a_rollout_prompts_its_policies_and_not_the_reference():
+  config = make_config(**{"prompting.style": "text", "steering": "none"})
+  prompts = ragged_prompts()
+  programs = moft.make_programs(
+    config, MODEL, mesh_of(), moft_test.ALLOWED, prompts
+  )
+  state = programs.init(reference(), jax.random.key(1))
+  rollouts = [
+    programs.rollout(
+      state.params, reference(), prompts_of(0), state.key, np.int32(step)
+    )
+    for step in range(3)
+  ]
+  assert programs.rollout._cache_size() == 1  # weightings are data
+  written = set()
+  for rollout in rollouts:
+    rows = np.asarray(rollout.encoder_input_tokens)
+    assert rows.shape == (8, 7 + 5)
+    expected = []
+    for i, document in enumerate(prompts_of(0)):
+      levels = np.round(np.asarray(rollout.weighting.weights)[i // 4] * 2)
+      written.add(tuple(levels))
+      terms = [prompts.terms[j, int(q)] for j, q in enumerate(levels)]
+      row = np.concatenate([*terms, prompts.end, document])
+      row = row[row != 0]
+      expected.append(np.pad(row, (0, 12 - len(row))))
+    np.testing.assert_array_equal(rows, expected)
+    for inputs, logp in (
+      (rows, rollout.logp),
+      (prompts_of(0), rollout.ref_logp),
+    ):
+      own, _ = decoding.token_logp(
+        t5.T5(MODEL),
+        reference(),
+        jnp.asarray(inputs),
+        rollout.tokens,
+        num_samples=moft_test.SAMPLES,
+      )
+      own = np.where(rollout.mask, own, 0)
+      np.testing.assert_allclose(logp, own, atol=1e-5)
+  assert len(written) > 1
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (
+      lambda v: prompting.text_prompts(v, ("tldr",), 10, None),
+      "no pieces for the prompt 'tldr: 0'.*control_tokens",
+    ),
+    (
+      lambda v: prompting.control_prompts(range(12), 2, 10, None),
+      "need 13 control tokens, but the model has 12",
+    ),
+    (
+      lambda v: moft.make_programs(
+        make_config(**{"prompting.style": "text"}),
+        MODEL,
+        sharding.make_mesh(8),
+        moft_test.ALLOWED,
+      ),
+      "prompting.style = text needs the prompts",
+    ),
+  ],
+)
+def test_what_can_not_be_written_is_refused(vocabulary, make, message):
+  with pytest.raises(ValueError, match=message):
+    make(vocabulary)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"prompting.style": "words"}, "none, text, control_tokens, got 'words'"),
+    ({"prompting.sft_share": 0.5}, "style = none writes no prompts"),
+    ({"prompting.style": "text", "prompting.levels": 0}, "levels must be > 0"),
+    ({"prompting.style": "text", "prompting.sft_share": 2.0}, r"in \[0, 1\]"),
+    ({"conditioning.kl_set": "frozen"}, "no set for the KL term"),
+    ({"conditioning.kl_set": "maybe"}, "trained, frozen, got 'maybe'"),
+    ({"conditioning.shared": "no"}, "trained, frozen, got 'no'"),
+    ({"steering": "lora", "adapters.rank": 0}, "rank must be at least 1"),
+    ({"steering": "lora", "adapters.targets": ("x",)}, "attention, mlp, got x"),
+    ({"steering": "none", "conditioning.shared": "frozen"}, "nothing to train"),
+    ({"soft_tokens.length": 0}, "soft_tokens.length must be > 0"),
+    ({"steering": "lor"}, "full, attention, logits, lora, svd_lora, none"),
+  ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, message):
+  with pytest.raises(config_lib.ConfigError, match=message):
+    config_lib.validate(make_config(**changes))
