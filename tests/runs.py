@@ -60,7 +60,9 @@ def start(arguments, devices=1, file_limit=None):
       a full disk.
   """
   environment = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+    # As in conftest.py, so that results are equal to the bit.
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+    "--xla_backend_optimization_level=0"
   }
   command = [sys.executable, "-m", "clp_jax", *map(str, arguments)]
   if file_limit is not None:  # in blocks of 1,024 bytes
