@@ -42,7 +42,9 @@ class Advance(Protocol):
 
 
 @contextlib.contextmanager
-def track(total: int, description: str, start: int = 0) -> Iterator[Advance]:
+def track(
+  total: int, description: str, start: int = 0, *, shown: bool = True
+) -> Iterator[Advance]:
   """Shows how far a loop is, its rate and the time left.
 
   Args:
@@ -50,6 +52,8 @@ def track(total: int, description: str, start: int = 0) -> Iterator[Advance]:
     description: what the loop does, in a word or three.
     start: steps that were done before, in a loop that is resumed; the rate
       leaves them out.
+    shown: False says nothing: of several processes that run the same loop, one
+      is enough.
 
   Yields:
     advance(steps, fields). Fields are shown with four digits; passing device
@@ -60,6 +64,9 @@ def track(total: int, description: str, start: int = 0) -> Iterator[Advance]:
   """
   if not 0 <= start <= total:
     raise ValueError(f"start must be in [0, {total}] and is {start}.")
+  if not shown:
+    yield lambda steps=1, fields=None: None
+    return
   if sys.stderr.isatty():
     # rich looks at variables such as FORCE_COLOR too; the decision is made.
     console = Console(file=sys.stderr, force_terminal=True)

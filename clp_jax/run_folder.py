@@ -21,6 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from clp_jax import config as config_lib
+from clp_jax.interop import storage
 from clp_jax.models.t5 import T5Config
 
 # What a resumed run may change: how long, how often, and on which mesh.
@@ -37,9 +38,7 @@ class RunError(RuntimeError):
 
 def folder(workdir: str) -> epath.Path:
   """The absolute path of a run's folder: Orbax takes no other."""
-  path = epath.Path(workdir)
-  # A bucket's path is absolute as it is, and absolute() would not see that.
-  return path if "://" in str(workdir) else path.absolute()
+  return storage.absolute(workdir)
 
 
 def start(workdir: str, config: ml_collections.ConfigDict) -> None:

@@ -373,6 +373,19 @@ make_archive() {
   fi
 }
 
+# Makes the archive, or keeps the one that this slice's jobs have been run from.
+keep_archive() {
+  local checkout
+  if [[ ! -e $folder/source.tar.gz ]]; then
+    make_archive
+    return
+  fi
+  checkout=$(dirname "${BASH_SOURCE[0]}")
+  commit=$(cat "$folder/commit")
+  [[ $(git -C "$checkout" rev-parse HEAD 2>/dev/null) == "$commit" ]] ||
+    say "from the archive of commit ${commit:0:12}; launch/tpu.sh setup $name makes one of the checkout's last commit"
+}
+
 # Whether every worker has the archive's commit installed.
 is_installed() {
   local found
@@ -539,7 +552,7 @@ run() {
     on_workers all "$WORKER status"
     return
   fi
-  [[ -e $folder/source.tar.gz ]] || make_archive
+  keep_archive
   trap 'say "no longer watching; the job goes on"; exit 130' INT
   local restarts=0 pause=$backoff began
   while :; do

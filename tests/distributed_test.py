@@ -31,6 +31,7 @@ def arguments(address=None, count=None, index=None, cluster=False, timeout=300):
     "process_id": index,
     "cluster": cluster,
     "timeout": timeout,
+    "heartbeat_timeout": 100,
   }
 
 

@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import string
 import subprocess
 import sys
@@ -342,6 +341,7 @@ def test_the_job_outlives_its_watcher_but_not_its_slice(tpu, cloud):
   _, err = tpu(*arguments, "--config.seed=1", status=1)
   assert "another job is running here" in err
   run = tpu.start(*arguments)
+  tpu.wait_for("launch/tpu.sh setup watched makes one of")
   tpu.wait_for("1 of 1 running")
   # From another machine, so that this one's watcher has to find it out.
   settings = tpu.environment["HOME"] + "/elsewhere"
@@ -503,27 +503,19 @@ def test_training_that_was_preempted_ends_as_if_it_never_was(
   tpu.commit()
   clp = cloud.folder / "clp"
   # In the job's folder, so that the archive's clp_jax is the one imported.
-  clp.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m clp_jax "$@"\n')
+  clp.write_text(
+    f'#!/bin/sh\nexport XLA_FLAGS="{runs.xla_flags(1)}"\n'
+    f'exec "{sys.executable}" -m clp_jax "$@"\n'
+  )
   clp.chmod(0o755)
-  steps = {"train.steps": 12, "train.checkpoint_every": 2}
+  steps = {"train.steps": 24, "train.checkpoint_every": 4}
   settings = runs.overrides(sft_run, **steps)
 
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
-  whole = [
-    runs.start(
-      [
-        *runs.train_arguments(tmp_path / "whole", sft_run, **steps),
-        *("--coordinator", f"127.0.0.1:{port}"),
-        *("--num-processes", 2, "--process-id", worker),
-      ]
-    )
-    for worker in range(2)
-  ]
+  whole = runs.start_pair(
+    runs.train_arguments(tmp_path / "whole", sft_run, **steps), devices=1
+  )
   for process in whole:
-    _, err = process.communicate(timeout=900)
-    assert process.returncode == 0, err
+    runs.finish(process)
 
   shared = tmp_path / "shared"
   tpu("create", "real", *CREATE, "v4-16", "--spot")
@@ -539,14 +531,14 @@ def test_training_that_was_preempted_ends_as_if_it_never_was(
       tmp_path / "err"
     ).read_text()
     time.sleep(0.05)
-  cloud.preempt("real", grace=3)
-  assert metrics.read_text().count("\n") < 12
+  cloud.preempt("real", grace=PATIENCE)
+  assert metrics.read_text().count("\n") < 24
   run.wait(timeout=900)
   _, err = tpu.finish(run)
   assert "restart 1 of 20" in err and "restart 2" not in err
   assert len(cloud.calls("create")) == 2
 
-  assert runs.checkpoint_steps(shared / "real")[-1] == 12
+  assert runs.checkpoint_steps(shared / "real")[-1] == 24
   assert runs.metrics(shared / "real") == runs.metrics(tmp_path / "whole")
   assert any((shared / "compilation_cache").iterdir())
   for worker in range(2):

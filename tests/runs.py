@@ -6,8 +6,14 @@ import io
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 
 from clp_jax.cli.main import main
 
@@ -50,6 +56,14 @@ def clp(*arguments):
   return status, out.getvalue(), err.getvalue()
 
 
+def xla_flags(devices):
+  """Those of conftest.py, so that results are equal to the bit."""
+  return (
+    f"--xla_force_host_platform_device_count={devices} "
+    "--xla_backend_optimization_level=0"
+  )
+
+
 def start(arguments, devices=1, file_limit=None):
   """Starts `clp` as a process of its own.
 
@@ -59,11 +73,7 @@ def start(arguments, devices=1, file_limit=None):
     file_limit: bytes that a file may have; beyond, writing fails as it does on
       a full disk.
   """
-  environment = os.environ | {
-    # As in conftest.py, so that results are equal to the bit.
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-    "--xla_backend_optimization_level=0"
-  }
+  environment = os.environ | {"XLA_FLAGS": xla_flags(devices)}
   command = [sys.executable, "-m", "clp_jax", *map(str, arguments)]
   if file_limit is not None:  # in blocks of 1,024 bytes
     shell = f'ulimit -f {file_limit // 1024}; exec "$@"'
@@ -78,6 +88,40 @@ def start(arguments, devices=1, file_limit=None):
   )
 
 
+def start_pair(arguments, devices=4, heartbeat=100):
+  """Starts `clp` as 2 processes of one job: see `start`."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  return [
+    start(
+      [
+        *arguments,
+        *("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2),
+        *("--process-id", i, "--heartbeat-timeout", heartbeat),
+      ],
+      devices=devices,
+    )
+    for i in range(2)
+  ]
+
+
+def finish(process, status=0, timeout=600):
+  """Waits for a process that `start` gave: (stdout, stderr)."""
+  out, err = process.communicate(timeout=timeout)
+  assert process.returncode == status, err
+  return out, err
+
+
+def wait_for_rows(process, workdir, rows):
+  """Until metrics.jsonl has so many rows or the process has ended."""
+  file = pathlib.Path(workdir) / "metrics.jsonl"
+  while process.poll() is None:
+    if file.exists() and file.read_text().count("\n") >= rows:
+      return
+    time.sleep(0.01)
+
+
 def metrics(workdir):
   """Rows of metrics.jsonl without what measures time."""
   lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
@@ -90,3 +134,33 @@ def metrics(workdir):
 def checkpoint_steps(workdir):
   folder = pathlib.Path(workdir) / "checkpoints"
   return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def load(workdir, step):
+  """Everything that a checkpoint holds, as it is on disk."""
+  manager = ocp.CheckpointManager(pathlib.Path(workdir) / "checkpoints")
+  items = manager.restore(
+    step,
+    args=ocp.args.Composite(
+      params=ocp.args.StandardRestore(),
+      train=ocp.args.StandardRestore(),
+      data=ocp.args.JsonRestore(),
+    ),
+  )
+  manager.close()
+  return items.params, items.train, items.data
+
+
+def assert_equal_leaves(p, q):
+  if hasattr(p, "dtype") and jax.dtypes.issubdtype(
+    p.dtype, jax.dtypes.prng_key
+  ):
+    p, q = jax.random.key_data(p), jax.random.key_data(q)
+  np.testing.assert_array_equal(p, q)
+
+
+def assert_same_run(a, b, step):
+  """Two runs have the same metrics and checkpoints, bit for bit."""
+  for x, y in zip(load(a, step), load(b, step), strict=True):
+    jax.tree.map(assert_equal_leaves, x, y)
+  assert metrics(a) == metrics(b)

@@ -93,6 +93,14 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     metavar="SECONDS",
     help="how long to wait for the others (default: 300)",
   )
+  processes.add_argument(
+    "--heartbeat-timeout",
+    type=positive,
+    default=100,
+    metavar="SECONDS",
+    help="how long one may be silent before all end, to be started again "
+    "(default: 100)",
+  )
 
 
 def start_training(args: argparse.Namespace):
@@ -118,6 +126,7 @@ def start_training(args: argparse.Namespace):
     args.process_id,
     cluster=args.distributed,
     timeout=args.join_timeout,
+    heartbeat_timeout=args.heartbeat_timeout,
   )
   return config
 

@@ -75,6 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
   from clp_jax.cli import setup
 
   setup.configure()
+  from clp_jax import distributed
   from clp_jax.config import ConfigError
   from clp_jax.evaluation.report import FrontError
   from clp_jax.rewards.base import RewardError
@@ -84,14 +85,21 @@ def _run(arguments: argparse.Namespace) -> int:
   try:
     arguments.run(arguments)
     return 0
-  except ConfigError as error:
-    return _fail(name, error, 2)
-  except (FrontError, RunError, RewardError, OSError) as error:
-    return _fail(name, error, 1)
   except Preempted as error:
     return _fail(name, error, EXIT_PREEMPTED)
+  except ConfigError as error:
+    status = _fail(name, error, 2)
+  except (FrontError, RunError, RewardError, OSError) as error:
+    status = _fail(name, error, 1)
   except KeyboardInterrupt:
-    return _fail(name, "interrupted; start the same command to resume", 130)
+    status = _fail(name, "interrupted; start the same command to resume", 130)
+  except Exception as error:
+    if not distributed.is_joined():
+      raise
+    status = _fail(name, distributed.explain(error), 1)
+  if distributed.is_joined():
+    distributed.leave(status)
+  return status
 
 
 def _fail(name: str, error: object, status: int) -> int:

@@ -103,7 +103,7 @@ def save(
 
 
 def save_tree(path: str, arrays: Mapping[str, object]) -> None:
-  """Saves {"a/b": array} as a nested dict."""
+  """Saves {"a/b": array} as a nested dict, in a folder on disk or gs://."""
   tree = leaves_lib.unflatten(arrays)
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(epath.Path(path).absolute(), tree, force=True)
+    checkpointer.save(storage.absolute(path), tree, force=True)

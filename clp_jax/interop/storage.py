@@ -11,11 +11,19 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from etils import epath
 
 from clp_jax.interop.leaves import Index, Leaf
 
 _BLOCK = 16 << 20  # bytes read from a bucket at a time
 _LAST = "\U0010ffff"  # sorts after every name that starts alike
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+  """A path as Orbax takes it: absolute on disk, gs:// as it is."""
+  path = epath.Path(path)
+  # absolute() would take gs:// for the start of a relative path.
+  return path if "://" in str(path) else path.absolute()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from clp_jax import run_folder
+from clp_jax import distributed, run_folder
 from clp_jax.run_folder import RunError
 from clp_jax.train.state import TrainState
 
@@ -27,15 +27,22 @@ class Checkpoints:
   """Owner of a run's checkpoints while it trains."""
 
   def __init__(self, workdir: str, keep: int):
-    """Opens DIR/checkpoints, keeping the `keep` newest steps."""
+    """Opens DIR/checkpoints, keeping the `keep` newest steps.
+
+    Raises:
+      RunError: when there can't be such a folder.
+    """
     self.directory = run_folder.folder(workdir) / "checkpoints"
-    self._manager = ocp.CheckpointManager(
-      self.directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-        enable_async_checkpointing=True,
-      ),
-    )
+    try:
+      self._manager = ocp.CheckpointManager(
+        self.directory,
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+          enable_async_checkpointing=True,
+        ),
+      )
+    except OSError as error:
+      raise self._cannot_save(error) from error
 
   def save(self, state: TrainState, batches: int) -> None:
     """Starts to save a step; a step that is already saved is left alone.
@@ -78,30 +85,27 @@ class Checkpoints:
     Raises:
       RunError: when there are steps and none of them can be read.
     """
-    params, train = _split(abstract_state)
     failed = []
     for step in sorted(self._manager.all_steps(), reverse=True):
+      # Each process reads by itself, and then all go by the one that could not:
+      # inside Orbax the others would wait for it for ever.
+      reason = "another process can't read it"
       try:
-        item = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            train=ocp.args.StandardRestore(train),
-            data=ocp.args.JsonRestore(),
-          ),
-        )
+        restored = self._read(step, abstract_state)
       except Exception as error:  # Orbax raises many types for a bad file
+        restored, reason = None, one_line(error)
+      if not distributed.all_agree(restored is not None) or restored is None:
         logging.warning(
           "checkpoint %d in %s can't be read, trying the one before: %s",
           step,
           self.directory,
-          one_line(error),
+          reason,
         )
-        failed.append((step, one_line(error)))
+        failed.append((step, reason))
         continue
       for bad, _ in failed:
         self._set_aside(bad)
-      return _join(item.params, item.train), item.data["batches"]
+      return restored
     if failed:
       step, reason = failed[0]
       raise RunError(
@@ -110,6 +114,35 @@ class Checkpoints:
         "restore it from a copy."
       )
     return None
+
+  def _read(
+    self, step: int, abstract_state: TrainState
+  ) -> tuple[TrainState, int]:
+    """`restore` of one step, without a word to other processes."""
+    params, train = _split(abstract_state)
+    alone = ocp.options.MultiprocessingOptions(
+      primary_host=jax.process_index(),
+      active_processes={jax.process_index()},
+      barrier_sync_key_prefix=f"process{jax.process_index()}",
+    )
+    with ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        read_only=True,
+        create=False,
+        enable_async_checkpointing=False,
+        multiprocessing_options=alone,
+      ),
+    ) as manager:
+      item = manager.restore(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(params),
+          train=ocp.args.StandardRestore(train),
+          data=ocp.args.JsonRestore(),
+        ),
+      )
+    return _join(item.params, item.train), item.data["batches"]
 
   def wait(self) -> None:
     """Waits until all that was saved is on disk.

@@ -4,8 +4,6 @@ Restores, then steps until done: update, write metrics, checkpoint, listen for
 SIGTERM. What a step does is the caller's.
 """
 
-import contextlib
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from clp_jax import progress
+from clp_jax import distributed, progress
 from clp_jax.masked import Mean
 from clp_jax.run_folder import RunError
 from clp_jax.train.checkpoints import Checkpoints
@@ -24,7 +22,7 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 
 
 class Preempted(Exception):
-  """SIGTERM came; the state was saved."""
+  """SIGTERM came, to this process or another; the state was saved."""
 
 
 class Step(NamedTuple):
@@ -73,7 +71,7 @@ def run(
   """
   with (
     Checkpoints(workdir, keep) as checkpoints,
-    _sigterm() as stopping,
+    distributed.StopSignal().listen() as stopping,
   ):
     restored = checkpoints.restore(abstract_state)
     state, consumed = (start(), 0) if restored is None else restored
@@ -84,10 +82,13 @@ def run(
     pending: tuple[int, Step, float] | None = None
     with (
       MetricsWriter(workdir, step) as writer,
-      progress.track(steps, label, start=step) as advance,
+      progress.track(
+        steps, label, start=step, shown=distributed.is_first()
+      ) as advance,
     ):
       clock = time.perf_counter()
       while step < steps and not stopping:
+        stopping.ask()
         wants_texts = (step + 1) % log_samples_every == 0
         result = step_fn(state, step, next(batches), wants_texts)
         state, step, consumed = result.state, step + 1, consumed + 1
@@ -100,6 +101,7 @@ def run(
           # Their check comes first: a state gone wrong must not be saved.
           advance(1, _write(writer, *pending))
           pending = None
+          writer.flush()
           checkpoints.save(state, consumed)
       if pending is not None:
         advance(1, _write(writer, *pending))
@@ -111,23 +113,6 @@ def run(
         "the same command again to go on."
       )
     return state
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[list[int]]:
-  """A list that SIGTERM adds to."""
-  received: list[int] = []
-  try:
-    previous = signal.signal(
-      signal.SIGTERM, lambda number, _: received.append(number)
-    )
-  except ValueError:  # only the main thread may; a notebook's goes without
-    yield received
-    return
-  try:
-    yield received
-  finally:
-    signal.signal(signal.SIGTERM, previous)
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping
 
 import jax
@@ -10,6 +11,8 @@ from etils import epath
 # Steps between points in TensorBoard: writing one takes milliseconds, which
 # was a third of a small run's time. metrics.jsonl has every step.
 TENSORBOARD_EVERY = 10
+# In a bucket a file can't grow: each flush writes it anew.
+SECONDS_BETWEEN_UPLOADS = 10.0
 
 
 class MetricsWriter:
@@ -46,6 +49,8 @@ class MetricsWriter:
     partial.write_text("".join(kept))
     partial.replace(self._path)
     self._file = self._path.open("a")
+    self._in_bucket = "://" in str(workdir)
+    self._flushed = time.monotonic()
     self._tensorboard = metric_writers.SummaryWriter(str(path / "metrics"))
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -57,9 +62,17 @@ class MetricsWriter:
       for key, value in values.items()
     }
     self._file.write(json.dumps(row) + "\n")
-    self._file.flush()
+    now = time.monotonic()
+    if not self._in_bucket or now - self._flushed >= SECONDS_BETWEEN_UPLOADS:
+      self.flush()
     if step % TENSORBOARD_EVERY == 0:
       self._tensorboard.write_scalars(step, dict(values))
+
+  def flush(self) -> None:
+    """Lets no row be lost; due before a checkpoint, which they belong to."""
+    if self._enabled:
+      self._file.flush()
+      self._flushed = time.monotonic()
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     """Shows texts in TensorBoard."""

@@ -1,0 +1,65 @@
+"""The notebook for Colab: it runs from top to bottom."""
+
+import ast
+import importlib
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "launch" / "colab.ipynb"
+
+
+def read():
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  return notebook, [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def test_cells_compile_import_what_there_is_and_hold_no_outputs():
+  notebook, cells = read()
+  nbformat.validate(notebook)
+  for cell in cells:
+    assert not cell.outputs and cell.execution_count is None
+    for node in ast.walk(ast.parse(cell.source)):
+      match node:
+        case ast.ImportFrom(module=str(name), names=names):
+          if name.startswith("clp_jax"):
+            module = importlib.import_module(name)
+            for alias in names:
+              assert hasattr(module, alias.name) or importlib.import_module(
+                f"{name}.{alias.name}"
+              )
+  install = next(c.source for c in cells if c.id == "install")
+  assert str(NOTEBOOK.relative_to(ROOT).parent) in install
+  assert NOTEBOOK.name in install
+
+
+@pytest.mark.slow
+def test_it_trains_shows_the_front_and_steers(tmp_path):
+  notebook, cells = read()
+  (settings,) = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+  tiny = {
+    "WORKDIR": str(tmp_path / "run"),
+    **{"SFT_STEPS": 4, "STEPS": 2, "GRID": 3, "PROMPTS": 8},
+  }
+  settings.source = "\n".join(f"{k} = {v!r}" for k, v in tiny.items())
+  nbclient.NotebookClient(
+    notebook,
+    timeout=1200,
+    kernel_name="python3",
+    resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+  ).execute()
+
+  def result(name):
+    (cell,) = [c for c in cells if c.id == name]
+    return cell.outputs[-1]
+
+  assert result("train").data["text/plain"] == "2"
+  assert result("front").data["image/png"]
+  assert isinstance(ast.literal_eval(result("steer").data["text/plain"]), str)
+  printed = result("compare").text.splitlines()
+  assert [line[:10] for line in printed[-5:]] == [
+    f"rouge {w:4.2f}" for w in (0, 0.25, 0.5, 0.75, 1)
+  ]

@@ -1,0 +1,104 @@
+"""One job of 2 processes: the same training, stopped and killed."""
+
+import signal
+
+import numpy as np
+import pytest
+import runs
+
+
+def end(pair):
+  """Kills what is left of a pair."""
+  for process in pair:
+    process.kill()
+    process.communicate()
+
+
+def start_training(arguments, workdir, rows, **settings):
+  """A pair that has come to so many rows of metrics.
+
+  Gloo, which stands in for a slice's network, gives processes 30 s to meet. On
+  a busy machine one may compile for so much longer than the other; the next try
+  finds the compiled programs in JAX's cache.
+  """
+  for _ in range(4):
+    pair = runs.start_pair(arguments, **settings)
+    runs.wait_for_rows(pair[0], workdir, rows)
+    if pair[0].poll() in (None, 0):
+      return pair
+    _, err = pair[0].communicate()
+    end(pair)
+    if "Gloo context initialization failed" not in err:
+      break
+  pytest.fail(err)
+
+
+def test_2_processes_stop_together_and_train_as_1_device_does(
+  sft_run, tmp_path
+):
+  """SIGTERM to one of 2 x 4 devices; on with 8 of one process; 1 beside."""
+  workdir, alone = tmp_path / "two", tmp_path / "one"
+  pair = start_training(
+    # Far more steps than it will come to; they may differ when it resumes.
+    runs.train_arguments(
+      workdir, sft_run, **{"train.steps": 10_000, "train.checkpoint_every": 5}
+    ),
+    workdir,
+    rows=2,
+  )
+  try:
+    pair[1].send_signal(signal.SIGTERM)
+    (out, first), (_, second) = (runs.finish(p, status=75) for p in pair)
+  finally:
+    end(pair)
+  stopped_at = runs.checkpoint_steps(workdir)[-1]
+  assert len(runs.metrics(workdir)) == stopped_at < 10_000
+  for err in (first, second):
+    said = f"clp train: error: stopped by SIGTERM after {stopped_at} of"
+    assert err.splitlines()[-1].startswith(said)
+  # Only process 0 says how far they are.
+  assert f" {stopped_at}/10000 " in first or " 1/10000 " in first
+  assert "/10000 " not in second and not out
+
+  steps = {"train.steps": max(20, stopped_at + 2)}
+  steps["train.checkpoint_every"] = steps["train.steps"]
+  reference = runs.start(runs.train_arguments(alone, sft_run, **steps))
+  status, _, err = runs.clp(*runs.train_arguments(workdir, sft_run, **steps))
+  assert status == 0, err
+  runs.finish(reference)
+  a, b = runs.metrics(alone), runs.metrics(workdir)
+  assert [row["step"] for row in b] == list(range(1, 1 + len(a)))
+  for x, y in zip(a, b, strict=True):
+    assert x.keys() == y.keys()
+    for name in x:
+      np.testing.assert_allclose(x[name], y[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_and_both_resume(
+  victim, sft_run, tmp_path
+):
+  """SIGKILL: the survivor must not wait for ever; the restart loses nothing."""
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  fields = {"train.checkpoint_every": 4, "train.keep": 2}
+  # Far more steps than it will come to.
+  endless = {"train.steps": 100_000} | fields
+  arguments = runs.train_arguments(killed, sft_run, **endless)
+  pair = start_training(arguments, killed, rows=10, devices=2, heartbeat=20)
+  try:
+    pair[victim].kill()
+    _, err = pair[1 - victim].communicate(timeout=300)
+    assert pair[1 - victim].returncode in (1, -signal.SIGABRT), err
+  finally:
+    end(pair)
+  fields["train.steps"] = runs.checkpoint_steps(killed)[-1] + 6
+  for workdir in (killed, whole):
+    arguments = runs.train_arguments(workdir, sft_run, **fields)
+    pair = start_training(arguments, workdir, rows=1, devices=2)
+    try:
+      for process in pair:
+        runs.finish(process)
+    finally:
+      end(pair)
+  runs.assert_same_run(whole, killed, fields["train.steps"])
