@@ -29,6 +29,7 @@ from flax import traverse_util
 
 from clp_jax import adapters, conditioning
 from clp_jax.models import t5
+from clp_jax.models.decoding import EOS_ID
 
 Params = Any
 STEERING = ("full", "attention", "logits", "lora", "svd_lora", "none")
@@ -221,8 +222,8 @@ class Bank:
 
 
 def _first_soft_tokens(table: jax.Array, number: int) -> jax.Array:
-  """[V, D] -> [P, D]: PLACEHOLDER."""
-  return table[1:2] * jnp.ones((number, 1))
+  """[V, D] -> [P, D]: the end of sequence, which says nothing of a document."""
+  return jnp.broadcast_to(table[EOS_ID], (number, table.shape[1]))
 
 
 def _flatten(tree: Params) -> dict[tuple[str, ...], Any]:

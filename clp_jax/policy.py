@@ -281,6 +281,15 @@ class Policy:
         )[: len(chunk)]
     return scores
 
+  def check_is_t5(self) -> None:
+    """Raises ValueError if a policy is more than other programs' T5s are."""
+    if self.bank.soft_tokens:
+      raise ValueError(
+        f"this run's policies have {self.bank.soft_tokens} soft tokens before "
+        "their input, which an ordinary T5 has not; use `clp generate`, or "
+        "train without soft_tokens.length."
+      )
+
   def export(
     self,
     path: str,
@@ -302,12 +311,7 @@ class Policy:
       ValueError: see `coefficients` and `interop.save_t5`; also for a policy
         with soft tokens, which no other program's T5 has.
     """
-    if self.bank.soft_tokens:
-      raise ValueError(
-        f"this run's policies have {self.bank.soft_tokens} soft tokens before "
-        "their input, which an ordinary T5 has not; use `clp generate`, or "
-        "train without soft_tokens.length."
-      )
+    self.check_is_t5()
     params = self.params(weights, alpha)
     if dtype is not None:
       params = jax.tree.map(lambda p: p.astype(dtype), params)

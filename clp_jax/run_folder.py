@@ -71,7 +71,7 @@ def start(workdir: str, config: ml_collections.ConfigDict) -> None:
 
 
 def _check_same(workdir: str, old: dict, new: dict) -> None:
-  old, new = dict(_flatten(old)), dict(_flatten(new))
+  old, new = dict(_flatten(_completed(old))), dict(_flatten(new))
   differing = [
     f"{name} = {old.get(name, 'absent')!r} there, "
     f"{new.get(name, 'absent')!r} here"
@@ -96,7 +96,21 @@ def load_config(workdir: str) -> ml_collections.ConfigDict:
       f"{workdir} holds no run (no config.json); give the --workdir of "
       "`clp train` or `clp demo`."
     )
-  return config_lib.from_json(_read(file))
+  return config_lib.from_json(_completed(_read(file)))
+
+
+def _completed(values: dict) -> dict:
+  """A training config with the fields that came after the version that wrote
+  it: their defaults are what that version did."""
+  if "objectives" not in values:  # a supervised run's, of a few sections
+    return values
+  completed = dict(values)
+  for name, default in config_lib.to_json(config_lib.get_config()).items():
+    if name not in completed:
+      completed[name] = default
+    elif isinstance(default, dict) and name != "rewards":
+      completed[name] = default | completed[name]
+  return completed
 
 
 def save_model(

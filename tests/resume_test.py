@@ -1,5 +1,6 @@
 """Runs that are stopped or killed end as if they never were."""
 
+import json
 import pathlib
 import shutil
 import signal
@@ -132,3 +133,22 @@ def finished_run(sft_run):
   status, _, err = runs.clp(*runs.train_arguments(workdir, sft_run))
   assert status == 0, err
   return workdir
+
+
+def test_a_run_of_an_older_version_gets_the_fields_it_lacks(tmp_path):
+  from clp_jax import config as config_lib
+  from clp_jax import demo, run_folder
+
+  config = demo.get_config()
+  run_folder.start(str(tmp_path), config)
+  file = tmp_path / "config.json"
+  values = json.loads(file.read_text())
+  del values["conditioning"], values["eval"]["temperature"]
+  file.write_text(json.dumps(values))
+  loaded = run_folder.load_config(str(tmp_path))
+  assert config_lib.to_json(loaded) == config_lib.to_json(config)
+  run_folder.start(str(tmp_path), config)  # resumed
+  values["conditioning"] = {"kl_set": "frozen"}
+  file.write_text(json.dumps(values))
+  with pytest.raises(config_lib.ConfigError, match="conditioning.kl_set"):
+    run_folder.start(str(tmp_path), config)

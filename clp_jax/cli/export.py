@@ -4,7 +4,7 @@ import argparse
 import json
 
 from clp_jax.cli import arguments
-from clp_jax.config import ConfigError
+from clp_jax.config import ConfigError, as_config_error
 
 EXAMPLE = (
   "clp export --workdir runs/demo --weights nli=0.7,rouge=0.3 --format hf "
@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
   output = epath.Path(args.output)
   _check_is_free(output)
   policy = Policy.load(args.workdir, step=args.step)
+  with as_config_error():
+    policy.check_is_t5()
   try:
     policy.coefficients(args.weights, args.alpha)
   except ValueError as error:
