@@ -16,11 +16,12 @@ BIN := $(VENV)/bin
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test parity lint format docs clean
+.PHONY: help demo test test-slow parity lint format docs clean
 
 help:
 	@echo 'make demo     set up, then train and compare everything on the built-in world'
 	@echo 'make test     set up, then lint, types and the test suite'
+	@echo 'make test-slow  the tests that take minutes: real jobs of several processes'
 	@echo 'make parity   set up torch and transformers, then compare with them'
 	@echo 'make lint     only ruff and mypy'
 	@echo 'make format   rewrite the source the way ruff wants it'
@@ -33,6 +34,9 @@ demo: $(VENV)/.installed-run
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

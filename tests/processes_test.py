@@ -2,6 +2,7 @@
 
 import signal
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -102,3 +103,29 @@ def test_a_killed_process_ends_the_other_and_both_resume(
     finally:
       end(pair)
   runs.assert_same_run(whole, killed, fields["train.steps"])
+
+
+@pytest.mark.slow
+def test_one_full_disk_of_2_ends_both_and_loses_nothing(sft_run, tmp_path):
+  workdir = tmp_path / "run"
+
+  def arguments(steps):
+    return runs.train_arguments(workdir, sft_run, **{"train.steps": steps})
+
+  status, _, err = runs.clp(*arguments(2))
+  assert status == 0, err
+  before = runs.load(workdir, 2)
+  pair = runs.start_pair(
+    arguments(4), heartbeat=20, file_limits=(None, 100_000)
+  )
+  try:
+    _, err = runs.finish(pair[1], status=1)
+    assert "can't save to" in err.splitlines()[-1]
+    assert "Free space" in err.splitlines()[-1]
+    _, err = pair[0].communicate(timeout=300)
+    assert pair[0].returncode in (1, -signal.SIGABRT), err
+  finally:
+    end(pair)
+  assert runs.checkpoint_steps(workdir) == [2]
+  for x, y in zip(before, runs.load(workdir, 2), strict=True):
+    jax.tree.map(runs.assert_equal_leaves, x, y)

@@ -88,7 +88,7 @@ def start(arguments, devices=1, file_limit=None):
   )
 
 
-def start_pair(arguments, devices=4, heartbeat=100):
+def start_pair(arguments, devices=4, heartbeat=100, file_limits=(None, None)):
   """Starts `clp` as 2 processes of one job: see `start`."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
@@ -101,6 +101,7 @@ def start_pair(arguments, devices=4, heartbeat=100):
         *("--process-id", i, "--heartbeat-timeout", heartbeat),
       ],
       devices=devices,
+      file_limit=file_limits[i],
     )
     for i in range(2)
   ]
