@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from clp_jax import config as config_lib
+from clp_jax import sharding
 from clp_jax.data import jsonl, tasks
 
 
@@ -59,8 +61,11 @@ def train_batches(
   vocabulary: Any,
   batch_size: int,
   start: int,
+  mesh: Mesh,
 ) -> Iterator[tasks.Batch]:
   """This process's rows of global batches start, start + 1, ...
+
+  Processes whose devices share a place on the data axis read the same rows.
 
   What is cut of the first of them is logged.
 
@@ -69,11 +74,14 @@ def train_batches(
     vocabulary: of the model.
     batch_size: B, of the global batch.
     start: number of the first batch.
+    mesh: whose data axis cuts the batch.
 
   Raises:
     ConfigError: when the data can't be had or is empty.
   """
   task = load_task(config, vocabulary)
+  first, last = sharding.process_rows(mesh, batch_size)
+  rows = last - first
   with config_lib.as_config_error():
     batches = tasks.train_batches(
       task,
@@ -83,8 +91,8 @@ def train_batches(
       target_length=config.data.target_length,
       seed=config.seed,
       start=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=first // rows,
+      process_count=batch_size // rows,
     )
   return _logged(batches, config.data.source_length)
 

@@ -12,7 +12,7 @@ import runs
 
 import clp_jax
 from clp_jax import config as config_lib
-from clp_jax import run_folder
+from clp_jax import run_folder, sharding
 from clp_jax.batches import train_batches
 from clp_jax.cli.arguments import load_config
 from clp_jax.data import newsroom, newsroom_text, vocabulary
@@ -158,7 +158,7 @@ def test_what_is_cut_is_logged_once(folder, caplog):
   config.data.reference_field = "tldr"
   config.data.source_length = 30
   words = vocabulary.load_vocabulary(folder / "words.model")
-  stream = train_batches(config, words, 16, 1)
+  stream = train_batches(config, words, 16, 1, sharding.make_mesh())
   batch, *_ = (next(stream) for _ in range(3))
   longer = [len(words.encode(d)) + 1 > 30 for d in batch.documents]
   assert 0 < sum(longer) < 16

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import runs
 
+from clp_jax import batches, demo, sharding
+from clp_jax.data import newsroom_text, vocabulary
+
 
 def end(pair):
   """Kills what is left of a pair."""
@@ -24,14 +27,15 @@ def start_training(arguments, workdir, rows, **settings):
   """
   for _ in range(4):
     pair = runs.start_pair(arguments, **settings)
-    runs.wait_for_rows(pair[0], workdir, rows)
-    if pair[0].poll() in (None, 0):
+    runs.wait_for_rows(workdir, rows, *pair)
+    if all(process.poll() in (None, 0) for process in pair):
       return pair
-    _, err = pair[0].communicate()
-    end(pair)
-    if "Gloo context initialization failed" not in err:
+    for process in pair:
+      process.kill()
+    said = [process.communicate()[1] for process in pair]
+    if not any("Gloo context initialization failed" in err for err in said):
       break
-  pytest.fail(err)
+  pytest.fail("\n".join(said))
 
 
 def test_2_processes_stop_together_and_train_as_1_device_does(
@@ -103,6 +107,42 @@ def test_a_killed_process_ends_the_other_and_both_resume(
     finally:
       end(pair)
   runs.assert_same_run(whole, killed, fields["train.steps"])
+
+
+@pytest.mark.slow
+def test_a_model_axis_may_span_processes(sft_run, tmp_path):
+  """All devices on the model axis: both processes hold, and score, all rows."""
+  fields = {"mesh.data": 1, "mesh.model": 4, "train.steps": 3}
+  two, one = tmp_path / "two", tmp_path / "one"
+  pair = start_training(
+    runs.train_arguments(two, sft_run, **fields), two, rows=1, devices=2
+  )
+  try:
+    for process in pair:
+      runs.finish(process)
+  finally:
+    end(pair)
+  runs.finish(
+    runs.start(runs.train_arguments(one, sft_run, **fields), devices=4)
+  )
+  for x, y in zip(runs.metrics(one), runs.metrics(two), strict=True):
+    for name in x:
+      np.testing.assert_allclose(x[name], y[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_process_reads_the_rows_that_its_devices_hold(tmp_path, monkeypatch):
+  config = demo.get_config()
+  (tmp_path / "words.model").write_bytes(newsroom_text.vocabulary_bytes())
+  words = vocabulary.load_vocabulary(tmp_path / "words.model")
+  mesh = sharding.make_mesh()
+
+  def documents():
+    stream = batches.train_batches(config, words, 8, 3, mesh)
+    return next(stream).documents
+
+  whole = documents()
+  monkeypatch.setattr(sharding, "process_rows", lambda mesh, rows: (4, 6))
+  assert len(whole) == 8 and documents() == whole[4:6]
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def test_killed_anywhere_a_run_ends_as_if_never_killed(sft_run, tmp_path):
   )
 
   process = runs.start(endless, devices=8)
-  runs.wait_for_rows(process, killed, 2)
+  runs.wait_for_rows(killed, 2, process)
   process.send_signal(signal.SIGTERM)
   _, err = runs.finish(process, status=75)
   assert "stopped by SIGTERM after" in err.splitlines()[-1]
@@ -49,7 +49,7 @@ def test_killed_anywhere_a_run_ends_as_if_never_killed(sft_run, tmp_path):
 
   for rows in (stopped_at + 1, stopped_at + 5):
     process = runs.start(endless, devices=8)
-    runs.wait_for_rows(process, killed, rows)
+    runs.wait_for_rows(killed, rows, process)
     process.kill()
     runs.finish(process, status=-signal.SIGKILL)
   steps = runs.checkpoint_steps(killed)[-1] + 4

@@ -114,10 +114,10 @@ def finish(process, status=0, timeout=600):
   return out, err
 
 
-def wait_for_rows(process, workdir, rows):
-  """Until metrics.jsonl has so many rows or the process has ended."""
+def wait_for_rows(workdir, rows, *processes):
+  """Until metrics.jsonl has so many rows or one of the processes has ended."""
   file = pathlib.Path(workdir) / "metrics.jsonl"
-  while process.poll() is None:
+  while all(process.poll() is None for process in processes):
     if file.exists() and file.read_text().count("\n") >= rows:
       return
     time.sleep(0.01)

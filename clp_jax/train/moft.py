@@ -382,7 +382,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
   scorer = Scorer(config, mesh, rewards, vocabulary)
 
   def batches_from(start):
-    return train_batches(config, vocabulary, config.rollout.prompts, start)
+    return train_batches(
+      config, vocabulary, config.rollout.prompts, start, mesh
+    )
 
   def roll_out(state, step, batch):
     prompts = sharding.to_devices(
@@ -431,7 +433,7 @@ class Scored:
 
   rewards: jax.Array  # [R, m] float32, rows cut as the rollout's
   responses: list[str]  # of this process's rows
-  num_tokens: int  # of the whole batch, about: this process's times processes
+  num_tokens: int  # of the whole batch, about: from this process's share
 
   def texts(self, batch: tasks.Batch) -> dict[str, str]:
     """The first prompt and its responses, to look at."""
@@ -472,7 +474,7 @@ class Scorer:
     return Scored(
       sharding.to_devices(self.mesh, rewards, rollout.tokens.shape[0]),
       responses,
-      int(mask.sum()) * jax.process_count(),
+      int(mask.sum()) * (rollout.tokens.shape[0] // mask.shape[0]),
     )
 
 

@@ -257,8 +257,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
       sharding.to_devices(mesh, batch.encoder_input_tokens, settings.batch),
       sharding.to_devices(mesh, batch.decoder_target_tokens, settings.batch),
     )
-    tokens = int((batch.decoder_target_tokens > 0).sum())
-    return loop.Step(state, metrics, tokens=tokens * jax.process_count())
+    targets = batch.decoder_target_tokens
+    tokens = int((targets > 0).sum()) * (settings.batch // len(targets))
+    return loop.Step(state, metrics, tokens=tokens)
 
   state = loop.run(
     workdir,
@@ -268,7 +269,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
     ),
     start=lambda: init(start, key),
     batches_from=lambda first: train_batches(
-      config, vocabulary, settings.batch, first
+      config, vocabulary, settings.batch, first, mesh
     ),
     step_fn=step_fn,
     steps=settings.steps,
