@@ -27,6 +27,7 @@ ALGORITHMS = ("reinforce",)
 OPTIMIZERS = ("adam", "adafactor")
 NORMALISATIONS = ("none", "fixed", "running")
 HEADS = ("linear", "token")
+MIXINGS = ("parameters", "logits")
 
 
 class ConfigError(ValueError):
@@ -75,6 +76,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Which parameters exist once per objective: full, attention, logits, lora,
   # svd_lora (see adapters), none.
   c.steering = "full"
+  # What the sets' combination is of: their parameters, which training needs,
+  # or their logits at every token (DeRa and MOD, made of trained policies).
+  c.mixing = "parameters"
   # Names of rewards; the order of weights everywhere.
   c.objectives = ("rouge",)
   c.rewards = ml_collections.ConfigDict({"rouge": reward("rouge")})
@@ -112,6 +116,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.weightings.alpha = 0.01  # KL weight in [0, 1]
   # Instead, (low, high) of a log-uniform alpha: KL becomes an objective.
   c.weightings.alpha_range = config_dict.placeholder(tuple)
+  # Then the coefficient of KL's set: alpha, or realigned (weightings.py).
+  c.weightings.kl_coefficient = "alpha"
 
   c.conditioning = ml_collections.ConfigDict()
   # The KL term's parameter set, where there is one: trained, or frozen at the
@@ -215,6 +221,7 @@ def distribution(config: ml_collections.ConfigDict) -> Distribution:
     weights=None if q.weights is None else tuple(q.weights),
     alpha=q.alpha,
     alpha_range=None if q.alpha_range is None else tuple(q.alpha_range),
+    kl_coefficient=q.kl_coefficient,
   )
 
 
@@ -348,6 +355,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       f"prompting.sft_share = {share}, but prompting.style = none writes no "
       "prompts; choose a style, or leave sft_share=0."
+    )
+  _one_of("mixing", config.mixing, MIXINGS)
+  if config.mixing != "parameters":
+    raise ConfigError(
+      "mixing = 'logits' combines policies that are trained already; train "
+      "with 'parameters', or make a mixture as docs/experiments.md says."
     )
   _one_of("reinforce.baseline", config.reinforce.baseline, reinforce.BASELINES)
   _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)

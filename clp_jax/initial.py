@@ -13,7 +13,7 @@ from clp_jax.data import tasks
 from clp_jax.data.vocabulary import load_vocabulary, loaded
 from clp_jax.interop.storage import Folder
 from clp_jax.models import t5
-from clp_jax.models.presets import PRESETS
+from clp_jax.models.presets import OWN_VOCABULARY, PRESETS
 from clp_jax.train import checkpoints
 
 Params = Any
@@ -43,9 +43,9 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
   if init in PRESETS:
     vocabulary = _vocabulary(config)
     model_config = PRESETS[init]
-    if init == "tiny":
-      # The one preset without a public vocabulary: as many rows as pieces, up
-      # to a multiple that cuts well over devices, and those of prompts.
+    if init in OWN_VOCABULARY:
+      # As many rows as pieces and prompts' tokens, up to a multiple that cuts
+      # well over devices.
       tokens = vocabulary.vocab_size + config_lib.control_tokens(config)
       rows = -(-tokens // 16) * 16
       model_config = dataclasses.replace(model_config, vocab_size=rows)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from clp_jax import config as config_lib
 from clp_jax import interop, run_folder, sharding, weightings
 from clp_jax.bank import Bank
-from clp_jax.models import decoding, t5
+from clp_jax.models import decoding, mixture, t5
 from clp_jax.prompting import Prompts
 from clp_jax.rollout import row_keys
 from clp_jax.train import checkpoints
@@ -99,6 +99,11 @@ class Policy:
     """Of the policies."""
     return self.bank.model_config
 
+  @property
+  def mixes_logits(self) -> bool:
+    """Whether a weighting combines the sets' logits, not their parameters."""
+    return bool(self.objectives) and self.config.mixing == "logits"
+
   @functools.cached_property
   def reference(self) -> Params:
     """The frozen start's parameters, a T5 of `bank.reference_config`."""
@@ -132,7 +137,7 @@ class Policy:
     array, alpha = self.weighting(weights, alpha)
     q = config_lib.distribution(self.config)
     return np.asarray(
-      weightings.coefficients(array, None if q.alpha_range is None else alpha)
+      q.coefficients(Weighting(jnp.asarray(array), jnp.float32(alpha)))
     )
 
   def weighting(
@@ -160,10 +165,12 @@ class Policy:
         )
       return array, q.alpha
     low, high = q.alpha_range
-    if alpha is None or not low <= alpha <= high:
+    if self.mixes_logits:
+      low, high = 0.0, 1.0  # what was not trained for is extrapolated
+    if alpha is None or not (low <= alpha <= high and alpha > 0):
       raise ValueError(
-        f"this run is steered by alpha in [{low:g}, {high:g}] too, got "
-        f"{alpha}; give one of them."
+        f"this run is steered by alpha in {'(' if low == 0 else '['}{low:g}, "
+        f"{high:g}] too, got {alpha}; give one of them."
       )
     return array, alpha
 
@@ -173,8 +180,47 @@ class Policy:
     """The ordinary T5 parameter tree of a weighting.
 
     With soft tokens it holds theirs besides, [P, D], and its T5Config says so.
+
+    Raises:
+      ValueError: see `coefficients`; also where logits are mixed.
     """
+    if self.mixes_logits:
+      raise ValueError(
+        "this run mixes the logits of several models at every token; no one "
+        "model's parameters do that. It can be generated from and evaluated."
+      )
+    return self.steered(weights, alpha)
+
+  def steered(
+    self, weights: Weights | None = None, alpha: float | None = None
+  ) -> Params | mixture.Mixture:
+    """What `start` decodes a weighting with: parameters, or a mixture."""
     return self._mixed(self.coefficients(weights, alpha))
+
+  def start(
+    self,
+    steered: Params | mixture.Mixture,
+    encoder_input_tokens: jax.Array,
+    *,
+    num_samples: int = 1,
+  ) -> tuple[decoding.NextLogits, decoding.Cache]:
+    """What `decoding.sample_from` takes; inside of a jitted function.
+
+    Args:
+      steered: from `steered`.
+      encoder_input_tokens: [B, S] int32.
+      num_samples: N, a prompt.
+    """
+    start: Any = decoding.start
+    if isinstance(steered, mixture.Mixture):
+      start = mixture.start
+    return start(
+      t5.T5(self.model_config),
+      steered,
+      encoder_input_tokens,
+      num_samples=num_samples,
+      max_length=self.config.data.target_length,
+    )
 
   def generate(
     self,
@@ -399,6 +445,8 @@ class Policy:
 
   @functools.cached_property
   def _mix(self):
+    if self.mixes_logits:
+      return jax.jit(lambda sets, reference, c: mixture.unstack(sets, c))
     return jax.jit(
       self.bank.mix,
       out_shardings=sharding.param_shardings(
@@ -420,13 +468,16 @@ class Policy:
     def sample(
       params, tokens, keys, temperature, top_k=None, top_p=None, num_samples=1
     ):
-      return decoding.sample(
-        t5.T5(self.model_config),
+      next_logits, cache = self.start(
         params,
         jax.lax.with_sharding_constraint(tokens, rows),
+        num_samples=num_samples,
+      )
+      return decoding.sample_from(
+        next_logits,
+        cache,
         keys,
         max_length=self.config.data.target_length,
-        num_samples=num_samples,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -439,9 +490,11 @@ class Policy:
   def _score(self):
     @jax.jit
     def score(params, tokens, targets):
-      logp, _ = decoding.token_logp(
-        t5.T5(self.model_config), params, tokens, targets
-      )
+      model = t5.T5(self.model_config)
+      if isinstance(params, mixture.Mixture):
+        logp = mixture.token_logp(model, params, tokens, targets)
+      else:
+        logp, _ = decoding.token_logp(model, params, tokens, targets)
       return jnp.where(targets > 0, logp, 0).sum(-1)
 
     return score

@@ -4,6 +4,10 @@ weights lie on the simplex over the m rewards; alpha in [0, 1] weighs the KL
 term. With one fixed alpha the parameter sets are combined with the weights
 alone; with several, the KL term is one more objective and has a set of its own
 with coefficient alpha (arXiv 2407.15762; our reading, see BUILD_NOTES.md).
+
+Where that set is the reference itself and the others were finetuned at one
+alpha_0, the coefficient can also be 1 - `realignment`(alpha, alpha_0): the
+weight with which mixing logits gives alpha's optimum exactly.
 """
 
 import dataclasses
@@ -15,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+KL_COEFFICIENTS = ("alpha", "realigned")
 TOLERANCE = 1e-4  # weights typed by hand, such as 0.333,0.333,0.334
 
 
@@ -37,6 +42,8 @@ class Distribution:
     alpha: the one KL weight, in [0, 1].
     alpha_range: instead, (low, high) between which log(alpha) is uniform, or
       None. The policy then has a parameter set for the KL term.
+    kl_coefficient: of that set: "alpha", or "realigned" from low, the alpha at
+      which its coefficient is 0.
   """
 
   num_rewards: int
@@ -44,6 +51,7 @@ class Distribution:
   weights: tuple[float, ...] | None = None
   alpha: float = 0.0
   alpha_range: tuple[float, float] | None = None
+  kl_coefficient: str = "alpha"
 
   def __post_init__(self):
     if self.num_rewards < 1:
@@ -62,6 +70,11 @@ class Distribution:
           "weightings.alpha_range must be 0 < low <= high <= 1, got "
           f"{tuple(self.alpha_range)}."
         )
+    if self.kl_coefficient not in KL_COEFFICIENTS:
+      raise ValueError(
+        f"weightings.kl_coefficient must be one of "
+        f"{', '.join(KL_COEFFICIENTS)}, got {self.kl_coefficient!r}."
+      )
 
   @property
   def num_sets(self) -> int:
@@ -90,9 +103,40 @@ class Distribution:
     return Weighting(weights, alpha)
 
   def coefficients(self, weighting: Weighting) -> jax.Array:
-    """[G, M] coefficients of the parameter sets for the weightings."""
-    alpha = weighting.alpha if self.alpha_range is not None else None
-    return coefficients(weighting.weights, alpha)
+    """[G, M] coefficients of the parameter sets for the weightings.
+
+    For an alpha below a realigned range they are not convex.
+    """
+    if self.alpha_range is None:
+      return coefficients(weighting.weights)
+    if self.kl_coefficient == "alpha":
+      return coefficients(weighting.weights, weighting.alpha)
+    weight = realignment(weighting.alpha, self.alpha_range[0])[..., None]
+    return jnp.concatenate(
+      [weight * coefficients(weighting.weights), 1 - weight], axis=-1
+    )
+
+
+def realignment(alpha: jax.Array, trained_alpha: float) -> jax.Array:
+  """The weight of a policy's logits that turns its KL weight into another.
+
+  The optimum of V_alpha is proportional to pi_ref exp((1 - alpha) / alpha R).
+  So with pi the optimum of trained_alpha, alpha's is proportional to
+  pi_ref^(1 - weight) pi^weight for the ratio of the two factors of R.
+
+  Args:
+    alpha: [...] float in (0, 1], the KL weight that is asked for.
+    trained_alpha: in (0, 1), that of the policy.
+
+  Returns:
+    [...] float32: 1 at trained_alpha, above it below, 0 at alpha 1.
+
+  Source: Liu et al. 2024 (arXiv 2402.02992), for this V.
+  """
+  alpha = jnp.asarray(alpha, jnp.float32)
+  trained = jnp.float32(trained_alpha)
+  # Divided in one order: exactly 1 where the two are equal.
+  return ((1 - alpha) / alpha) / ((1 - trained) / trained)
 
 
 def coefficients(weights, alpha=None) -> jax.Array:

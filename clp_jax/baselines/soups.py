@@ -2,7 +2,9 @@
 
 A soup is a policy all of whose leaves are steerable and whose parameter sets
 are the finetuned policies, so that everything that works on a trained policy
-(evaluation, generation, export) works on it.
+(evaluation, generation, export) works on it. Where alpha varies, the last set
+is the reference, and the others were finetuned at the least alpha: then the
+soup interpolates between the two, by `weightings.realignment`.
 
 Source: Rame et al. 2023 (arXiv 2306.04488).
 """
@@ -16,6 +18,8 @@ import ml_collections
 
 from clp_jax import run_folder
 from clp_jax.config import ConfigError
+from clp_jax.initial import load_initial
+from clp_jax.models import t5
 from clp_jax.policy import Policy
 from clp_jax.train import checkpoints
 
@@ -35,7 +39,8 @@ def make_soup(
   """Writes the run folder of a soup.
 
   Args:
-    config: whose objectives, data, rewards and evaluation the soup has.
+    config: whose objectives, data, rewards, weightings and evaluation the soup
+      has.
     runs: objective -> folder of the run that was finetuned for it alone; all
       of them from one reference.
     workdir: the soup's folder.
@@ -43,40 +48,122 @@ def make_soup(
   Raises:
     ConfigError: when the runs do not fit the objectives or one another.
   """
+  combine(config, runs, workdir, mixing="parameters")
+
+
+def combine(
+  config: ml_collections.ConfigDict,
+  runs: Mapping[str, str],
+  workdir: str,
+  *,
+  mixing: str,
+  reference: str | None = None,
+) -> None:
+  """Writes the run folder of a policy that is made of finetuned ones.
+
+  Args:
+    config: as in `make_soup`.
+    runs: as in `make_soup`.
+    workdir: the folder to write.
+    mixing: "parameters" or "logits", what a weighting combines.
+    reference: a folder that holds a T5 (a run's, or a checkpoint's) to take
+      for the runs' own reference; None takes theirs.
+
+  Raises:
+    ConfigError: when the parts do not fit the objectives or one another.
+  """
   if set(runs) != set(config.objectives):
     raise ConfigError(
-      f"a soup needs one run for each of {', '.join(config.objectives)}, "
-      f"got {', '.join(runs)}."
+      f"this needs one finetuned run for each of "
+      f"{', '.join(config.objectives)}, got {', '.join(runs) or 'none'}."
     )
-  config = ml_collections.ConfigDict(config)
+  config = ml_collections.ConfigDict(config).copy_and_resolve_references()
   config.steering = "full"
-  run_folder.start(workdir, config)
+  config.algorithm = "none"  # these sets are not trained together
+  config.mixing = mixing
+  config.conditioning.kl_set = "trained"  # stored, as the others are
+  config.conditioning.shared = None
+  config.soft_tokens.length = None
+  config.prompting.style = "none"
+  config.prompting.sft_share = 0.0
+  alpha_varies = config.weightings.alpha_range is not None
+  if alpha_varies:
+    config.weightings.kl_coefficient = "realigned"
   parts = [Policy.load(runs[name]) for name in config.objectives]
   first = parts[0]
   for name, part in zip(config.objectives, parts, strict=True):
-    if part.objectives != (name,) or part.config.steering != "none":
-      raise ConfigError(
-        f"{runs[name]} is a run on {', '.join(part.objectives)} with steering "
-        f"{part.config.steering}; a soup needs one on {name} alone with "
-        "steering none."
-      )
-    if part.model_config != first.model_config or not _equal(
-      part.reference, first.reference
-    ):
-      raise ConfigError(
-        f"{runs[name]} and {first.workdir} start from different models; their "
-        "average means nothing. Finetune both from one model.init."
-      )
+    _check_part(config, name, part, first)
+  sets = [part.sets for part in parts]
+  vocabulary = run_folder.load_vocabulary_bytes(first.workdir)
+  start = first.reference
+  if reference is not None:
+    start = _load_reference(config, reference, first, vocabulary)
+  if alpha_varies:
+    sets.append(start)
+  # Nothing is written before all of it fits.
+  run_folder.start(workdir, config)
   if not run_folder.has_model(workdir):
-    run_folder.save_model(
-      workdir,
-      first.model_config,
-      run_folder.load_vocabulary_bytes(first.workdir),
-      first.reference,
+    run_folder.save_model(workdir, first.model_config, vocabulary, start)
+  checkpoints.save_params(workdir, sum(p.step for p in parts), stack(sets))
+
+
+def _check_part(
+  config: ml_collections.ConfigDict, name: str, part: Policy, first: Policy
+) -> None:
+  if part.objectives != (name,) or part.config.steering != "none":
+    raise ConfigError(
+      f"{part.workdir} is a run on {', '.join(part.objectives)} with steering "
+      f"{part.config.steering}; this needs one on {name} alone with "
+      "steering none."
     )
-  checkpoints.save_params(
-    workdir, sum(p.step for p in parts), stack([p.sets for p in parts])
-  )
+  _check_shape(part.workdir, part.model_config, first)
+  if not _equal(part.reference, first.reference):
+    raise ConfigError(
+      f"{part.workdir} and {first.workdir} start from different models; their "
+      "average means nothing. Finetune both from one model.init."
+    )
+  alpha_range = config.weightings.alpha_range
+  if alpha_range is not None and part.config.weightings.alpha != alpha_range[0]:
+    raise ConfigError(
+      f"{part.workdir} was finetuned at alpha "
+      f"{part.config.weightings.alpha:g}; to be steered from there to the "
+      f"reference it must be the least of weightings.alpha_range, "
+      f"{alpha_range[0]:g}."
+    )
+
+
+def _load_reference(
+  config: ml_collections.ConfigDict,
+  reference: str,
+  first: Policy,
+  vocabulary: bytes,
+) -> Params:
+  """Another reference's parameters, where it fits the finetuned policies."""
+  config = config.copy_and_resolve_references()
+  config.model.init = reference
+  initial = load_initial(config)
+  if initial.vocabulary != vocabulary:
+    raise ConfigError(
+      f"the reference {reference} has another vocabulary than {first.workdir}; "
+      "their logits are of different tokens. Take one that the run was "
+      "finetuned from, or that shares its SentencePiece model."
+    )
+  _check_shape(reference, initial.model_config, first)
+  return initial.params
+
+
+def _check_shape(name: str, model_config: t5.T5Config, first: Policy) -> None:
+  own, other = vars(first.model_config), vars(model_config)
+  differing = [
+    f"{field} = {other[field]!r} and {own[field]!r}"
+    for field in own
+    if other[field] != own[field]
+  ]
+  if differing:
+    raise ConfigError(
+      f"{name} and {first.workdir} are of different shapes "
+      f"({'; '.join(differing)}); combine models of one shape."
+    )
 
 
 def _equal(a: Params, b: Params) -> bool:

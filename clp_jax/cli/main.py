@@ -18,6 +18,8 @@ COMMANDS = {
   "train-sft": "finetune a T5 on reference summaries, and no more",
   "train-reward": "train a preference model from pairs of responses",
   "evaluate": "sweep the weightings of a run on held-out prompts",
+  "experiment": "run an experiment of the paper, every method and seed",
+  "compare": "compare the fronts of several runs, with intervals",
   "generate": "summarise documents at any weighting",
   "export": "write one policy of a run as an ordinary T5 checkpoint",
 }

@@ -364,7 +364,11 @@ _COLOURS = (
 _MARKERS = "osD^vP"  # Six against seven colours: 42 styles.
 
 
-def plot_fronts(fronts: Sequence[Front], path: str | os.PathLike[str]) -> None:
+def plot_fronts(
+  fronts: Sequence[Front],
+  path: str | os.PathLike[str],
+  errors: str = "prompts",
+) -> None:
   """Draws fronts over the same objectives into a PNG.
 
   One reward is drawn against KL, two in their plane, more as a panel for each
@@ -374,6 +378,7 @@ def plot_fronts(fronts: Sequence[Front], path: str | os.PathLike[str]) -> None:
   Args:
     fronts: one or more, with the same objectives.
     path: of the PNG.
+    errors: what the standard errors are over, for the caption.
 
   Raises:
     FrontError: no fronts, or fronts over different objectives.
@@ -420,7 +425,7 @@ def plot_fronts(fronts: Sequence[Front], path: str | os.PathLike[str]) -> None:
   )
   figure.supxlabel(
     "Hollow: dominated by another point of its front. Bars: one standard "
-    f"error over prompts. Labels: {fronts[0].method}.",
+    f"error over {errors}. Labels: {fronts[0].method}.",
     fontsize="x-small",
     color="0.4",
     x=0.01,

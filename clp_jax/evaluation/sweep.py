@@ -19,7 +19,7 @@ from clp_jax import config as config_lib
 from clp_jax import progress, sharding, weightings
 from clp_jax.batches import eval_batch
 from clp_jax.data import tasks
-from clp_jax.evaluation import report
+from clp_jax.evaluation import measurements, report
 from clp_jax.models import decoding, t5
 from clp_jax.policy import Policy
 from clp_jax.rewards import base as rewards_lib
@@ -44,6 +44,14 @@ class Measured(NamedTuple):
   kl: np.ndarray  # [P, n] float32, summed log-ratio, nats
 
 
+class Sweep(NamedTuple):
+  """What a sweep found; P points."""
+
+  front: report.Front
+  samples: list[dict[str, Any]]  # rows of samples.jsonl
+  measured: measurements.Measurements
+
+
 def sweep(
   policy: Policy,
   rewards: list[rewards_lib.Reward],
@@ -53,7 +61,7 @@ def sweep(
   num_prompts: int,
   seed: int,
   training_samples: int | None = None,
-) -> tuple[report.Front, list[dict[str, Any]]]:
+) -> Sweep:
   """Evaluates a policy over the simplex, as its config's `eval` says.
 
   Args:
@@ -67,7 +75,7 @@ def sweep(
     training_samples: responses sampled in training, for the report.
 
   Returns:
-    (the front, rows of samples.jsonl).
+    The front, rows of samples.jsonl and what rewards.npz holds.
 
   Raises:
     ValueError: for too few prompts or an unusable grid.
@@ -76,14 +84,14 @@ def sweep(
   config = policy.config
   batch = eval_batch(config, policy.vocabulary, num_prompts)
   measure = make_measure(policy, rewards, batch, seed)
-  points, samples = [], []
+  points, samples, rewards_seen, kl_seen = [], [], [], []
   todo = weightings_grid(policy, grid)
   with progress.track(len(todo), f"evaluate {method}") as advance:
     for weights, alpha in todo:
       named = dict(zip(policy.objectives, map(float, weights), strict=True))
       steer = alpha if _has_alpha(policy) else None
       measured = measure(
-        policy.params(named, steer),
+        policy.steered(named, steer),
         Weighting(jnp.asarray(weights)[None], jnp.asarray([alpha])),
       )
       value = (1 - alpha) * measured.rewards @ weights - alpha * measured.kl
@@ -101,6 +109,8 @@ def sweep(
         )
       )
       samples += _sample_rows(policy, batch, named, alpha, measured)
+      rewards_seen.append(measured.rewards)
+      kl_seen.append(measured.kl)
       advance(1, {name: mean.mean for name, mean in means.items()})
   reference_point = config.eval.reference_point
   if reference_point is None:
@@ -117,13 +127,22 @@ def sweep(
       "max_length": config.data.target_length,
       "split": config.data.eval_split,
       "seed": seed,
+      "grid": grid,
       "source_length": config.data.source_length,
       "cut_documents": batch.num_cut,
     },
     reference_point=reference_point,
     training_samples=training_samples,
   )
-  return front, samples
+  return Sweep(
+    front,
+    samples,
+    measurements.Measurements(
+      np.stack(rewards_seen),
+      np.stack(kl_seen),
+      measurements.digest(batch.documents),
+    ),
+  )
 
 
 def weightings_grid(
@@ -146,6 +165,10 @@ def weightings_grid(
 
 def method_name(config: ml_collections.ConfigDict) -> str:
   """How a run's policy is conditioned, such as "full-CLP + prompting"."""
+  if config.mixing == "logits":
+    return "MOD" if config.weightings.alpha_range is None else "DeRa"
+  if config.algorithm == "none":
+    return "Rewarded Soups"
   parts = []
   if config.steering in METHODS:
     parts.append(METHODS[config.steering])
@@ -173,7 +196,7 @@ def make_measure(
   """Compiles sampling and scoring once.
 
   Returns:
-    (parameters, one weighting for the prompts or None) -> Measured.
+    (from `Policy.steered`, one weighting for the prompts or None) -> Measured.
   """
   config = policy.config
   settings = config.eval
@@ -185,7 +208,6 @@ def make_measure(
       f"eval.batch = {settings.batch} is not a multiple of the mesh's data "
       f"axis, {data}; change one of them."
     )
-  model = t5.T5(policy.model_config)
   temperature = settings.temperature
   rows = sharding.row_sharding(policy.mesh)
   # The divergence is that of what is sampled; greedy decoding has none, there
@@ -193,18 +215,19 @@ def make_measure(
   logp_temperature = temperature or 1.0
 
   @jax.jit
-  def sample(params, reference, tokens, keys, weighting):
+  def sample(steered, reference, tokens, keys, weighting):
     tokens = jax.lax.with_sharding_constraint(tokens, rows)
     prompted = tokens
     if policy.prompts is not None and weighting is not None:
       prompted = policy.prompts.prepend(tokens, weighting)
-    samples = decoding.sample(
-      model,
-      params,
-      prompted,
+    next_logits, cache = policy.start(
+      steered, prompted, num_samples=settings.samples
+    )
+    samples = decoding.sample_from(
+      next_logits,
+      cache,
       keys,
       max_length=config.data.target_length,
-      num_samples=settings.samples,
       temperature=temperature,
       logp_temperature=logp_temperature,
       allowed=policy.allowed,
@@ -225,7 +248,7 @@ def make_measure(
   last = prompts - 1
   keys = row_keys(jax.random.key(seed), num_batches * size * n)
 
-  def measure(params, weighting: Weighting | None = None) -> Measured:
+  def measure(steered, weighting: Weighting | None = None) -> Measured:
     responses: list[str] = []
     kls = []
     for i in range(num_batches):
@@ -233,7 +256,7 @@ def make_measure(
       index = np.minimum(np.arange(i * size, (i + 1) * size), last)
       real = min(size, prompts - i * size) * n
       tokens, mask, kl = sample(
-        params,
+        steered,
         policy.reference,
         batch.encoder_input_tokens[index],
         keys[i * size * n : (i + 1) * size * n],
@@ -301,7 +324,7 @@ def evaluate_run(
       policy.step * config.rollout.prompts * config.rollout.samples
     )
   with config_lib.as_config_error():
-    front, samples = sweep(
+    found = sweep(
       policy,
       config_lib.load_rewards(config, policy.mesh),
       method=method,
@@ -310,8 +333,8 @@ def evaluate_run(
       seed=seed,
       training_samples=training_samples,
     )
-  save(f"{workdir}/evaluation", front, samples)
-  return front
+  save(f"{workdir}/evaluation", found)
+  return found.front
 
 
 def _sample_rows(policy, batch, weights, alpha, measured) -> list[dict]:
@@ -335,14 +358,14 @@ def _sample_rows(policy, batch, weights, alpha, measured) -> list[dict]:
   ]
 
 
-def save(
-  directory: str, front: report.Front, samples: list[dict[str, Any]]
-) -> None:
-  """Writes front.json, front.csv, pareto.png and samples.jsonl."""
+def save(directory: str, found: Sweep) -> None:
+  """Writes rewards.npz, samples.jsonl, pareto.png, front.csv and front.json."""
   path = epath.Path(directory)
   path.mkdir(parents=True, exist_ok=True)
-  report.save_front(directory, front)
-  report.plot_fronts([front], path / "pareto.png")
+  measurements.save(directory, found.measured)
   (path / "samples.jsonl").write_text(
-    "".join(json.dumps(row) + "\n" for row in samples)
+    "".join(json.dumps(row) + "\n" for row in found.samples)
   )
+  report.plot_fronts([found.front], path / "pareto.png")
+  # Last: its presence says that the sweep is complete.
+  report.save_front(directory, found.front)

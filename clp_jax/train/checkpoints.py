@@ -215,6 +215,19 @@ def save_params(workdir: str, step: int, params: Tree) -> None:
   manager.close()
 
 
+def newest_step(workdir: str) -> int | None:
+  """The newest step that a run has saved; None without any."""
+  directory = run_folder.folder(workdir) / "checkpoints"
+  if not directory.exists():
+    return None
+  manager = ocp.CheckpointManager(
+    directory, options=ocp.CheckpointManagerOptions(read_only=True)
+  )
+  step = manager.latest_step()
+  manager.close()
+  return step
+
+
 def load_params(
   workdir: str, abstract: Tree, step: int | None = None
 ) -> tuple[Tree, int]:

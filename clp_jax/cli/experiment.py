@@ -1,0 +1,199 @@
+"""`clp experiment`: an experiment of the paper, end to end.
+
+Besides the experiments, `costs` measures what the methods cost, and `results`
+writes a page of all that was run.
+"""
+
+import argparse
+
+from clp_jax.cli import arguments
+from clp_jax.config import ConfigError
+
+EXAMPLE = "clp experiment two-reward --seeds 3 --workdir runs/experiments"
+NAMES = (
+  "single-reward-multi-kl",
+  "two-reward",
+  "three-reward",
+  "training-steps",
+  "model-size",
+  "weighting-distribution",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the command's arguments."""
+  parser.add_argument(
+    "name",
+    metavar="NAME",
+    help=f"{', '.join(NAMES)}; costs, what the methods cost; results, a page "
+    "of all that was run",
+  )
+  arguments.add_workdir(parser, default="runs/experiments")
+  parser.add_argument(
+    "--seeds",
+    type=arguments.positive,
+    default=3,
+    metavar="N",
+    help="training seeds 0 to N - 1 (default: 3)",
+  )
+  parser.add_argument(
+    "--checkpoints",
+    type=arguments.positive,
+    default=2,
+    metavar="N",
+    help="supervised checkpoints that the seeds start from in turn, where the "
+    "config finetunes (default: 2)",
+  )
+  parser.add_argument(
+    "--methods",
+    type=_names,
+    metavar="A,B,...",
+    help="instead of the experiment's own; the first is what the others are "
+    "compared with",
+  )
+  parser.add_argument(
+    "--values",
+    type=_names,
+    metavar="A,B,...",
+    help="of what an ablation varies, instead of its own",
+  )
+  parser.add_argument(
+    "--config",
+    metavar="FILE",
+    help="the base config (default: the built-in world's); --config.path.to."
+    "field=value overrides a field of either",
+  )
+  for name, text in (
+    ("--steps", "training steps of a method (default: the config's)"),
+    ("--sft-steps", "supervised steps before (default: the config's)"),
+    ("--prompts", "held-out prompts (default: the config's)"),
+    (
+      "--grid",
+      "points an edge of the simplex (default: --config's, or its own)",
+    ),
+  ):
+    parser.add_argument(name, type=arguments.positive, metavar="N", help=text)
+  parser.add_argument(
+    "--report-only",
+    action="store_true",
+    help="train nothing: compare what is finished",
+  )
+  parser.add_argument(
+    "--output",
+    metavar="FILE",
+    help="of results (default: docs/RESULTS.md)",
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Runs the command."""
+  if args.output is not None and args.name != "results":
+    raise ConfigError(f"--output is of results, not of {args.name}.")
+  if args.name in ("costs", "results"):
+    _only(args, "workdir", *(["output"] if args.name == "results" else []))
+    (_measure_costs if args.name == "costs" else _write_results)(args)
+    return
+  if args.name not in NAMES:
+    raise ConfigError(
+      f"there is no experiment {args.name!r}; there are {', '.join(NAMES)}, "
+      "and costs and results."
+    )
+  from clp_jax import config as config_lib
+  from clp_jax import demo
+  from clp_jax.experiments import plans, running
+  from clp_jax.run_folder import RunError
+
+  experiment = plans.EXPERIMENTS[args.name]
+  config = arguments.load_config(args.config or demo.__file__, args.rest)
+  overridden = any(a.startswith("--config.eval.grid") for a in args.rest)
+  if args.grid is not None:
+    config.eval.grid = args.grid
+  elif args.config is None and not overridden:
+    config.eval.grid = experiment.grid
+  if args.prompts is not None:
+    config.eval.prompts = args.prompts
+  if args.sft_steps is not None:
+    config.sft.steps = args.sft_steps
+  if args.steps is not None:
+    plans.set_steps(config, args.steps)
+  config_lib.validate(plans.base_config(experiment, config))
+  plan = running.make_plan(
+    args.name,
+    config,
+    methods=args.methods,
+    values=args.values,
+    seeds=args.seeds,
+    num_checkpoints=args.checkpoints,
+    workdir=args.workdir,
+    command=_command(args),
+  )
+  failures = running.run(plan, train=not args.report_only)
+  directory = f"{args.workdir}/{args.name}"
+  with open(f"{directory}/comparison.md", encoding="utf-8") as text:
+    print(text.read())
+  print(f"{directory}/comparison.csv")
+  print(f"{directory}/fronts.png")
+  print(f"{directory}/report.html")
+  if failures:
+    raise RunError(
+      f"{len(failures)} of the runs failed, the others are compared in "
+      f"{directory}; start the same command again to try them once more. "
+      + "; ".join(failures)
+    )
+
+
+def _only(args: argparse.Namespace, *names: str) -> None:
+  """Raises ConfigError for options that costs and results do not have."""
+  parser = argparse.ArgumentParser()
+  add_arguments(parser)
+  for name, value in vars(args).items():
+    default = parser.get_default(name)
+    known = ("name", "command", "run", "rest", *names)
+    if (name not in known and value != default) or (name == "rest" and value):
+      option = name.replace("_", "-")
+      shown = " ".join(args.rest) if name == "rest" else f"--{option}"
+      raise ConfigError(f"{shown} is not an option of {args.name}.")
+
+
+def _measure_costs(args: argparse.Namespace) -> None:
+  from clp_jax.experiments import results
+
+  results.measure_costs(
+    args.workdir, f"clp experiment costs --workdir {args.workdir}"
+  )
+  print(f"{args.workdir}/costs/costs.json")
+
+
+def _write_results(args: argparse.Namespace) -> None:
+  import pathlib
+
+  from clp_jax.experiments import results
+
+  output = pathlib.Path(args.output or "docs/RESULTS.md")
+  commands = {
+    name: f"clp experiment {name} --workdir {args.workdir}"
+    for name in (*NAMES, "costs", "results")
+  }
+  text = results.page(args.workdir, str(output.parent / "results"), commands)
+  output.parent.mkdir(parents=True, exist_ok=True)
+  output.write_text(text, encoding="utf-8")
+  print(output)
+
+
+def _names(text: str) -> tuple[str, ...]:
+  return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _command(args: argparse.Namespace) -> str:
+  """The command line again, but for --report-only."""
+  import shlex
+
+  parts = ["clp", "experiment", args.name]
+  parts += ["--seeds", str(args.seeds), "--checkpoints", str(args.checkpoints)]
+  for name in ("methods", "values"):
+    if getattr(args, name) is not None:
+      parts += [f"--{name}", ",".join(getattr(args, name))]
+  for name in ("config", "steps", "sft_steps", "prompts", "grid"):
+    if getattr(args, name) is not None:
+      parts += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+  return shlex.join([*parts, *args.rest, "--workdir", args.workdir])

@@ -1,0 +1,262 @@
+"""A comparison as files: table, fronts and one page.
+
+comparison.md    tables, also what the terminal shows
+comparison.csv   a row a method, full precision
+comparison.json  everything, seed by seed
+fronts.png       every method's front, mean over its runs
+report.html      all of it on one page, with samples and configs
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.box
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from clp_jax.evaluation import html, report
+from clp_jax.evaluation.compare import Comparison, Value, in_plane, mean_front
+
+Row = dict[str, str]
+
+
+def tables(found: Comparison) -> dict[str, list[Row]]:
+  """Title -> rows of text, column -> cell, for every way of showing them."""
+  methods = []
+  for name in found.methods:
+    values = found.values[name]
+    samples = found.runs[name][0].front.training_samples
+    row = {
+      "method": name,
+      "runs": str(len(found.runs[name])),
+      "samples": "-" if samples is None else f"{samples:,}",
+    }
+    row |= {m: shown(values[m], _digits(m)) for m in found.metrics}
+    methods.append(row)
+  made = {"Methods": methods}
+  if found.differences:
+    first = found.methods[0]
+    rows = []
+    for name, values in found.differences.items():
+      row = {"method": name}
+      for m in (*found.reference_points, "spread", "utility", "value"):
+        row[m] = shown(values[m], _digits(m), sign=True)
+      row[f"dominated by {first}"] = f"{found.dominated[first][name]:.2f}"
+      row[f"dominates of {first}"] = f"{found.dominated[name][first]:.2f}"
+      rows.append(row)
+    made[f"Differences from {first}"] = rows
+  return {title: _without_empty(rows) for title, rows in made.items()}
+
+
+def note(found: Comparison) -> str:
+  """What the tables' figures are, in a paragraph."""
+  points = [
+    f"{name[0].upper()}{name[1:]} above ("
+    + ", ".join(f"{k} = {v:g}" for k, v in point.items())
+    + ")"
+    for name, point in found.reference_points.items()
+  ]
+  several = any(len(runs) > 1 for runs in found.runs.values())
+  front = found.runs[found.methods[0]][0].front
+  plane = in_plane(front)
+  return (
+    f"{'; '.join(points)}. "
+    + ("Means over runs +- standard error over them. " if several else "")
+    + f"In brackets 95% intervals over prompts{' and seeds' * several}, "
+    f"{found.bootstrap} basic bootstrap resamples of {front.prompts} prompts. "
+    "Rank corr.: Spearman's, of each reward with "
+    + ("-alpha. " if plane else "its weight. ")
+    + "Utility and value: means over the distribution Q of the weighted "
+    "rewards, and of the objective with its KL term. Dominated: share of "
+    "points beaten in every " + ("reward and in KL." if plane else "reward.")
+  )
+
+
+def shown(value: Value, digits: int, sign: bool = False) -> str:
+  """0.7987 +- 0.0012 [0.7961, 0.8013], as far as it is known."""
+  if not math.isfinite(value.mean):
+    return "-"
+  plus = "+" if sign else ""
+  text = f"{value.mean:{plus}.{digits}f}"
+  if value.stderr is not None:
+    text += f" \u00b1 {value.stderr:.{digits}f}"
+  if math.isfinite(value.low):
+    text += f" [{value.low:{plus}.{digits}f}, {value.high:{plus}.{digits}f}]"
+  return text
+
+
+def markdown(found: Comparison) -> str:
+  """The tables with their note."""
+  parts = []
+  for title, rows in tables(found).items():
+    parts.append(f"### {title}\n\n{markdown_table(rows)}")
+  return "\n".join(parts) + f"\n{note(found)}\n"
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+  """Rows as a markdown table."""
+  columns = list(rows[0])
+  lines = [columns, ["---"] * len(columns)]
+  lines += [
+    [row[column].replace("|", "\\|") for column in columns] for row in rows
+  ]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def to_csv(found: Comparison) -> str:
+  """A row a method: mean, stderr, low and high of every metric."""
+  rows = []
+  for name in found.methods:
+    row: dict[str, Any] = {"method": name, "runs": len(found.runs[name])}
+    row["training_samples"] = found.runs[name][0].front.training_samples
+    for metric in found.metrics:
+      for part, number in found.values[name][metric]._asdict().items():
+        row[f"{metric} {part}"] = _number(number)
+    rows.append(row)
+  out = io.StringIO()
+  writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  return out.getvalue()
+
+
+def to_json(found: Comparison) -> dict[str, Any]:
+  """Everything, as JSON values; what is not defined is null."""
+
+  def values(of: Mapping[str, Value]) -> dict[str, Any]:
+    return {
+      metric: {k: _number(x) for k, x in value._asdict().items()}
+      for metric, value in of.items()
+    }
+
+  return {
+    "objectives": list(found.objectives),
+    "reference_points": found.reference_points,
+    "bootstrap": found.bootstrap,
+    "methods": {
+      name: {
+        "runs": [
+          {"path": run.path, "seed": run.seed, "step": run.front.step}
+          for run in found.runs[name]
+        ],
+        "training_samples": found.runs[name][0].front.training_samples,
+        "metrics": values(found.values[name]),
+        "difference": (
+          values(found.differences[name]) if name in found.differences else None
+        ),
+        "dominates": found.dominated[name],
+      }
+      for name in found.methods
+    },
+  }
+
+
+def save(
+  directory: str,
+  found: Comparison,
+  *,
+  title: str,
+  commands: Sequence[str],
+  configs: Mapping[str, Mapping[str, Any]],
+  samples: Sequence[Mapping[str, Any]],
+  unsupported: html.Checker | None = None,
+) -> str:
+  """Writes the files of the module.
+
+  Args:
+    directory: the folder.
+    found: the comparison.
+    title: of the page.
+    commands: that make it again.
+    configs: of the runs, by name.
+    samples: rows of samples.jsonl, with "method".
+    unsupported: see `html.render`.
+
+  Returns:
+    The address of report.html.
+  """
+  path = epath.Path(directory)
+  path.mkdir(parents=True, exist_ok=True)
+  fronts = [mean_front(found.runs[name], name) for name in found.methods]
+  several = any(len(runs) > 1 for runs in found.runs.values())
+  report.plot_fronts(
+    fronts, path / "fronts.png", errors="runs" if several else "prompts"
+  )
+  report.write(path / "comparison.md", markdown(found).encode())
+  report.write(path / "comparison.csv", to_csv(found).encode())
+  content = json.dumps(to_json(found), indent=2, allow_nan=False) + "\n"
+  report.write(path / "comparison.json", content.encode())
+  made = tables(found)
+  page = html.render(
+    title,
+    fronts=[report.to_json(front) for front in fronts],
+    tables=[
+      html.Table(name, rows, note(found) if i == len(made) - 1 else "")
+      for i, (name, rows) in enumerate(made.items())
+    ],
+    samples=samples,
+    configs=configs,
+    commands=commands,
+    unsupported=unsupported,
+  )
+  return html.save(path / "report.html", page)
+
+
+def print_tables(found: Comparison) -> None:
+  """Prints the tables to stdout; 80 columns where that is no terminal."""
+  console = Console()
+  for title, rows in tables(found).items():
+    table = Table(
+      title=title,
+      title_justify="left",
+      box=rich.box.SIMPLE_HEAD,
+      pad_edge=False,
+    )
+    for i, column in enumerate(rows[0]):
+      table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+      table.add_row(*(Text(cell) for cell in row.values()))
+    console.print(table)
+  console.print(note(found), highlight=False)
+
+
+def samples_of(found: Comparison) -> list[dict[str, Any]]:
+  """Rows of samples.jsonl of each method's first run, with "method"."""
+  rows = []
+  for name in found.methods:
+    file = epath.Path(found.runs[name][0].path) / "evaluation/samples.jsonl"
+    if file.exists():
+      for line in file.read_text().splitlines():
+        rows.append({"method": name} | json.loads(line))
+  return rows
+
+
+def configs_of(found: Comparison) -> dict[str, Any]:
+  """config.json of each method's first run."""
+  configs = {}
+  for name in found.methods:
+    file = epath.Path(found.runs[name][0].path) / "config.json"
+    if file.exists():
+      configs[name] = json.loads(file.read_text())
+  return configs
+
+
+def _without_empty(rows: list[Row]) -> list[Row]:
+  kept = [c for c in rows[0] if any(row[c] != "-" for row in rows)]
+  return [{column: row[column] for column in kept} for row in rows]
+
+
+def _digits(metric: str) -> int:
+  return 2 if metric.startswith("rank corr") else 4
+
+
+def _number(value: Any) -> Any:
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value

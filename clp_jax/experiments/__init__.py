@@ -1,0 +1,1 @@
+"""The paper's experiments, end to end: what `clp experiment` runs."""

@@ -1,0 +1,147 @@
+"""The six experiments as data: what each trades off, varies and compares."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from clp_jax.config import ConfigError
+
+CLP = ("clp-full", "clp-attention", "clp-logits")
+
+
+class Axis(NamedTuple):
+  """What an ablation varies."""
+
+  what: str  # in labels
+  parse: type  # of a value on the command line
+  values: tuple[Any, ...]  # on the built-in world
+
+
+class Experiment(NamedTuple):
+  """One experiment of the paper."""
+
+  question: str
+  objectives: tuple[str, ...]
+  methods: tuple[str, ...]  # unless --methods says otherwise; the first is
+  # what the others are compared with
+  # (low, high) of the KL weights where that is the trade-off.
+  alpha_range: tuple[float, float] | None = None
+  # Points an edge of the simplex, or of the alphas.
+  grid: int = 11
+  # Weightings (weights, or alphas) of the oracle runs.
+  oracles: tuple[Any, ...] = ()
+  axis: Axis | None = None
+  # On the built-in world, where the front's worst corner is known: a second
+  # reference point, near to it.
+  near: Mapping[str, float] | None = None
+
+
+_TWO = Experiment(
+  question="Two rewards at one KL weight: which front is better, and steers?",
+  objectives=("rouge", "nli"),
+  methods=(
+    *CLP,
+    *("prompting", "clp-full-prompting", "soft-tokens"),
+    *("rewarded-soups", "rewarded-soups-mx", "mod"),
+    *("svd-lora", "lora", "oracle"),
+  ),
+  oracles=((0.2, 0.8), (0.5, 0.5), (0.8, 0.2)),
+  near={"rouge": 0.55, "nli": 0.65},
+)
+_ABLATION = ("clp-full", "clp-attention", "rewarded-soups")
+
+EXPERIMENTS: dict[str, Experiment] = {
+  "single-reward-multi-kl": Experiment(
+    question="One reward at many KL weights: reward against KL.",
+    objectives=("nli",),
+    methods=(
+      *CLP,
+      *("prompting", "soft-tokens"),
+      *("rewarded-soups", "rewarded-soups-mx", "dera"),
+      *("svd-lora", "lora", "oracle"),
+    ),
+    alpha_range=(0.01, 0.1),
+    oracles=(0.01, 0.1),
+    near={"nli": 0.65, "kl": 10.0},
+  ),
+  "two-reward": _TWO,
+  "three-reward": Experiment(
+    question="Three rewards at one KL weight.",
+    objectives=("rouge", "nli", "tldr"),
+    methods=_TWO.methods,
+    grid=7,
+    oracles=((1 / 3, 1 / 3, 1 / 3),),
+    near={"rouge": 0.55, "nli": 0.5, "tldr": 0.4},
+  ),
+  "training-steps": _TWO._replace(
+    question="How many training steps the front needs.",
+    methods=_ABLATION,
+    axis=Axis("steps", int, (125, 250, 500, 1000)),
+  ),
+  "model-size": _TWO._replace(
+    question="What the model's size changes.",
+    methods=_ABLATION,
+    axis=Axis("model", str, ("micro", "tiny", "mini")),
+  ),
+  "weighting-distribution": _TWO._replace(
+    question="What Q, the distribution of weightings in training, changes.",
+    methods=("clp-full", "clp-attention"),
+    axis=Axis("concentration", float, (0.2, 0.5, 1.0, 4.0)),
+  ),
+}
+
+
+def with_value(
+  config: ml_collections.ConfigDict, what: str, value: Any
+) -> ml_collections.ConfigDict:
+  """A copy of the config at one value of an ablation's axis."""
+  config = config.copy_and_resolve_references()
+  if what == "steps":
+    set_steps(config, value)
+  elif what == "model":
+    config.model.init = value
+  elif what == "concentration":
+    config.weightings.concentration = value
+  else:
+    raise ValueError(f"no axis {what!r}.")
+  return config
+
+
+def set_steps(config: ml_collections.ConfigDict, steps: int) -> None:
+  """Trains for so many steps; where the rate decays, over as many."""
+  config.train.steps = steps
+  if config.optimizer.decay_steps is not None:
+    config.optimizer.decay_steps = max(steps, 1)
+
+
+def base_config(
+  experiment: Experiment, config: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
+  """The config that all methods of an experiment start from.
+
+  Args:
+    experiment: of EXPERIMENTS.
+    config: the user's, or the built-in world's.
+
+  Raises:
+    ConfigError: when it does not describe a reward of the experiment.
+  """
+  config = config.copy_and_resolve_references()
+  missing = [o for o in experiment.objectives if o not in config.rewards]
+  if missing:
+    raise ConfigError(
+      f"this experiment is about {', '.join(experiment.objectives)}, and "
+      f"config.rewards does not describe {', '.join(missing)}; it describes "
+      f"{', '.join(config.rewards)}."
+    )
+  config.objectives = experiment.objectives
+  point = config.eval.reference_point
+  if point is not None and len(point) != len(experiment.objectives):
+    config.eval.reference_point = None
+  if experiment.alpha_range is not None:
+    if config.weightings.alpha_range is None:
+      config.weightings.alpha_range = experiment.alpha_range
+  else:
+    config.weightings.alpha_range = None
+  return config

@@ -1,0 +1,543 @@
+"""Runs an experiment: every method, value and seed, each in its own folder.
+
+  DIR/sft/<name>     supervised checkpoints, shared by all experiments
+  DIR/runs/<name>    runs: named by method, seed and a digest of the config
+  DIR/<experiment>/  the comparison's files, written after every seed
+
+A folder's name says what is in it, so an experiment that is started again skips
+what is finished and resumes what is not, experiments share runs, and another
+setting is another folder. A run that fails is noted and the others go on.
+
+All methods of a seed start from the same supervised checkpoint, answer the same
+held-out prompts with the same decoding and random keys, and train on the same
+data order. Seed s starts from checkpoint s mod `checkpoints`.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from clp_jax import config as config_lib
+from clp_jax import run_folder
+from clp_jax.baselines import dera, soups
+from clp_jax.config import ConfigError
+from clp_jax.data.tasks import fact_checker
+from clp_jax.evaluation import (
+  compare,
+  comparison,
+  measurements,
+  report,
+  sweep,
+)
+from clp_jax.experiments import methods as methods_lib
+from clp_jax.experiments import plans
+from clp_jax.experiments.methods import METHODS, Method
+from clp_jax.models.presets import PRESETS
+from clp_jax.train import checkpoints, loop, moft, sft
+
+EVALUATION_SEED = 0  # the same draws for all methods and training seeds
+RECORD = "experiment.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """All that an experiment will run."""
+
+  name: str
+  methods: tuple[str, ...]
+  values: tuple[Any, ...]  # of the axis; (None,) without one
+  seeds: tuple[int, ...]
+  checkpoints: int  # supervised, that the seeds start from in turn
+  config: ml_collections.ConfigDict  # from plans.base_config
+  workdir: str
+  command: str
+
+  @property
+  def experiment(self) -> plans.Experiment:
+    return plans.EXPERIMENTS[self.name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One method at one value of the axis, from one seed."""
+
+  method: str
+  value: Any
+  seed: int
+
+
+def make_plan(
+  name: str,
+  config: ml_collections.ConfigDict,
+  *,
+  methods: tuple[str, ...] | None,
+  values: tuple[str, ...] | None,
+  seeds: int,
+  num_checkpoints: int,
+  workdir: str,
+  command: str,
+) -> Plan:
+  """A plan that can run to its end, as far as can be told before.
+
+  Args:
+    name: of plans.EXPERIMENTS.
+    config: the base config, checked by config.validate.
+    methods: of methods.METHODS; None takes the experiment's.
+    values: of its axis, as text; None takes the experiment's.
+    seeds: how many, from 0.
+    num_checkpoints: supervised checkpoints that they start from.
+    workdir: the folder of all experiments.
+    command: that this plan comes from, for the record.
+
+  Raises:
+    ConfigError: a method that does not fit, a value that is not one, a config
+      that can't be trained.
+  """
+  experiment = plans.EXPERIMENTS[name]
+  config = plans.base_config(experiment, config)
+  names = methods_lib.chosen(
+    experiment.methods if methods is None else methods,
+    name,
+    experiment.alpha_range is not None,
+  )
+  parsed: tuple[Any, ...] = (None,)
+  if experiment.axis is not None:
+    parsed = experiment.axis.values
+    if values is not None:
+      try:
+        parsed = tuple(experiment.axis.parse(v) for v in values)
+      except ValueError as error:
+        raise ConfigError(
+          f"--values of {name} are of its {experiment.axis.what}: {error}."
+        ) from error
+  elif values is not None:
+    raise ConfigError(
+      f"--values: {name} varies nothing; these do: "
+      + ", ".join(n for n, e in plans.EXPERIMENTS.items() if e.axis)
+      + "."
+    )
+  plan = Plan(
+    name=name,
+    methods=tuple(names),
+    values=parsed,
+    seeds=tuple(range(seeds)),
+    checkpoints=num_checkpoints if config.sft.steps else 1,
+    config=config,
+    workdir=workdir,
+    command=command,
+  )
+  for cell in cells(plan):
+    if METHODS[cell.method].overrides is not None:
+      config_lib.validate(_config(plan, cell))
+  return plan
+
+
+def cells(plan: Plan) -> Iterator[Cell]:
+  """Everything to run, seed by seed, so that whole seeds are done first."""
+  for seed in plan.seeds:
+    for value in plan.values:
+      for method in plan.methods:
+        yield Cell(method, value, seed)
+
+
+def run(plan: Plan, *, train: bool) -> list[str]:
+  """Runs what is not finished, and writes the comparison.
+
+  Args:
+    plan: from `make_plan`.
+    train: False writes the comparison of what is finished, and runs nothing.
+
+  Returns:
+    What failed, a line each.
+
+  Raises:
+    loop.Preempted: after SIGTERM, with everything saved.
+    FrontError: when nothing is finished.
+  """
+  failures = []
+  for seed in plan.seeds:
+    for cell in cells(plan):
+      if not train or cell.seed != seed:
+        continue
+      try:
+        _finish(plan, cell)
+      except loop.Preempted:
+        raise
+      # A run over days goes on without what can't be run, whatever the reason.
+      except Exception as error:
+        logging.warning("%s", _failure(plan, cell, error))
+        failures.append(_failure(plan, cell, error))
+    if train and any(_is_finished(plan, cell) for cell in cells(plan)):
+      write(plan, failures)
+  write(plan, failures)
+  return failures
+
+
+def write(plan: Plan, failures: list[str]) -> compare.Comparison:
+  """Compares what is finished, into DIR/<experiment>.
+
+  Raises:
+    FrontError: when nothing is.
+  """
+  methods: dict[str, list[compare.Run]] = {}
+  missing = []
+  for cell in cells(plan):
+    if _is_finished(plan, cell):
+      methods.setdefault(_label(plan, cell), []).append(
+        compare.load_run(_folder(plan, cell), cell.seed)
+      )
+    else:
+      missing.append(f"{_label(plan, cell)}, seed {cell.seed}")
+  if not methods:
+    raise report.FrontError(
+      f"no run of {plan.name} in {plan.workdir} is finished; there is nothing "
+      "to compare."
+    )
+  near = None
+  if plan.config.data.task == "newsroom":
+    near = plan.experiment.near
+  found = compare.compare(
+    methods,
+    distribution=config_lib.distribution(plan.config),
+    near=near,
+    seed=0,
+  )
+  directory = f"{plan.workdir}/{plan.name}"
+  comparison.save(
+    directory,
+    found,
+    title=f"{plan.name}: {plan.experiment.question}",
+    commands=[plan.command],
+    configs=comparison.configs_of(found),
+    samples=comparison.samples_of(found),
+    unsupported=fact_checker(plan.config.data.task),
+  )
+  run_folder.write_json(
+    epath.Path(directory) / RECORD,
+    {
+      "experiment": plan.name,
+      "question": plan.experiment.question,
+      "command": plan.command,
+      "date": datetime.date.today().isoformat(),
+      "machine": machine(),
+      "seeds": sorted({run.seed for runs in methods.values() for run in runs}),
+      "planned_seeds": list(plan.seeds),
+      "checkpoints": plan.checkpoints,
+      "checkpoints_used": sorted(
+        {
+          int(run.seed or 0) % plan.checkpoints
+          for runs in methods.values()
+          for run in runs
+        }
+      ),
+      "failures": failures,
+      "missing": missing,
+      "oracles": _against_oracles(found, plan),
+      "config": config_lib.to_json(plan.config),
+    },
+  )
+  return found
+
+
+def machine() -> str:
+  """What ran it, in words."""
+  name = platform.processor() or platform.machine()
+  info = "/proc/cpuinfo"
+  if os.path.exists(info):
+    with open(info, encoding="utf-8") as lines:
+      names = [x.partition(":")[2] for x in lines if x.startswith("model name")]
+    name = names[0].strip() if names else name
+  device = jax.devices()[0]
+  cores = len(os.sched_getaffinity(0))
+  shown = f"{cores} cores of {name}"
+  if device.platform != "cpu":
+    shown = f"{jax.device_count()} x {device.device_kind}"
+  return f"{shown}, JAX {jax.__version__}"
+
+
+def _finish(plan: Plan, cell: Cell) -> None:
+  """Trains and evaluates a cell, as far as that is not done."""
+  if _is_finished(plan, cell):
+    return
+  method, folder = METHODS[cell.method], _folder(plan, cell)
+  config = _config(plan, cell)
+  if method.overrides is not None:
+    _train(plan, cell, config, folder)
+    samples = _samples(config)
+  elif method.kind == "oracle":
+    _join_oracles(plan, cell, config, folder)
+    return
+  else:
+    parts = _singles(plan, cell, config, method)
+    for single, path in parts.values():
+      _train(plan, cell, single, path)
+    make: Callable = soups.make_soup
+    if method.kind == "mixture":
+      make = dera.make_mixture
+    make(config, {name: path for name, (_, path) in parts.items()}, folder)
+    samples = sum(_samples(single) for single, _ in parts.values())
+  _evaluate(plan, folder, method.label, samples)
+
+
+def _train(
+  plan: Plan, cell: Cell, config: ml_collections.ConfigDict, folder: str
+) -> None:
+  if plan.config.sft.steps:
+    start = _supervised(plan, cell)
+    if not _has_step(start, plan.config.sft.steps):
+      sft.train(_supervised_config(plan, cell), start)
+  if not _has_step(folder, config.train.steps):
+    moft.train(config, folder)
+
+
+def _has_step(folder: str, step: int) -> bool:
+  return checkpoints.newest_step(folder) == step
+
+
+def _evaluate(plan: Plan, folder: str, label: str, samples: int) -> None:
+  settings = plan.config.eval
+  sweep.evaluate_run(
+    folder,
+    grid=settings.grid,
+    num_prompts=settings.prompts,
+    seed=EVALUATION_SEED,
+    method=label,
+    training_samples=samples,
+  )
+
+
+def _join_oracles(
+  plan: Plan, cell: Cell, config: ml_collections.ConfigDict, folder: str
+) -> None:
+  """One run for each of the experiment's weightings; their points together."""
+  fronts, measured, rows = [], [], []
+  for own, path in _oracles(plan, cell, config):
+    _train(plan, cell, own, path)
+    if not _is_evaluated(plan, path):
+      _evaluate(plan, path, METHODS["oracle"].label, _samples(own))
+    directory = f"{path}/evaluation"
+    front = report.load_front(f"{directory}/front.json")
+    fronts.append(front)
+    measured.append(measurements.load(directory, front))
+    lines = (epath.Path(directory) / "samples.jsonl").read_text().splitlines()
+    rows += [json.loads(line) for line in lines]
+  first = fronts[0]
+  joined = report.front_from_points(
+    [point for front in fronts for point in front.points],
+    method=METHODS["oracle"].label,
+    objectives=first.objectives,
+    step=first.step,
+    prompts=first.prompts,
+    decoding=first.decoding,
+    reference_point=first.reference_point,
+    training_samples=sum(front.training_samples or 0 for front in fronts),
+  )
+  sweep.save(
+    f"{folder}/evaluation",
+    sweep.Sweep(joined, rows, measurements.join(measured)),
+  )
+
+
+def _oracles(
+  plan: Plan, cell: Cell, config: ml_collections.ConfigDict
+) -> list[tuple[ml_collections.ConfigDict, str]]:
+  """[(config, folder)] of single-objective runs at the weightings."""
+  made = []
+  for weighting in plan.experiment.oracles:
+    own = config.copy_and_resolve_references()
+    own.steering = "none"
+    if plan.experiment.alpha_range is None:
+      own.weightings.weights = tuple(weighting)
+    else:
+      own.weightings.alpha_range = None
+      own.weightings.alpha = weighting
+    made.append((own, _named(plan, cell, "single", own)))
+  return made
+
+
+def _singles(
+  plan: Plan,
+  cell: Cell,
+  config: ml_collections.ConfigDict,
+  method: Method,
+) -> dict[str, tuple[ml_collections.ConfigDict, str]]:
+  """Objective -> (config, folder) of the run that is finetuned for it alone."""
+  kl = config.weightings.alpha_range is not None
+  num = len(config.objectives)
+  steps = config.train.steps // num
+  if method.share == "full":
+    steps = config.train.steps * 2 if kl else config.train.steps
+  made = {}
+  for name in config.objectives:
+    own = config.copy_and_resolve_references()
+    own.objectives = (name,)
+    own.steering = "none"
+    own.eval.reference_point = None
+    if kl:
+      own.weightings.alpha = config.weightings.alpha_range[0]
+      own.weightings.alpha_range = None
+    plans.set_steps(own, steps)
+    made[name] = (own, _named(plan, cell, "single", own))
+  return made
+
+
+def _samples(config: ml_collections.ConfigDict) -> int:
+  """Responses that a run samples in training."""
+  return config.train.steps * config.rollout.prompts * config.rollout.samples
+
+
+def _at_value(plan: Plan, cell: Cell) -> ml_collections.ConfigDict:
+  config = plan.config.copy_and_resolve_references()
+  if plan.experiment.axis is not None:
+    config = plans.with_value(config, plan.experiment.axis.what, cell.value)
+  return config
+
+
+def _config(plan: Plan, cell: Cell) -> ml_collections.ConfigDict:
+  """What a cell trains, or is made with."""
+  config = _at_value(plan, cell)
+  config.seed = cell.seed
+  if config.sft.steps:
+    config.model.init = _supervised(plan, cell)
+    config.sft.steps = 0
+  overrides = METHODS[cell.method].overrides
+  if overrides is not None:
+    config.update_from_flattened_dict(dict(overrides))
+  return config
+
+
+def _supervised_config(plan: Plan, cell: Cell) -> ml_collections.ConfigDict:
+  """Of the supervised checkpoint that a cell starts from."""
+  config = _at_value(plan, cell)
+  config.seed = cell.seed % plan.checkpoints
+  # A model that reads weightings must have rows for their tokens.
+  overrides = METHODS[cell.method].overrides or {}
+  config.update_from_flattened_dict(
+    {k: v for k, v in overrides.items() if k.startswith("prompting.")}
+  )
+  return config
+
+
+def _supervised(plan: Plan, cell: Cell) -> str:
+  """The folder of the supervised checkpoint that a cell starts from."""
+  config = _supervised_config(plan, cell)
+  sections = ["seed", "model", "data", "sft"]  # what decides its result
+  if config.prompting.style != "none":
+    sections += ["prompting", "objectives", "weightings"]
+  own = ml_collections.ConfigDict({name: config[name] for name in sections})
+  size = own.model.init
+  name = size if size in PRESETS else "model"
+  return f"{plan.workdir}/sft/{name}-{own.seed}-{_digest(own)}"
+
+
+def _folder(plan: Plan, cell: Cell) -> str:
+  """Of a cell's evaluated run."""
+  method = METHODS[cell.method]
+  config = _config(plan, cell)
+  if method.overrides is not None:
+    return _named(plan, cell, cell.method, config)
+  if method.kind == "oracle":
+    parts = [path for _, path in _oracles(plan, cell, config)]
+  else:
+    made = _singles(plan, cell, config, method)
+    parts = [path for _, path in made.values()]
+  return _named(plan, cell, cell.method, config, tuple(parts))
+
+
+def _named(
+  plan: Plan,
+  cell: Cell,
+  name: str,
+  config: ml_collections.ConfigDict,
+  parts: tuple[str, ...] = (),
+) -> str:
+  """DIR/runs/<name>-<seed>-<digest of what decides the result>."""
+  own = config.copy_and_resolve_references()
+  del own.eval, own.mesh
+  for field in ("checkpoint_every", "keep", "log_samples_every"):
+    del own.train[field]
+  if plan.config.sft.steps:  # wherever the folders are
+    own.model.init = os.path.basename(_supervised(plan, cell))
+  digest = _digest(own, *(os.path.basename(part) for part in parts))
+  return f"{plan.workdir}/runs/{name}-{cell.seed}-{digest}"
+
+
+def _digest(config: ml_collections.ConfigDict, *more: str) -> str:
+  text = json.dumps([config_lib.to_json(config), *more], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _is_finished(plan: Plan, cell: Cell) -> bool:
+  return _is_evaluated(plan, _folder(plan, cell))
+
+
+def _is_evaluated(plan: Plan, folder: str) -> bool:
+  """Whether the folder has the sweep that the plan asks for."""
+  directory = f"{folder}/evaluation"
+  if not (epath.Path(directory) / "front.json").exists():
+    return False
+  front = report.load_front(f"{directory}/front.json")
+  settings, decoding = plan.config.eval, front.decoding
+  point = settings.reference_point or (0.0,) * len(front.objectives)
+  return (
+    front.prompts == settings.prompts
+    and decoding["samples"] == settings.samples
+    and decoding["temperature"] == settings.temperature
+    and decoding["seed"] == EVALUATION_SEED
+    and decoding.get("grid") == settings.grid
+    and front.reference_point == tuple(point)
+    and (epath.Path(directory) / measurements.FILE).exists()
+  )
+
+
+def _label(plan: Plan, cell: Cell) -> str:
+  label = METHODS[cell.method].label
+  if plan.experiment.axis is None:
+    return label
+  return f"{label}, {plan.experiment.axis.what} {cell.value}"
+
+
+def _failure(plan: Plan, cell: Cell, error: Exception) -> str:
+  text = " ".join(str(error).split())[:300]
+  return f"{_label(plan, cell)}, seed {cell.seed}: {text or type(error)}"
+
+
+def _against_oracles(
+  found: compare.Comparison, plan: Plan
+) -> list[dict[str, Any]]:
+  """At each oracle's weighting, every method's value, over its runs.
+
+  The value is what is optimised, (1 - alpha) sum_i w_i R_i - alpha KL.
+  """
+  label = METHODS["oracle"].label
+  rows: list[dict[str, Any]] = []
+  if label not in found.methods:
+    return rows
+  oracle = compare.mean_front(found.runs[label], label)
+  for point in oracle.points:
+    row: dict[str, Any] = {
+      "weights": dict(point.weights),
+      "alpha": point.alpha,
+      "values": {},
+    }
+    for name in found.methods:
+      front = compare.mean_front(found.runs[name], name)
+      for own in front.points:
+        near = all(
+          abs(own.weights[o] - point.weights[o]) < 1e-3
+          for o in front.objectives
+        )
+        if near and abs(own.alpha - point.alpha) < 1e-6:
+          row["values"][name] = list(own.value)
+    rows.append(row)
+  return rows

@@ -1,0 +1,146 @@
+"""Several T5s whose logits are combined at every token.
+
+  logits(y_t | x, y_<t) = sum_k c_k logits_k(y_t | x, y_<t)
+
+Each of the K models has its own encoding of the prompts and its own key-value
+cache, so a token costs K forward passes; where parameters are combined instead
+(`conditioning.mix`) it costs one. The coefficients need not be convex:
+decoding-time realignment (DeRa) takes 1 - weight of the reference and any
+weight of the finetuned policy. Where they sum to 1, combining logits and
+combining log-probabilities are the same, up to a constant in a position that
+the softmax removes.
+
+Source: Liu et al. 2024 (arXiv 2402.02992, DeRa), Shi et al. 2024 (arXiv
+2406.18853, MOD).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from clp_jax.models import decoding, t5
+
+Params = Any
+
+
+@struct.dataclass
+class Mixture:
+  """K ordinary T5s of one shape and vocabulary, and their coefficients."""
+
+  models: tuple[Params, ...]  # K parameter trees
+  coefficients: jax.Array  # [K] float32
+
+
+def unstack(sets: Params, coefficients: jax.Array) -> Mixture:
+  """The mixture of parameters stacked to [K, ...], with coefficients [K]."""
+  models = [
+    jax.tree.map(lambda s, k=k: s[k], sets)
+    for k in range(coefficients.shape[0])
+  ]
+  return Mixture(tuple(models), coefficients)
+
+
+def combine(coefficients: jax.Array, logits: Sequence[jax.Array]) -> jax.Array:
+  """sum_k c_k logits_k, in which a model of coefficient 0 has no part.
+
+  Args:
+    coefficients: [K] float32.
+    logits: K arrays [..., V] float32.
+
+  Returns:
+    [..., V] float32: with one coefficient 1 and the others 0, that model's
+    logits bit for bit.
+  """
+  total = jnp.zeros_like(logits[0])
+  for k, one in enumerate(logits):
+    c = coefficients[k]
+    # 0 * inf would be NaN.
+    total = total + jnp.where(c == 0, 0.0, c * one)
+  return total
+
+
+def start(
+  model: t5.T5,
+  mixture: Mixture,
+  encoder_input_tokens: jax.Array,
+  *,
+  num_samples: int = 1,
+  max_length: int,
+) -> tuple[decoding.NextLogits, decoding.Cache]:
+  """`decoding.start` for a mixture: what `decoding.sample_from` takes.
+
+  Args:
+    model: the T5 that all K parameter trees are of.
+    mixture: the models and their coefficients.
+    encoder_input_tokens: [B, S] int; 0 is padding.
+    num_samples: N.
+    max_length: T, positions of the caches.
+
+  Returns:
+    A function that gives the combined logits of a position, and the K caches
+    it starts with.
+  """
+  started = [
+    decoding.start(
+      model,
+      params,
+      encoder_input_tokens,
+      num_samples=num_samples,
+      max_length=max_length,
+    )
+    for params in mixture.models
+  ]
+
+  def next_logits(tokens, caches, position):
+    steps = [
+      one(tokens, cache, position)
+      for (one, _), cache in zip(started, caches, strict=True)
+    ]
+    logits = combine(mixture.coefficients, [logits for logits, _ in steps])
+    return logits, tuple(cache for _, cache in steps)
+
+  return next_logits, tuple(cache for _, cache in started)
+
+
+def token_logp(
+  model: t5.T5,
+  mixture: Mixture,
+  encoder_input_tokens: jax.Array,
+  tokens: jax.Array,
+  *,
+  num_samples: int = 1,
+  temperature: float = 1.0,
+) -> jax.Array:
+  """Log-probabilities of given tokens under a mixture, teacher-forced.
+
+  Args:
+    model: the T5 that all K parameter trees are of.
+    mixture: the models and their coefficients.
+    encoder_input_tokens: [B, S] int; 0 is padding.
+    tokens: [R, T] int, prompt-major.
+    num_samples: N, such that R = B * N.
+    temperature: positive; the policy is softmax(logits / temperature).
+
+  Returns:
+    [R, T] float32, nats. What stands where a row has ended means nothing.
+
+  Raises:
+    ValueError: when R is not B * N.
+  """
+  prompts, rows = encoder_input_tokens.shape[0], tokens.shape[0]
+  if rows != prompts * num_samples:
+    raise ValueError(
+      f"tokens must have {prompts} prompts * num_samples = {num_samples} rows, "
+      f"got {rows}."
+    )
+  inputs = t5.shift_right(tokens)
+  logits: list[Any] = [
+    model.apply({"params": params}, encoder_input_tokens, inputs)
+    for params in mixture.models
+  ]
+  combined = combine(mixture.coefficients, logits) / temperature
+  logp = jax.nn.log_softmax(combined, axis=-1)
+  return jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]

@@ -1,0 +1,374 @@
+"""Experiments: what they run, skip, resume, refuse, and write."""
+
+import json
+import pathlib
+
+import compare_test
+import pytest
+import runs
+
+from clp_jax import demo
+from clp_jax.config import ConfigError
+from clp_jax.evaluation import report
+from clp_jax.experiments import costs, methods, plans, results, running
+from clp_jax.models import t5
+from clp_jax.models.presets import PRESETS
+from clp_jax.run_folder import RunError
+
+
+def plan_of(name, workdir, **changes):
+  config = demo.get_config()
+  config.eval.grid = 5
+  config.eval.prompts = compare_test.PROMPTS
+  fields = {
+    "methods": None,
+    "values": None,
+    "seeds": 2,
+    "num_checkpoints": 2,
+    "workdir": str(workdir),
+    "command": f"clp experiment {name}",
+  }
+  return running.make_plan(name, config, **(fields | changes))
+
+
+class Trainer:
+  """Stands in for training and sweeps, and notes what it was asked for."""
+
+  def __init__(self, monkeypatch):
+    self.trained, self.evaluated, self.failing = [], [], set()
+    monkeypatch.setattr(running.moft, "train", self.train)
+    monkeypatch.setattr(running.sft, "train", self.supervised)
+    monkeypatch.setattr(running.soups, "make_soup", self.make)
+    monkeypatch.setattr(running.dera, "make_mixture", self.make)
+    monkeypatch.setattr(running.sweep, "evaluate_run", self.evaluate)
+    monkeypatch.setattr(running, "_has_step", self.has_step)
+
+  def has_step(self, folder, step):
+    return (pathlib.Path(folder) / "step").exists()
+
+  def finish(self, folder):
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    (pathlib.Path(folder) / "step").touch()
+
+  def supervised(self, config, folder):
+    self.trained.append(("sft", config.seed, config.model.init))
+    self.finish(folder)
+
+  def train(self, config, folder):
+    if config.steering in self.failing:
+      raise RunError(f"loss is nan at step 3 of {config.steering}")
+    self.trained.append(config.copy_and_resolve_references())
+    self.finish(folder)
+
+  def make(self, config, parts, folder):
+    self.trained.append(("made", tuple(parts.values())))
+    self.finish(folder)
+
+  def evaluate(self, folder, *, grid, num_prompts, seed, method, **rest):
+    self.evaluated.append(method)
+    compare_test.write_run(
+      folder,
+      seed=len(self.evaluated),
+      method=method,
+      decoding={"temperature": 1.0, "samples": 2, "seed": seed, "grid": grid},
+      reference_point=[0.0, 0.0],
+    )
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+  return Trainer(monkeypatch)
+
+
+THREE = ("clp-full", "rewarded-soups", "mod")
+
+
+def test_every_method_and_seed_is_run_once(trainer, tmp_path):
+  plan = plan_of("two-reward", tmp_path, methods=THREE)
+  assert running.run(plan, train=True) == []
+  configs = [x for x in trainer.trained if not isinstance(x, tuple)]
+  # A seed: full-CLP, and two single-objective runs that both others share.
+  assert [c.seed for c in configs] == [0, 0, 0, 1, 1, 1]
+  steps = [c.train.steps for c in configs]
+  assert steps == [500, 250, 250, 500, 250, 250]
+  assert [c.optimizer.decay_steps for c in configs] == steps
+  supervised = [x for x in trainer.trained if isinstance(x, tuple)]
+  assert [x for x in supervised if x[0] == "sft"] == [
+    ("sft", 0, "tiny"),
+    ("sft", 1, "tiny"),
+  ]
+  assert len({c.model.init for c in configs}) == 2
+  found = json.loads((tmp_path / "two-reward/comparison.json").read_text())
+  assert {n: len(m["runs"]) for n, m in found["methods"].items()} == {
+    "full-CLP": 2,
+    "Rewarded Soups": 2,
+    "MOD": 2,
+  }
+  # Again, nothing is left to do; with another seed, only that one.
+  before = len(trainer.trained)
+  running.run(plan, train=True)
+  assert len(trainer.trained) == before
+  more = plan_of("two-reward", tmp_path, methods=THREE, seeds=3)
+  running.run(more, train=True)
+  added = trainer.trained[before:]
+  assert {c.seed for c in added if not isinstance(c, tuple)} == {2}
+  record = json.loads((tmp_path / "two-reward/experiment.json").read_text())
+  assert record["seeds"] == [0, 1, 2] and record["checkpoints_used"] == [0, 1]
+  assert record["missing"] == []
+
+
+def test_a_failure_keeps_what_is_finished(trainer, tmp_path):
+  trainer.failing.add("attention")
+  names = ("clp-full", "clp-attention", "clp-logits")
+  plan = plan_of("two-reward", tmp_path, methods=names, seeds=1)
+  (failure,) = running.run(plan, train=True)
+  assert "attn-CLP, seed 0: loss is nan at step 3" in failure
+  record = json.loads((tmp_path / "two-reward/experiment.json").read_text())
+  assert record["failures"] == [failure]
+  assert record["missing"] == ["attn-CLP, seed 0"]
+  table = (tmp_path / "two-reward/comparison.md").read_text()
+  assert "full-CLP" in table and "logit-CLP" in table
+  trainer.failing.clear()
+  before = len(trainer.trained)
+  assert running.run(plan, train=True) == []
+  assert [c.steering for c in trainer.trained[before:]] == ["attention"]
+
+
+def test_a_stopped_run_is_not_taken_for_finished(trainer, tmp_path):
+  """Trained but not evaluated: it is evaluated, and not trained again."""
+  plan = plan_of("two-reward", tmp_path, methods=("clp-full",), seeds=1)
+  running.run(plan, train=True)
+  (folder,) = (tmp_path / "runs").glob("clp-full-0-*")
+  (folder / "evaluation" / "front.json").unlink()
+  before = len(trainer.trained)
+  with pytest.raises(report.FrontError, match="no run of two-reward"):
+    running.run(plan, train=False)
+  running.run(plan, train=True)
+  assert len(trainer.trained) == before and len(trainer.evaluated) == 2
+
+
+def test_ablations_label_their_values_and_share_runs(trainer, tmp_path):
+  running.run(
+    plan_of("two-reward", tmp_path, methods=("clp-full",), seeds=1), train=True
+  )
+  before = len(trainer.trained)
+  plan = plan_of(
+    "training-steps",
+    tmp_path,
+    methods=("clp-full",),
+    values=("100", "500"),
+    seeds=1,
+  )
+  running.run(plan, train=True)
+  added = trainer.trained[before:]
+  # 500 steps are what two-reward trained.
+  assert [c.train.steps for c in added] == [100]
+  content = (tmp_path / "training-steps/comparison.json").read_text()
+  assert list(json.loads(content)["methods"]) == [
+    "full-CLP, steps 100",
+    "full-CLP, steps 500",
+  ]
+  q = plan_of("weighting-distribution", tmp_path, seeds=1)
+  concentrations = [
+    running._config(q, cell).weightings.concentration
+    for cell in running.cells(q)
+  ]
+  assert sorted(set(concentrations)) == [0.2, 0.5, 1.0, 4.0]
+  size = plan_of("model-size", tmp_path, seeds=1)
+  starts = {running._supervised(size, cell) for cell in running.cells(size)}
+  assert len(starts) == 3
+
+
+def test_oracles_are_trained_for_one_weighting(trainer, tmp_path):
+  plan = plan_of("two-reward", tmp_path, methods=("oracle",), seeds=1)
+  (cell,) = running.cells(plan)
+  made = running._oracles(plan, cell, running._config(plan, cell))
+  assert [c.weightings.weights for c, _ in made] == [
+    (0.2, 0.8),
+    (0.5, 0.5),
+    (0.8, 0.2),
+  ]
+  assert {c.steering for c, _ in made} == {"none"}
+  plan = plan_of(
+    "single-reward-multi-kl", tmp_path, methods=("oracle", "dera"), seeds=1
+  )
+  oracle, dera = running.cells(plan)
+  config = running._config(plan, oracle)
+  assert config.objectives == ("nli",)
+  alphas = running._oracles(plan, oracle, config)
+  assert [c.weightings.alpha for c, _ in alphas] == [0.01, 0.1]
+  # What DeRa realigns is the run of the least alpha: the same folder.
+  singles = running._singles(plan, dera, config, methods.METHODS["dera"])
+  assert singles["nli"][1] == alphas[0][1]
+
+
+def test_prompting_starts_from_a_model_that_has_seen_the_tokens(tmp_path):
+  plan = plan_of(
+    "two-reward", tmp_path, methods=("clp-full", "lora", "prompting"), seeds=1
+  )
+  full, lora, prompting = running.cells(plan)
+  start = running._supervised(plan, full)
+  assert running._supervised(plan, lora) == start
+  assert running._supervised(plan, prompting) != start
+  config = running._supervised_config(plan, prompting)
+  assert config.prompting.sft_share == 0.5 and config.sft.steps == 700
+  assert running._config(plan, prompting).sft.steps == 0
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "message"),
+  [
+    ("two-reward", {"methods": ("clp",)}, "unknown method clp; there are clp-"),
+    ("two-reward", {"methods": ("dera",)}, "dera does not fit two-reward, wh"),
+    ("single-reward-multi-kl", {"methods": ("mod",)}, "against KL; these do"),
+    ("two-reward", {"values": ("1",)}, "varies nothing; these do: training-"),
+    ("training-steps", {"values": ("many",)}, "of its steps: invalid literal"),
+  ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(
+  tmp_path, name, changes, message
+):
+  with pytest.raises(ConfigError, match=message):
+    plan_of(name, tmp_path, **changes)
+
+
+def test_a_config_without_a_reward_is_refused():
+  config = demo.get_config()
+  del config.rewards.tldr
+  with pytest.raises(ConfigError, match="does not describe tldr; it describes"):
+    plans.base_config(plans.EXPERIMENTS["three-reward"], config)
+
+
+def test_the_command_refuses_what_does_not_fit(tmp_path):
+  for arguments, message in (
+    (["two-rewards"], "there is no experiment 'two-rewards'"),
+    (["two-reward", "--methods", "dera"], "method dera does not fit"),
+    (["costs", "--seeds", "1"], "--seeds is not an option of costs"),
+    (["results", "--config.seed=1"], "is not an option of results"),
+    (["two-reward", "--output", "x"], "--output is of results"),
+    (["two-reward", "--config.steps=3"], "steps"),
+  ):
+    status, _, err = runs.clp("experiment", *arguments, "--workdir", tmp_path)
+    assert status == 2 and message in err.splitlines()[-1], err
+  assert not list(tmp_path.iterdir())
+
+
+def test_parameters_are_counted_per_method():
+  config = t5.T5Config(
+    vocab_size=48,
+    emb_dim=12,
+    num_heads=2,
+    head_dim=8,
+    num_encoder_layers=1,
+    num_decoder_layers=2,
+    mlp_dim=20,
+  )
+  one = costs.count(t5.abstract_params(config))
+  found = {p.method: p for p in costs.parameters(config, 3)}
+  # 5 attention layers of 4 kernels, 12 x 16.
+  assert found["attn-CLP"].trained == one + 2 * 5 * 4 * 12 * 16
+  assert found["logit-CLP"].stored == one + 2 * 12 * 48
+  assert found["full-CLP"].stored == found["Rewarded Soups"].stored == 3 * one
+  assert found["MOD"].models == 3
+  assert (found["DeRa (one reward)"].trained, one * 2) == (
+    one,
+    found["DeRa (one reward)"].stored,
+  )
+
+
+def test_attention_is_a_third_of_the_parameters_or_so():
+  # By hand for base: 12 + 2 x 12 layers of 4 kernels, 768 x 768, over all.
+  share = costs.attention_share("base", 2)
+  one = costs.count(t5.abstract_params(PRESETS["base"]))
+  assert share == pytest.approx(36 * 4 * 768 * 768 / one)
+
+
+def _comparison(**differences):
+  def value(mean, low=None, high=None):
+    return {"mean": mean, "stderr": None, "low": low, "high": high}
+
+  found = {
+    "full-CLP": {
+      "metrics": {"spread": value(0.37)},
+      "difference": None,
+      "dominates": {name: 0.5 for name in differences},
+    }
+  }
+  for name, (mean, low, high) in differences.items():
+    difference = value(mean, low, high)
+    found[name] = {
+      "metrics": {"spread": value(0.3)},
+      "difference": {"hypervolume": difference, "spread": difference},
+      "dominates": {"full-CLP": 0.1},
+    }
+  return {"methods": found}
+
+
+def test_verdicts_follow_from_the_figures():
+  def verdict(claim, found, cost=None):
+    (row,) = [r for r in results.verdicts(found, cost) if claim in r.claim]
+    return row.verdict
+
+  soups = "dominates Rewarded Soups (two"
+  worse = {"two-reward": _comparison(**{"Rewarded Soups": (-0.1, -0.2, -0.05)})}
+  assert "in part" in verdict(soups, worse)
+  worse["two-reward"]["methods"]["full-CLP"]["dominates"] = {
+    "Rewarded Soups": 1.0
+  }
+  assert verdict(soups, worse) == "holds here"
+  unclear = {"two-reward": _comparison(**{"Rewarded Soups": (-0.1, -0.2, 0.1)})}
+  assert verdict(soups, unclear) == "does not hold"
+  assert verdict(soups, {}) == "not tested"
+  times = [
+    {"method": "full-CLP", "median": 1.0},
+    {"method": "DeRa", "median": 1.9},
+  ]
+  cost = {"times": times, "attention_share": {"base": 0.3}}
+  assert verdict("half of DeRa", {}, cost) == "holds here"
+  assert verdict("half of DeRa", {}) == "not tested"
+  ppo = {"two-reward": _comparison(**{"full-CLP, PPO": (-0.1, -0.2, -0.05)})}
+  assert verdict("PPO", ppo) == "does not hold"
+
+
+def test_the_page_says_what_was_not_run(trainer, tmp_path):
+  plan = plan_of("two-reward", tmp_path / "w", methods=THREE, seeds=1)
+  running.run(plan, train=True)
+  status, out, err = runs.clp(
+    *("experiment", "results", "--workdir", tmp_path / "w"),
+    *("--output", tmp_path / "docs" / "RESULTS.md"),
+  )
+  assert status == 0, err
+  text = (tmp_path / "docs" / "RESULTS.md").read_text()
+  assert text.count("**Not run.**") == 5 and "**Not measured.**" in text
+  assert "seeds 0, from supervised checkpoints 0" in text
+  assert "| CLP costs half of DeRa at inference | not tested |" in text
+  assert (tmp_path / "docs" / "results" / "two-reward.png").exists()
+
+
+def test_documented_commands_make_plans(monkeypatch, tmp_path):
+  root = pathlib.Path(__file__).parents[1]
+  lines = (root / "docs" / "experiments.md").read_text().splitlines()
+  commands = [x.split() for x in lines if x.startswith("    clp experiment")]
+  made = []
+
+  def run(plan, *, train):
+    folder = pathlib.Path(plan.workdir) / plan.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.md").write_text("a table")
+    made.append((plan.name, len(list(running.cells(plan))), train))
+    return []
+
+  monkeypatch.setattr(running, "run", run)
+  monkeypatch.setattr(results, "measure_costs", lambda workdir, command: None)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "configs").symlink_to(root / "configs")
+  for command in commands:
+    status, _, err = runs.clp(*command[1:])
+    assert status == 0, (command, err)
+  assert made == [
+    ("two-reward", 3 * 12, True),
+    ("two-reward", 2, True),
+    ("training-steps", 2 * 3, True),
+    ("two-reward", 3 * 12, True),
+  ]
+  assert (tmp_path / "docs" / "RESULTS.md").exists()
