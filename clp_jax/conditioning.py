@@ -11,6 +11,12 @@ All sets start as copies of one checkpoint (`expand`), so that the untrained
 policy is that checkpoint for every weighting, and gradients flow through `mix`
 into the sets (d/d set_i = c_i g) and into the shared leaves alike.
 
+`mix` makes one policy, or G. A batch in which every row has its own
+coefficients is computed from the sets themselves (`mix_rows`): a linear map
+gives sum_i c_i (W_i x) as one product of the concatenated c_i x with the
+stacked W_i, which reads each set once for the whole batch, where parameters
+mixed for every row would be read, and held, once for each.
+
 Source: Conditional Language Policy (arXiv 2407.15762); which leaves belong to
 "attention" and "logits" is our reading, see BUILD_NOTES.md.
 """
@@ -19,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 Params = Any  # nested dict of arrays
 STEERING = ("full", "attention", "logits", "none")
@@ -94,15 +101,19 @@ def mix(params: Params, steerable: Params, coefficients: jax.Array) -> Params:
   def leaf(p, combined):
     if not combined:
       return p
-    if p.shape[:1] != coefficients.shape[-1:]:
-      raise ValueError(
-        f"a steerable leaf of shape {p.shape} holds {p.shape[:1]} parameter "
-        f"sets, but there are {coefficients.shape[-1]} coefficients; use the "
-        "num_sets given to expand()."
-      )
+    _check_sets(p, coefficients)
     return combine(p, coefficients)
 
   return jax.tree.map(leaf, params, steerable)
+
+
+def _check_sets(p: jax.Array, coefficients: jax.Array) -> None:
+  if p.shape[:1] != coefficients.shape[-1:]:
+    raise ValueError(
+      f"a steerable leaf of shape {p.shape} holds {p.shape[:1]} parameter "
+      f"sets, but there are {coefficients.shape[-1]} coefficients; use the "
+      "num_sets given to expand()."
+    )
 
 
 @jax.custom_vjp
@@ -165,3 +176,86 @@ combine.defvjp(_combine_forward, _combine_backward)
 def batched_axes(steerable: Params) -> Params:
   """vmap `in_axes` for the result of `mix` with [G, M] coefficients."""
   return jax.tree.map(lambda s: 0 if s else None, steerable)
+
+
+@struct.dataclass
+class RowMixture:
+  """A steerable leaf in the policies of B rows, which differ in coefficients.
+
+  It stands in a parameter tree where the leaf of one policy would. Decoders
+  have N rows for each of the B, prompt-major. In a scanned stack of layers both
+  arrays carry L first, so that a layer finds what is described here.
+  """
+
+  sets: jax.Array  # [M, ...]
+  coefficients: jax.Array  # [B, M] float32
+
+  def matmul(self, x: jax.Array) -> jax.Array:
+    """x [R, T, D] times each row's mixture of kernels [M, D, F]: [R, T, F]."""
+    rows, length, _ = x.shape
+    c = self._of_rows(rows)[:, None, :, None]
+    scaled = (c * x[:, :, None].astype(jnp.float32)).astype(x.dtype)
+    kernels = self.sets.astype(x.dtype).reshape(-1, self.sets.shape[-1])
+    return scaled.reshape(rows, length, -1) @ kernels
+
+  def matmul_transposed(self, x: jax.Array) -> jax.Array:
+    """x [R, T, D] times each row's mixture of tables [M, V, D]: [R, T, V]."""
+    c = self._of_rows(x.shape[0])[:, :, None, None]
+    products = [
+      (c[:, i] * x) @ self.sets[i].T for i in range(self.sets.shape[0])
+    ]
+    return sum(products[1:], products[0])
+
+  def take(self, tokens: jax.Array) -> jax.Array:
+    """Each row's mixture of tables [M, V, D] at tokens [R, T]: [R, T, D]."""
+    c = self._of_rows(tokens.shape[0])
+    # As with one table, an id outside of it gives NaN.
+    entries = jnp.take(self.sets, tokens, axis=1)
+    return jnp.einsum("rm,mrtd->rtd", c, entries, precision="highest")
+
+  def mixed(self, rows: int) -> jax.Array:
+    """The mixtures themselves, [R, ...], of leaves as small as a norm's."""
+    c = self._of_rows(rows)
+    return jnp.einsum("rm,m...->r...", c, self.sets, precision="highest")
+
+  def _of_rows(self, rows: int) -> jax.Array:
+    """[R, M]."""
+    prompts = self.coefficients.shape[0]
+    return jnp.repeat(self.coefficients, rows // prompts, axis=0)
+
+
+def mix_rows(
+  params: Params, steerable: Params, coefficients: jax.Array
+) -> Params:
+  """The policies of a batch whose rows have coefficients of their own.
+
+  Args:
+    params: tree whose steerable leaves are [M, ...]; in scanned layers
+      [M, L, ...], as `expand` makes them.
+    steerable: tree of booleans from `steerable_leaves`.
+    coefficients: [B, M] float32 on the simplex, one for each prompt.
+
+  Returns:
+    Parameters for `T5.apply` and what builds on it, with a `RowMixture` for
+    each steerable leaf. Nothing is computed and nothing copied per row, and a
+    row's results are those of `mix` with its coefficients up to float32
+    rounding.
+
+  Raises:
+    ValueError: when a leaf does not hold as many sets as there are
+      coefficients.
+  """
+  coefficients = jnp.asarray(coefficients, jnp.float32)
+
+  def leaf(path, p, combined):
+    if not combined:
+      return p
+    _check_sets(p, coefficients)
+    if "layers" not in [entry.key for entry in path]:
+      return RowMixture(p, coefficients)
+    p = jnp.moveaxis(p, 1, 0)
+    return RowMixture(
+      p, jnp.broadcast_to(coefficients, (p.shape[0], *coefficients.shape))
+    )
+
+  return jax.tree_util.tree_map_with_path(leaf, params, steerable)

@@ -4,12 +4,13 @@
   policy.generate(["..."], weights={"nli": 0.7, "rouge": 0.3})
 
 For every weighting it mixes an ordinary T5 from the parameter sets and runs
-that; nothing is trained and nothing is stored per weighting.
+that; nothing is trained and nothing is stored per weighting. Rows that differ
+in their weightings are computed together, from the sets.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from clp_jax import conditioning, interop, run_folder, sharding, weightings
 from clp_jax import config as config_lib
-from clp_jax import interop, run_folder, sharding, weightings
 from clp_jax.bank import Bank
 from clp_jax.models import decoding, mixture, t5
 from clp_jax.prompting import Prompts
@@ -251,36 +252,21 @@ class Policy:
     Raises:
       ValueError: see `coefficients`; also for decoding settings out of range.
     """
-    if not temperature >= 0:
-      raise ValueError(f"temperature must be >= 0, got {temperature}.")
-    if top_k is not None and top_k < 1:
-      raise ValueError(f"top_k must be at least 1, got {top_k}.")
-    if top_p is not None and not 0 < top_p <= 1:
-      raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
-    from clp_jax.data import tasks
-
     texts = list(texts)
     keys = row_keys(jax.random.key(seed), first_row + len(texts))[first_row:]
+    tokens = self.tokenize(texts, weights, alpha)
     responses = [""] * len(texts)
-    for coefficients, rows in self._by_weighting(len(texts), weights, alpha):
-      policy = self._mixed(coefficients)
-      for start in range(0, len(rows), BATCH):
-        chunk = rows[start : start + BATCH]
-        samples = self._sample(
-          policy,
-          self._tokenize(chunk, texts, weights, alpha),
-          keys[_pad_rows(np.asarray(chunk), self._batch_rows(len(chunk)))],
-          temperature,
-          top_k=top_k,
-          top_p=top_p,
-        )
-        decoded = tasks.decode_tokens(
-          self.vocabulary,
-          np.asarray(samples.tokens)[: len(chunk)],
-          np.asarray(samples.mask)[: len(chunk)],
-        )
-        for i, response in zip(chunk, decoded, strict=True):
-          responses[i] = response
+    for coefficients, rows in self._batches(len(texts), weights, alpha):
+      samples = self.sample(
+        tokens[rows],
+        coefficients,
+        keys[np.asarray(rows)],
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+      )
+      for i, response in zip(rows, self.decode(samples), strict=True):
+        responses[i] = response
     return responses
 
   def score(
@@ -308,24 +294,134 @@ class Policy:
       raise ValueError(
         f"got {len(texts)} texts but {len(responses)} responses."
       )
+    tokens = self.tokenize(texts, weights, alpha)
+    targets = tasks.tokenize_inputs(
+      self.vocabulary, responses, self.config.data.target_length
+    )
     scores = np.zeros([len(texts)], np.float32)
-    for coefficients, rows in self._by_weighting(len(texts), weights, alpha):
-      policy = self._mixed(coefficients)
-      for start in range(0, len(rows), BATCH):
-        chunk = rows[start : start + BATCH]
-        targets = tasks.tokenize_inputs(
-          self.vocabulary,
-          [responses[i] for i in chunk],
-          self.config.data.target_length,
+    for coefficients, rows in self._batches(len(texts), weights, alpha):
+      scores[rows] = np.asarray(
+        self._score(
+          *self._policy(coefficients, len(rows)),
+          self._pad(tokens[rows]),
+          self._pad(targets[rows]),
         )
-        scores[chunk] = np.asarray(
-          self._score(
-            policy,
-            self._tokenize(chunk, texts, weights, alpha),
-            _pad_rows(targets, self._batch_rows(len(chunk))),
-          )
-        )[: len(chunk)]
+      )[: len(rows)]
     return scores
+
+  def sample(
+    self,
+    tokens: np.ndarray,
+    coefficients: np.ndarray,
+    keys: jax.Array,
+    *,
+    temperature: np.ndarray | float = 1.0,
+    top_k: np.ndarray | int | None = None,
+    top_p: np.ndarray | float | None = None,
+    max_lengths: np.ndarray | int | None = None,
+  ) -> decoding.Samples:
+    """Samples a response to each row of tokens: what a server needs.
+
+    A row's response depends on what the arguments hold for it, not on the
+    other rows (up to float32 rounding, which the number of rows can change).
+    All arguments are data: a program is compiled for a number of rows (padded
+    to a power of two, of 64 at most a batch: cut longer requests), a length S,
+    coefficients of one or of two dimensions, and each of top_k, top_p and
+    max_lengths being None or not. Without None, nothing but shapes compiles.
+
+    Args:
+      tokens: [B, S] int32 as `tokenize` gives them, of any length S; 0 pads.
+      coefficients: float32 as `coefficients` gives them; [M] for all rows,
+        whose one policy is mixed, or [B, M], which costs more: about M times
+        the linear maps.
+      keys: [B] typed keys.
+      temperature: one or [B] float; 0 decodes greedily.
+      top_k: one or [B] int; the vocabulary's size or None is off.
+      top_p: one or [B] float; 1 or None is off.
+      max_lengths: one or [B] int, tokens after which a row ends; None is
+        data.target_length, which is the most.
+
+    Returns:
+      Samples, on the host, of the B rows.
+
+    Raises:
+      ValueError: for settings out of range, or of another number of rows.
+    """
+    rows = len(tokens)
+    settings = {
+      "temperature": (temperature, np.float32, lambda x: x >= 0, ">= 0"),
+      "top_k": (top_k, np.int32, lambda x: x >= 1, "at least 1"),
+      "top_p": (top_p, np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
+      "max_lengths": (max_lengths, np.int32, lambda x: x >= 1, "at least 1"),
+    }
+    arrays: dict[str, np.ndarray | None] = {}
+    for name, (value, dtype, is_valid, valid) in settings.items():
+      if value is None:
+        arrays[name] = None
+        continue
+      array = np.asarray(value, dtype)
+      if array.shape not in ((), (rows,)):
+        raise ValueError(
+          f"got {name} of shape {array.shape} for {rows} rows; give one for "
+          "all, or one per row."
+        )
+      if not is_valid(array).all():
+        raise ValueError(f"{name} must be {valid}, got {value}.")
+      arrays[name] = self._pad(np.broadcast_to(array, (rows,)))
+    samples = self._sample(
+      *self._policy(coefficients, rows),
+      self._pad(tokens),
+      keys[self._padding(rows)],
+      arrays,
+    )
+    return jax.tree.map(lambda x: np.asarray(x)[:rows], samples)
+
+  def tokenize(
+    self,
+    texts: Sequence[str],
+    weights: Weights | Sequence[Weights] | None = None,
+    alpha: float | Sequence[float | None] | None = None,
+  ) -> np.ndarray:
+    """The model's inputs for texts.
+
+    Args:
+      texts: [B] documents.
+      weights: as for `generate`; where weightings are part of the prompt.
+      alpha: likewise.
+
+    Returns:
+      [B, S] int32, 0-padded.
+    """
+    from clp_jax.data import tasks
+
+    data = self.config.data
+    tokens = tasks.tokenize_inputs(
+      self.vocabulary, texts, data.source_length, data.template
+    )
+    if self.prompts is None or not len(tokens):
+      return tokens
+    per_row = zip(
+      _per_row("weights", len(texts), weights, Mapping),
+      _per_row("alpha", len(texts), alpha, float | int),
+      strict=True,
+    )
+    given = [self.weighting(w, a) for w, a in per_row]
+    prompted = self._prepend(
+      self._pad(tokens),
+      Weighting(
+        jnp.asarray(self._pad(np.stack([w for w, _ in given]))),
+        jnp.asarray(self._pad(np.stack([a for _, a in given]))),
+      ),
+    )
+    return np.asarray(prompted)[: len(tokens)]
+
+  def decode(self, samples: decoding.Samples) -> list[str]:
+    """The texts of samples."""
+    from clp_jax.data import tasks
+
+    return tasks.decode_tokens(
+      self.vocabulary, np.asarray(samples.tokens), np.asarray(samples.mask)
+    )
 
   def check_is_t5(self) -> None:
     """Raises ValueError if a policy is more than other programs' T5s are."""
@@ -370,47 +466,47 @@ class Policy:
       step=self.step,
     )
 
-  def _by_weighting(self, num, weights, alpha):
-    """Rows that share a weighting: [(coefficients [M], row numbers)]."""
+  def _batches(
+    self, num: int, weights: Any, alpha: Any
+  ) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Row numbers computed together, with their coefficients [M] or [B, M].
+
+    A weighting that fills batches has its policy mixed; the rows of the others
+    have theirs mixed row by row.
+    """
     per_row_weights = _per_row("weights", num, weights, Mapping)
     per_row_alpha = _per_row("alpha", num, alpha, float | int)
-    groups: dict[bytes, tuple[np.ndarray, list[int]]] = {}
+    groups: dict[bytes, list[int]] = {}
+    coefficients = []
     for i, (w, a) in enumerate(
       zip(per_row_weights, per_row_alpha, strict=True)
     ):
-      coefficients = self.coefficients(w, a)
-      key = coefficients.tobytes()
-      groups.setdefault(key, (coefficients, []))[1].append(i)
-    return list(groups.values())
+      coefficients.append(self.coefficients(w, a))
+      groups.setdefault(coefficients[i].tobytes(), []).append(i)
+    rest = []
+    for rows in groups.values():
+      full = len(rows) // BATCH * BATCH
+      for start in range(0, full, BATCH):
+        yield coefficients[rows[0]], rows[start : start + BATCH]
+      rest += rows[full:]
+    rest.sort()
+    for start in range(0, len(rest), BATCH):
+      rows = rest[start : start + BATCH]
+      mine = np.stack([coefficients[i] for i in rows])
+      yield mine if (mine != mine[0]).any() else mine[0], rows
 
-  def _tokenize(self, chunk, texts, weights, alpha) -> np.ndarray:
-    """[b, S] tokens of the texts of these numbers, with what prompts say."""
-    from clp_jax.data import tasks
-
-    data = self.config.data
-    tokens = tasks.tokenize_inputs(
-      self.vocabulary,
-      [texts[i] for i in chunk],
-      data.source_length,
-      data.template,
-    )
-    rows = self._batch_rows(len(chunk))
-    tokens = _pad_rows(tokens, rows)
-    if self.prompts is None:
-      return tokens
-    per_row = zip(
-      _per_row("weights", len(texts), weights, Mapping),
-      _per_row("alpha", len(texts), alpha, float | int),
-      strict=True,
-    )
-    given = [self.weighting(w, a) for w, a in per_row]
-    return self._prepend(
-      tokens,
-      Weighting(
-        jnp.asarray(_pad_rows(np.stack([given[i][0] for i in chunk]), rows)),
-        jnp.asarray(_pad_rows(np.stack([given[i][1] for i in chunk]), rows)),
-      ),
-    )
+  def _policy(self, coefficients: np.ndarray, rows: int) -> tuple[Params, Any]:
+    """(parameters, coefficients of the padded rows) for programs: a mixed
+    policy and None, or the sets and [B, M]."""
+    coefficients = np.asarray(coefficients, np.float32)
+    if coefficients.ndim == 1:
+      return self._mixed(coefficients), None
+    if coefficients.shape[0] != rows:
+      raise ValueError(
+        f"got {coefficients.shape[0]} rows of coefficients for {rows} rows of "
+        "tokens."
+      )
+    return self._stacked, self._pad(coefficients)
 
   @functools.cached_property
   def prompts(self) -> Prompts | None:
@@ -426,11 +522,14 @@ class Policy:
     assert self.prompts is not None
     return jax.jit(self.prompts.prepend)
 
-  def _batch_rows(self, num: int) -> int:
-    """Rows of the compiled shape that `num` rows are padded to."""
+  def _padding(self, num: int) -> np.ndarray:
+    """Row numbers of the compiled shape: the last one again is padding."""
     data = self.mesh.shape["data"]
     power = 1 << (num - 1).bit_length()
-    return -(-power // data) * data
+    return np.minimum(np.arange(-(-power // data) * data), num - 1)
+
+  def _pad(self, rows: np.ndarray) -> np.ndarray:
+    return rows[self._padding(len(rows))]
 
   @functools.cached_property
   def allowed(self) -> np.ndarray:
@@ -457,30 +556,42 @@ class Policy:
     )
 
   @functools.cached_property
+  def _stacked(self) -> Params:
+    """Plain sets, which rows are mixed from."""
+    if self.bank.adapter is None and not self.bank.needs_reference:
+      return self.sets
+    reference = self.reference if self.bank.needs_reference else {}
+    return jax.jit(self.bank.stacked)(self.sets, reference)
+
+  def _mix_rows(
+    self, params: Params, coefficients: jax.Array | None
+  ) -> Params | mixture.Mixture:
+    """What `_policy` gave, as what `start` takes."""
+    if coefficients is None:
+      return params
+    if self.mixes_logits:
+      return mixture.unstack(params, coefficients)
+    return conditioning.mix_rows(params, self.bank.steerable, coefficients)
+
+  @functools.cached_property
   def _sample(self):
     rows = sharding.row_sharding(self.mesh)
 
-    @functools.partial(
-      jax.jit,
-      static_argnames=("top_k", "top_p", "num_samples"),
-      out_shardings=rows,
-    )
-    def sample(
-      params, tokens, keys, temperature, top_k=None, top_p=None, num_samples=1
-    ):
+    @functools.partial(jax.jit, out_shardings=rows)
+    def sample(params, coefficients, tokens, keys, settings):
       next_logits, cache = self.start(
-        params,
+        self._mix_rows(params, coefficients),
         jax.lax.with_sharding_constraint(tokens, rows),
-        num_samples=num_samples,
       )
       return decoding.sample_from(
         next_logits,
         cache,
         keys,
         max_length=self.config.data.target_length,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        temperature=settings["temperature"],
+        top_k=settings["top_k"],
+        top_p=settings["top_p"],
+        row_lengths=settings["max_lengths"],
         allowed=self.allowed,
       )
 
@@ -489,8 +600,9 @@ class Policy:
   @functools.cached_property
   def _score(self):
     @jax.jit
-    def score(params, tokens, targets):
+    def score(params, coefficients, tokens, targets):
       model = t5.T5(self.model_config)
+      params = self._mix_rows(params, coefficients)
       if isinstance(params, mixture.Mixture):
         logp = mixture.token_logp(model, params, tokens, targets)
       else:
@@ -510,8 +622,3 @@ def _per_row(name, num, value, kind):
       "per text."
     )
   return value
-
-
-def _pad_rows(rows: np.ndarray, num: int) -> np.ndarray:
-  """Repeats the last row up to `num` rows; the copies are dropped later."""
-  return rows[np.minimum(np.arange(num), len(rows) - 1)]

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clp_jax.conditioning import RowMixture
 from clp_jax.models import t5
 from clp_jax.models.layers import PAD_ID
 
@@ -62,16 +63,18 @@ def sample(
   allowed: jax.Array | np.ndarray,
   num_samples: int = 1,
   temperature: jax.Array | float = 1.0,
-  top_k: int | None = None,
-  top_p: float | None = None,
+  top_k: jax.Array | int | None = None,
+  top_p: jax.Array | float | None = None,
   logp_temperature: jax.Array | float = 1.0,
+  row_lengths: jax.Array | None = None,
   eos_id: int = EOS_ID,
 ) -> Samples:
   """Samples N responses to each prompt.
 
   Args:
     model: the T5.
-    params: its parameters.
+    params: its parameters; for a batch in which every row is a policy of its
+      own, those of `conditioning.mix_rows`.
     encoder_input_tokens: [B, S] int; 0 is padding.
     keys: [R] typed keys, one a row: what a row draws depends on its key and
       its position only, not on the other rows or on the devices.
@@ -80,12 +83,16 @@ def sample(
     num_samples: N.
     temperature: [] or [R] float that divides the logits before sampling; 0
       takes the most likely token. May be traced.
-    top_k: sample among the k most likely tokens; None for all.
-    top_p: sample among the most likely tokens that together reach this
-      probability (after top_k); None for all.
+    top_k: [] or [R] int, sample among the k most likely tokens; None for all.
+      May be traced, then V is for all.
+    top_p: [] or [R] float, sample among the most likely tokens that together
+      reach this probability (after top_k); None for all. May be traced, then 1
+      is for all.
     logp_temperature: [] or [R] float, positive: the log-probabilities are those
       of softmax(logits / logp_temperature) over the whole vocabulary, whatever
       `temperature`, `top_k`, `top_p` and `allowed` are.
+    row_lengths: [R] int32, from 1: rows that are to end earlier than at
+      max_length; None for none.
     eos_id: token that ends a row.
 
   Returns:
@@ -112,6 +119,7 @@ def sample(
     top_k=top_k,
     top_p=top_p,
     logp_temperature=logp_temperature,
+    row_lengths=row_lengths,
     eos_id=eos_id,
   )
 
@@ -147,8 +155,8 @@ def sample_groups(
     allowed: [V] bool.
     num_samples: N.
     temperature: [] or [R] float.
-    top_k: int or None.
-    top_p: float or None.
+    top_k: None or int.
+    top_p: None or float.
     logp_temperature: [] or [R] float.
     eos_id: int.
 
@@ -306,9 +314,10 @@ def sample_from(
   max_length: int,
   allowed: jax.Array | np.ndarray,
   temperature: jax.Array | float = 1.0,
-  top_k: int | None = None,
-  top_p: float | None = None,
+  top_k: jax.Array | int | None = None,
+  top_p: jax.Array | float | None = None,
   logp_temperature: jax.Array | float = 1.0,
+  row_lengths: jax.Array | None = None,
   eos_id: int = EOS_ID,
 ) -> Samples:
   """Samples rows from any next-token distribution.
@@ -324,9 +333,10 @@ def sample_from(
     max_length: T.
     allowed: [V] bool.
     temperature: [] or [R] float.
-    top_k: int or None.
-    top_p: float or None.
+    top_k: None, or [] or [R] int.
+    top_p: None, or [] or [R] float.
     logp_temperature: [] or [R] float.
+    row_lengths: None, or [R] int32.
     eos_id: int.
 
   Returns:
@@ -364,10 +374,13 @@ def sample_from(
     going = ~loop.ended
     token = jnp.where(going, token, PAD_ID)
     now = Samples(token, jnp.where(going, logp, 0.0), going)
+    ended = loop.ended | (token == eos_id)
+    if row_lengths is not None:
+      ended |= loop.position + 1 >= row_lengths
     return _Loop(
       position=loop.position + 1,
       last=token,
-      ended=loop.ended | (token == eos_id),
+      ended=ended,
       samples=jax.tree.map(
         lambda all_, x: jax.lax.dynamic_update_slice_in_dim(
           all_, x[:, None], loop.position, axis=1
@@ -399,8 +412,8 @@ def choose_tokens(
   *,
   temperature: jax.Array,
   allowed: jax.Array,
-  top_k: int | None = None,
-  top_p: float | None = None,
+  top_k: jax.Array | int | None = None,
+  top_p: jax.Array | float | None = None,
 ) -> jax.Array:
   """Draws a token a row, by inverting the distribution function.
 
@@ -412,8 +425,8 @@ def choose_tokens(
     uniforms: [R, 2] float32 in [0, 1).
     temperature: [R] float32; 0 takes the most likely allowed token.
     allowed: [V] bool.
-    top_k: int or None.
-    top_p: float or None.
+    top_k: int or [R] int32, which may be traced; V or None for all.
+    top_p: float or [R] float32, which may be traced; 1 or None for all.
 
   Returns:
     [R] int32.
@@ -421,11 +434,11 @@ def choose_tokens(
   Raises:
     ValueError: for top_k or top_p out of range.
   """
-  if top_k is not None and top_k < 1:
+  if isinstance(top_k, int) and top_k < 1:
     raise ValueError(f"top_k must be at least 1, or None, got {top_k}.")
-  if top_p is not None and not 0.0 < top_p <= 1.0:
+  if isinstance(top_p, int | float) and not 0.0 < top_p <= 1.0:
     raise ValueError(f"top_p must be in (0, 1], or None, got {top_p}.")
-  vocab_size = logits.shape[-1]
+  rows, vocab_size = logits.shape
   if allowed.shape != (vocab_size,):
     raise ValueError(
       f"allowed must have the shape of the vocabulary, ({vocab_size},), got "
@@ -439,24 +452,37 @@ def choose_tokens(
   # count as 0 in a sum or a comparison depends on the hardware.
   probs = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / divisor)
   probs = jnp.where(probs < jnp.finfo(jnp.float32).tiny, 0.0, probs)
-  if top_k is None or top_k >= vocab_size:
-    if top_p is not None and top_p < 1.0:
-      probs = _keep_most_likely(probs, top_p)
-    drawn = _invert(probs, uniforms)
-  else:
-    # Sorted, with the lower id first among equals.
-    probs, ids = jax.lax.top_k(probs, top_k)
-    if top_p is not None and top_p < 1.0:
-      before = jnp.cumsum(probs, axis=-1) - probs
-      reached = before >= top_p * probs.sum(-1, keepdims=True)
-      probs = jnp.where(reached, 0.0, probs)
-    place = _invert(probs, uniforms)
-    drawn = jnp.take_along_axis(ids, place[:, None], axis=-1)[:, 0]
+  # The condition is for arrays, whose values are not known when compiling.
+  if top_k is not None:
+    count = _per_row("top_k", top_k, rows)
+    probs = jax.lax.cond(
+      jnp.any(count < vocab_size), _keep_top_k, lambda p, _: p, probs, count
+    )
+  if top_p is not None:
+    share = _per_row("top_p", top_p, rows)
+    probs = jax.lax.cond(
+      jnp.any(share < 1), _keep_top_p, lambda p, _: p, probs, share
+    )
+  drawn = _invert(probs, uniforms)
   return jnp.where(greedy, best, drawn)
 
 
-def _keep_most_likely(probs: jax.Array, top_p: float) -> jax.Array:
-  """Zeroes all but the fewest most likely tokens with top_p of the total.
+def _keep_top_k(probs: jax.Array, top_k: jax.Array) -> jax.Array:
+  """Zeroes all but the top_k [R] float32 most likely of probs [R, V]."""
+  return _keep_most_likely(probs, jnp.ones_like(probs), top_k)
+
+
+def _keep_top_p(probs: jax.Array, top_p: jax.Array) -> jax.Array:
+  """Zeroes all but the fewest most likely tokens with top_p [R] of probs'
+  total; rows whose top_p is 1 keep all."""
+  kept = _keep_most_likely(probs, probs, top_p * probs.sum(-1))
+  return jnp.where(top_p[:, None] < 1, kept, probs)
+
+
+def _keep_most_likely(
+  probs: jax.Array, measure: jax.Array, target: jax.Array
+) -> jax.Array:
+  """Zeroes all but the fewest most likely tokens that measure enough.
 
   Bisects for the smallest probability that is kept: thirty sums over the
   vocabulary cost a fraction of sorting it. Of equally likely tokens at the
@@ -464,19 +490,20 @@ def _keep_most_likely(probs: jax.Array, top_p: float) -> jax.Array:
 
   Args:
     probs: [R, V] float32 in [0, 1], of any total, the largest of a row 1.
-    top_p: in (0, 1).
+    measure: [R, V] float32, what counts towards the target, the same for
+      equally likely tokens.
+    target: [R] float32.
 
   Returns:
     [R, V] float32.
   """
   # Floats that are not negative are ordered as their bits are.
   bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
-  target = top_p * probs.sum(-1)
 
   def halve(_, bounds):
     low, high = bounds
     middle = low + (high - low) // 2
-    total = jnp.sum(jnp.where(bits >= middle[:, None], probs, 0.0), axis=-1)
+    total = jnp.sum(jnp.where(bits >= middle[:, None], measure, 0.0), axis=-1)
     enough = total >= target
     return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
@@ -486,11 +513,11 @@ def _keep_most_likely(probs: jax.Array, top_p: float) -> jax.Array:
   # 30 halvings of fewer than 2^30 bit patterns leave one.
   edge, _ = jax.lax.fori_loop(0, 30, halve, (low, high))
   above, at_edge = bits > edge[:, None], bits == edge[:, None]
-  missing = target - jnp.sum(jnp.where(above, probs, 0.0), axis=-1)
-  edge_prob = jax.lax.bitcast_convert_type(edge, jnp.float32)
+  missing = target - jnp.sum(jnp.where(above, measure, 0.0), axis=-1)
+  each = jnp.max(jnp.where(at_edge, measure, 0.0), axis=-1)
   # How many at the edge come first, and how many of them it takes.
   rank = jnp.cumsum(at_edge.astype(jnp.int32), axis=-1)
-  needed = jnp.ceil(missing / edge_prob)
+  needed = jnp.ceil(missing / each)
   return jnp.where(above | (at_edge & (rank <= needed[:, None])), probs, 0.0)
 
 
@@ -565,11 +592,16 @@ def _in_compute_dtype(config: t5.T5Config, params: Params) -> Params:
 
   def cast(path, leaf):
     names = [entry.key for entry in path]
-    if names[-1] == "kernel" and "logits_dense" not in names:
-      return leaf.astype(config.compute_dtype)
-    return leaf
+    if names[-1] != "kernel" or "logits_dense" in names:
+      return leaf
+    if isinstance(leaf, RowMixture):
+      sets = leaf.sets.astype(config.compute_dtype)
+      return RowMixture(sets, leaf.coefficients)
+    return leaf.astype(config.compute_dtype)
 
-  return jax.tree_util.tree_map_with_path(cast, params)
+  return jax.tree_util.tree_map_with_path(
+    cast, params, is_leaf=lambda leaf: isinstance(leaf, RowMixture)
+  )
 
 
 def _per_row(name: str, value: jax.Array | float, rows: int) -> jax.Array:

@@ -1,20 +1,23 @@
 """What T5's encoder and decoder are made of: norms, attention, MLP, embedding.
 
 Names, shapes and logical axes of the parameters are t5x's; see `t5.py`, where
-the parts are put together, for the axis letters.
+the parts are put together, for the axis letters. Any parameter may be a
+`RowMixture` instead of an array: then every row has its own mixture of it.
 """
 
 import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+
+from clp_jax.conditioning import RowMixture
 
 PAD_ID = 0  # padding in the encoder, and the decoder's first input
 NORM_EPSILON = 1e-6
@@ -192,8 +195,12 @@ def _param(
   init: nn.initializers.Initializer,
   shape: tuple[int, ...],
   axes: tuple[str, ...],
-) -> jax.Array:
+) -> jax.Array | RowMixture:
   """A float32 parameter, its logical axes recorded when it is created."""
+  if module.has_variable("params", name):
+    value: Any = module.get_variable("params", name)
+    if isinstance(value, RowMixture):  # of another shape than init's
+      return value
   boxed_init = nn.with_logical_partitioning(init, axes)
   param = module.param(name, boxed_init, shape, jnp.float32)
   return cast(jax.Array, param)  # param takes the box off
@@ -211,7 +218,11 @@ class Linear(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (x.shape[-1], self.features)
     kernel = _param(self, "kernel", self.kernel_init, shape, self.axes)
-    y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+    x = x.astype(self.dtype)
+    if isinstance(kernel, RowMixture):
+      y = kernel.matmul(x)
+    else:
+      y = x @ kernel.astype(self.dtype)
     # The name is what remat "minimal" saves: unlike the shape of the product,
     # it is the same under vmap over parameter sets.
     return checkpoint_name(y, "linear")
@@ -230,7 +241,11 @@ class RMSNorm(nn.Module):
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(mean_square + NORM_EPSILON)
-    scale = scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    if isinstance(scale, RowMixture):
+      scale = scale.mixed(x.shape[0])
+    scale = scale.astype(self.dtype)
+    # [1, 1, D], or [R, 1, D] where rows differ.
+    scale = scale.reshape(-1, *(1,) * (x.ndim - 2), x.shape[-1])
     return x.astype(self.dtype) * scale
 
 
@@ -251,13 +266,19 @@ class Embedding(nn.Module):
   def __call__(self, tokens: jax.Array) -> jax.Array:
     # jnp.take gives NaN for an id outside of the table; indexing would give
     # the last row, and nobody would notice.
-    embedded = jnp.take(self.embedding, tokens, axis=0)
+    if isinstance(self.embedding, RowMixture):
+      embedded = self.embedding.take(tokens)
+    else:
+      embedded = jnp.take(self.embedding, tokens, axis=0)
     return embedded.astype(self.config.compute_dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
     """[..., D] -> logits [..., V] float32, scaled as tied logits are."""
     scale = self.config.emb_dim**-0.5
-    return x.astype(jnp.float32) @ self.embedding.T * scale
+    x = x.astype(jnp.float32)
+    if isinstance(self.embedding, RowMixture):
+      return self.embedding.matmul_transposed(x) * scale
+    return x @ self.embedding.T * scale
 
 
 class SoftTokens(nn.Module):
@@ -275,7 +296,11 @@ class SoftTokens(nn.Module):
       (self.config.soft_tokens, self.config.emb_dim),
       ("soft_tokens", "embed"),
     )
-    table = table.astype(embedded.dtype)[None]
+    if isinstance(table, RowMixture):
+      table = table.mixed(embedded.shape[0])
+    else:
+      table = table[None]
+    table = table.astype(embedded.dtype)
     rows = jnp.broadcast_to(table, (embedded.shape[0], *table.shape[1:]))
     return jnp.concatenate([rows, embedded], axis=1)
 
@@ -287,7 +312,7 @@ class RelativeBias(nn.Module):
 
   @nn.compact
   def __call__(self, buckets: jax.Array | np.ndarray) -> jax.Array:
-    """buckets: [...] int -> [H, ...] float32."""
+    """buckets: [Q, S] int -> [1 or B, H, Q, S] float32."""
     table = _param(
       self,
       "rel_embedding",
@@ -295,7 +320,12 @@ class RelativeBias(nn.Module):
       (self.config.num_heads, self.config.relative_attention_num_buckets),
       ("heads", "relpos_buckets"),
     )
-    return jnp.take(table, buckets, axis=1)
+    if isinstance(table, RowMixture):
+      biases = jnp.take(table.sets, buckets, axis=2)
+      return RowMixture(biases, table.coefficients).mixed(
+        table.coefficients.shape[0]
+      )
+    return jnp.take(table, buckets, axis=1)[None]
 
 
 class Attention(nn.Module):
@@ -347,7 +377,7 @@ class Attention(nn.Module):
         queries apart.
       keys_values: [B, H, S, K] each.
       mask: [B or 1, Q or 1, S] bool, True where a query may look.
-      bias: [H, Q, S] float32, or None.
+      bias: [1 or a divisor of B, H, Q, S] float32, or None.
       deterministic: no dropout.
 
     Returns:
@@ -368,7 +398,9 @@ class Attention(nn.Module):
       preferred_element_type=jnp.float32,
     )
     if bias is not None:
-      logits = logits + bias[None]
+      if bias.shape[0] > 1:  # rows differ: N of them share one
+        bias = jnp.repeat(bias, prompts // bias.shape[0], axis=0)
+      logits = logits + bias
     logits = jnp.where(mask[:, None], logits, MASKED)
     probs = jax.nn.softmax(logits, axis=-1).astype(self.config.compute_dtype)
     # Dropout is the same at all queries of a row, not of a prompt.

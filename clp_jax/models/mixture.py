@@ -31,14 +31,15 @@ class Mixture:
   """K ordinary T5s of one shape and vocabulary, and their coefficients."""
 
   models: tuple[Params, ...]  # K parameter trees
-  coefficients: jax.Array  # [K] float32
+  coefficients: jax.Array  # [K] float32, or [B, K]: each prompt its own
 
 
 def unstack(sets: Params, coefficients: jax.Array) -> Mixture:
-  """The mixture of parameters stacked to [K, ...], with coefficients [K]."""
+  """The mixture of parameters stacked to [K, ...], with coefficients [K],
+  or [B, K]."""
   models = [
     jax.tree.map(lambda s, k=k: s[k], sets)
-    for k in range(coefficients.shape[0])
+    for k in range(coefficients.shape[-1])
   ]
   return Mixture(tuple(models), coefficients)
 
@@ -47,16 +48,19 @@ def combine(coefficients: jax.Array, logits: Sequence[jax.Array]) -> jax.Array:
   """sum_k c_k logits_k, in which a model of coefficient 0 has no part.
 
   Args:
-    coefficients: [K] float32.
-    logits: K arrays [..., V] float32.
+    coefficients: [K] float32, or [B, K].
+    logits: K arrays [R, ..., V] float32; R is a multiple of B, prompt-major.
 
   Returns:
-    [..., V] float32: with one coefficient 1 and the others 0, that model's
+    [R, ..., V] float32: with one coefficient 1 and the others 0, that model's
     logits bit for bit.
   """
   total = jnp.zeros_like(logits[0])
   for k, one in enumerate(logits):
-    c = coefficients[k]
+    c = coefficients[..., k]
+    if c.ndim:
+      c = jnp.repeat(c, one.shape[0] // c.shape[0])
+      c = c.reshape(-1, *(1,) * (one.ndim - 1))
     # 0 * inf would be NaN.
     total = total + jnp.where(c == 0, 0.0, c * one)
   return total

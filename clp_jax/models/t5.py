@@ -92,7 +92,7 @@ class EncoderLayer(nn.Module):
     bias: jax.Array,
     deterministic: bool = True,
   ) -> jax.Array:
-    """x: [B, S, D], mask: [B, 1, S], bias: [H, S, S] -> [B, S, D]."""
+    """x: [B, S, D], mask: [B, 1, S], bias: [1 or B, H, S, S] -> [B, S, D]."""
     drop = functools.partial(self.dropout, deterministic=deterministic)
     y = self.pre_attention_layer_norm(x)
     keys_values = self.attention.keys_values(y)
@@ -131,7 +131,7 @@ class DecoderLayer(nn.Module):
     Args:
       x: [B * N, T, D].
       mask: [1, T, T] bool, causal.
-      bias: [H, T, T] float32.
+      bias: [1 or B, H, T, T] float32.
       encoded: [B, S, D].
       encoder_mask: [B, 1, S] bool.
       deterministic: no dropout.
@@ -168,7 +168,7 @@ class DecoderLayer(nn.Module):
       cross: [B, H, S, K] each.
       position: [] int32, where to write.
       mask: [1, 1, T] bool, True up to position.
-      bias: [H, 1, T] float32.
+      bias: [1 or B, H, 1, T] float32.
       encoder_mask: [B, 1, S] bool.
 
     Returns:
@@ -407,7 +407,7 @@ class Decoder(nn.Module):
     length = jax.tree.leaves(cache)[0].shape[-2]
     distance = position - jnp.arange(length, dtype=jnp.int32)
     buckets = jnp.take(self._buckets(length), jnp.maximum(distance, 0))
-    bias = self.relpos_bias(buckets)[:, None]
+    bias = self.relpos_bias(buckets[None])
     mask = (distance >= 0)[None, None]
     through = functools.partial(
       _through_layers,
