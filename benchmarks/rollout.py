@@ -1,0 +1,92 @@
+"""Sampling: tokens a second, next to transformers.
+
+    python -m benchmarks.rollout [--size small] [--batch 32] [--source 256]
+      [--target 64] [--dtype float32] [--samples 1] [--n 5] [--json]
+
+A run encodes the sources and samples `target` tokens for each at temperature 1
+out of the whole vocabulary. On an accelerator the table has the share of the
+memory bandwidth that decoding would need at least, of what was measured there:
+
+    python -m benchmarks.rollout --size large --dtype bfloat16 --batch 64
+"""
+
+import argparse
+
+import jax
+
+from benchmarks import models, timing
+from clp_jax.cli import setup
+from clp_jax.models import decoding, t5
+from clp_jax.rollout import row_keys
+
+
+def main() -> None:
+  """Runs the benchmark."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  models.add_arguments(parser, batch=32, source=256, target=64)
+  parser.add_argument(
+    "--samples", type=int, default=1, help="a source (default: 1)"
+  )
+  timing.add_arguments(parser, n=5)
+  args = parser.parse_args()
+  setup.configure()
+  config = models.config_of(args)
+  params = models.random_params(config)
+  source = models.random_tokens(args.batch, args.source, config)
+  rows = args.batch * args.samples
+  tokens = rows * args.target
+
+  @jax.jit
+  def sample(params, source, keys):
+    return decoding.sample(
+      t5.T5(config),
+      params,
+      source,
+      keys,
+      num_samples=args.samples,
+      max_length=args.target,
+      allowed=models.allowed(config),
+    )
+
+  keys = row_keys(jax.random.key(0), rows)
+  runs = {"clp_jax": lambda: sample(params, source, keys)}
+  if models.has_peer(args):
+    peer = models.Peer(config, params)
+    inputs = peer.tensor(source)
+
+    def peer_sample():
+      with peer.torch.inference_mode():
+        peer.model.generate(
+          input_ids=inputs,
+          attention_mask=peer.torch.ones_like(inputs),
+          do_sample=True,
+          top_k=0,
+          num_return_sequences=args.samples,
+          min_new_tokens=args.target,
+          max_new_tokens=args.target,
+        )
+      peer.wait()
+
+    runs[peer.name] = peer_sample
+  times = timing.take_turns(runs, args.n)
+
+  table = []
+  ours, *others = runs
+  for name in runs:
+    fields = models.describe(args) | {"samples": args.samples}
+    if name == ours and timing.is_accelerator():
+      needed = models.decode_bytes(config, rows, args.source, args.target)
+      rate = timing.memory_bandwidth()
+      fields["measured GB/s"] = rate / 1e9
+      fields["share of bandwidth"] = needed / times[name].median / rate
+    against = times[others[0]] if name == ours and others else None
+    table.append(
+      timing.row(name, times[name], tokens=tokens, against=against, **fields)
+    )
+  timing.show(table, args)
+
+
+if __name__ == "__main__":
+  main()

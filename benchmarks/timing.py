@@ -1,0 +1,177 @@
+"""Timing in turns, the table of it, and what the device could do.
+
+A benchmark gives `take_turns` functions that do the same work in different
+ways. They run one after the other, n times over, so that what else the machine
+does falls on all of them; ratios are of medians.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Times(NamedTuple):
+  """What n runs took, in seconds."""
+
+  wall: list[float]
+  cpu: list[float]  # of all threads of this process
+
+  @property
+  def median(self) -> float:
+    return statistics.median(self.wall)
+
+
+def take_turns(
+  runs: Mapping[str, Callable[[], Any]], n: int
+) -> dict[str, Times]:
+  """Times functions in turns, after a first run of each that isn't counted.
+
+  Args:
+    runs: name -> function; JAX arrays that it returns are waited for.
+    n: runs of each.
+
+  Returns:
+    name -> Times.
+  """
+  for name, run in runs.items():
+    print(f"first run: {name}", file=sys.stderr)
+    jax.block_until_ready(run())
+  times: dict[str, Times] = {name: Times([], []) for name in runs}
+  for i in range(n):
+    print(f"run {i + 1} of {n}", file=sys.stderr)
+    for name, run in runs.items():
+      wall, cpu = time.perf_counter(), time.process_time()
+      jax.block_until_ready(run())
+      times[name].wall.append(time.perf_counter() - wall)
+      times[name].cpu.append(time.process_time() - cpu)
+  return times
+
+
+def row(
+  name: str,
+  times: Times,
+  *,
+  tokens: int | None = None,
+  against: Times | None = None,
+  **fields: Any,
+) -> dict[str, Any]:
+  """A row of a table.
+
+  Args:
+    name: of what ran.
+    times: that it took.
+    tokens: that a run works on, for the rate; None for none.
+    against: the times of what it is compared with; None for none.
+    **fields: what else describes it.
+
+  Returns:
+    Column -> value. "ratio" is the time of the other one over its own: more
+    than 1 is faster. "cpu ratio" is the same of the processors' time, which
+    other jobs on the machine disturb less.
+  """
+  columns = {"what": name} | fields
+  columns |= {
+    "n": len(times.wall),
+    "median s": times.median,
+    "min s": min(times.wall),
+    "max s": max(times.wall),
+    "cpu s": statistics.median(times.cpu),
+  }
+  if tokens is not None:
+    columns["tokens/s"] = tokens / times.median
+  if against is not None:
+    columns["ratio"] = against.median / times.median
+    columns["cpu ratio"] = statistics.median(against.cpu) / max(
+      statistics.median(times.cpu), 1e-9
+    )
+  return columns
+
+
+def add_arguments(parser: argparse.ArgumentParser, n: int) -> None:
+  """Adds what every benchmark takes."""
+  parser.add_argument(
+    "--n", type=int, default=n, help=f"timed runs of each (default: {n})"
+  )
+  parser.add_argument(
+    "--json", action="store_true", help="print JSON instead of a table"
+  )
+
+
+def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+  """Prints the rows, and what they ran on."""
+  about = machine() | {"arguments": vars(args)}
+  if args.json:
+    print(json.dumps(about | {"rows": rows}, indent=2))
+    return
+  columns = list(dict.fromkeys(name for row in rows for name in row))
+  print(", ".join(f"{k}: {v}" for k, v in about.items() if k != "arguments"))
+  print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+  for row in rows:
+    print(f"| {' | '.join(_cell(row.get(name)) for name in columns)} |")
+
+
+def _cell(value: Any) -> str:
+  if value is None:
+    return ""
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def machine() -> dict[str, Any]:
+  """What a figure depends on besides the code."""
+  return {
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "cpus": os.cpu_count(),
+    "load": f"{os.getloadavg()[0]:.1f}",
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+  }
+
+
+def is_accelerator() -> bool:
+  """Whether JAX computes on something else than the CPU."""
+  return jax.default_backend() != "cpu"
+
+
+def memory_bandwidth(gib: float = 1.0) -> float:
+  """Bytes a second that the first device reads and writes, measured: adds 1 to
+  an array that no cache holds."""
+  size = int(gib * 2**30) // 4
+  add = jax.jit(lambda x: x + 1, donate_argnums=0)
+  x = add(jnp.zeros([size], jnp.float32))
+  seconds = []
+  for _ in range(10):
+    jax.block_until_ready(x)
+    start = time.perf_counter()
+    x = add(x)
+    jax.block_until_ready(x)
+    seconds.append(time.perf_counter() - start)
+  return 2 * 4 * size / min(seconds)
+
+
+def matrix_rate(dtype: str, size: int = 8192) -> float:
+  """FLOPs a second of the first device in a large product, measured."""
+  repeats = 8
+  x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+  y = x / size**0.5
+
+  @jax.jit
+  def products(x, y):
+    return jax.lax.fori_loop(0, repeats, lambda _, x: x @ y, x)
+
+  jax.block_until_ready(products(x, y))
+  seconds = []
+  for _ in range(5):
+    start = time.perf_counter()
+    jax.block_until_ready(products(x, y))
+    seconds.append(time.perf_counter() - start)
+  return repeats * 2 * size**3 / min(seconds)
