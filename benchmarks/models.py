@@ -1,4 +1,4 @@
-"""The models that benchmarks run, the same one in transformers, and its work."""
+"""What benchmarks run: a model, the same in transformers, and its work."""
 
 import argparse
 import dataclasses
@@ -80,7 +80,7 @@ def allowed(config: t5.T5Config) -> np.ndarray:
 
 
 class Peer:
-  """The same weights in transformers, on torch's CUDA device if there is one."""
+  """The same weights in transformers, on torch's CUDA device if it has one."""
 
   def __init__(self, config: t5.T5Config, params: Params):
     import torch
@@ -156,6 +156,11 @@ def decode_bytes(
   kernels = config.num_decoder_layers * decoder * width
   logit_layer = config.vocab_size * config.emb_dim * 4  # float32, see t5.py
   cache = (
-    2 * batch * heads * config.num_decoder_layers * width * (source + target / 2)
+    2
+    * batch
+    * heads
+    * config.num_decoder_layers
+    * width
+    * (source + target / 2)
   )
   return float(target * (kernels + logit_layer + cache))

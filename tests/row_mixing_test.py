@@ -133,7 +133,7 @@ def test_no_kernel_exists_once_per_row():
   rows = 7  # of no axis's size
   source = decoding_test.ragged_source(rows)
 
-  def run(coefficients):
+  def run(params, coefficients):
     return decoding.sample(
       t5.T5(V1_1),
       conditioning.mix_rows(params, steerable, coefficients),
@@ -143,7 +143,8 @@ def test_no_kernel_exists_once_per_row():
       allowed=ALLOWED,
     )
 
-  jaxpr = jax.make_jaxpr(run)(np.full((rows, M), 1 / M, np.float32))
+  coefficients = np.full((rows, M), 1 / M, np.float32)
+  jaxpr = jax.make_jaxpr(run)(params, coefficients)
   kernels = {
     leaf.shape
     for leaf in jax.tree.leaves(t5.abstract_params(V1_1))
