@@ -15,15 +15,18 @@ from ml_collections import config_dict
 
 from clp_jax import adapters, prompting
 from clp_jax import bank as bank_lib
-from clp_jax.algorithms import reinforce
+from clp_jax.adaptation import Adaptation
+from clp_jax.algorithms import ppo, reinforce
 from clp_jax.data.tasks import check_template
 from clp_jax.data.vocabulary import control_ids
 from clp_jax.models.presets import PRESETS
 from clp_jax.models.t5 import T5Config
 from clp_jax.rewards import base
+from clp_jax.scalarisation import Scalarisation
 from clp_jax.weightings import Distribution
 
-ALGORITHMS = ("reinforce",)
+ALGORITHMS = ("reinforce", "ppo")
+BASELINES = (*reinforce.BASELINES, "learned")
 OPTIMIZERS = ("adam", "adafactor")
 NORMALISATIONS = ("none", "fixed", "running")
 HEADS = ("linear", "token")
@@ -72,7 +75,7 @@ def get_config() -> ml_collections.ConfigDict:
   """The defaults. None means off."""
   c = ml_collections.ConfigDict()
   c.seed = 0
-  c.algorithm = "reinforce"
+  c.algorithm = "reinforce"  # or ppo
   # Which parameters exist once per objective: full, attention, logits, lora,
   # svd_lora (see adapters), none.
   c.steering = "full"
@@ -118,6 +121,17 @@ def get_config() -> ml_collections.ConfigDict:
   c.weightings.alpha_range = config_dict.placeholder(tuple)
   # Then the coefficient of KL's set: alpha, or realigned (weightings.py).
   c.weightings.kl_coefficient = "alpha"
+  # Draws more weights where the front has gaps, as training finds them.
+  c.weightings.adapt = False
+  c.weightings.adapt_points = 11  # cells an edge of the simplex
+  c.weightings.adapt_decay = 0.9  # of a cell's mean, a step that visits it
+  c.weightings.adapt_exploration = 0.5  # share that is drawn from Q as it is
+
+  c.scalarisation = ml_collections.ConfigDict()  # of the rewards, in training
+  c.scalarisation.name = "linear"  # linear, chebyshev or smooth_chebyshev
+  # Of the last two: a (normalised) value above what each reward can reach.
+  c.scalarisation.utopia = config_dict.placeholder(tuple)
+  c.scalarisation.smoothness = 0.1  # of smooth_chebyshev, in rewards' units
 
   c.conditioning = ml_collections.ConfigDict()
   # The KL term's parameter set, where there is one: trained, or frozen at the
@@ -153,7 +167,24 @@ def get_config() -> ml_collections.ConfigDict:
   c.rollout.temperature = 1.0  # the policy's, in training
 
   c.reinforce = ml_collections.ConfigDict()
-  c.reinforce.baseline = "leave_one_out"  # none, group_mean, leave_one_out
+  # none, group_mean, leave_one_out, or learned: the critic's values.
+  c.reinforce.baseline = "leave_one_out"
+
+  c.ppo = ml_collections.ConfigDict()  # of algorithm = "ppo"
+  c.ppo.epochs = 2  # times a step goes through its responses
+  c.ppo.minibatches = 2  # updates an epoch; divides a weighting's prompts
+  c.ppo.clip = config_dict.placeholder(float)
+  c.ppo.clip = 0.2  # of the ratio, to both sides of 1; None is off
+  c.ppo.value_clip = config_dict.placeholder(float)  # in rewards' units
+  c.ppo.discount = 1.0  # gamma, a token
+  c.ppo.gae_lambda = 0.95
+  c.ppo.whiten = False  # advantages of a step to mean 0 and deviation 1
+  # Nats a token from the policy that sampled; no update of the step beyond.
+  c.ppo.target_kl = config_dict.placeholder(float)
+
+  c.critic = ml_collections.ConfigDict()  # of ppo and of the learned baseline
+  c.critic.hidden = 64  # units between decoder states and values, each reward
+  c.critic.learning_rate = 3e-3  # Adam's, from the first step on
 
   c.optimizer = ml_collections.ConfigDict()
   c.optimizer.name = "adam"  # adam or adafactor
@@ -300,6 +331,41 @@ def prompts(
   return None
 
 
+def adaptation(config: ml_collections.ConfigDict) -> Adaptation | None:
+  """How Q is adapted, or None."""
+  q = config.weightings
+  if not q.adapt:
+    return None
+  return Adaptation(
+    num_rewards=len(config.objectives),
+    points=q.adapt_points,
+    decay=q.adapt_decay,
+    exploration=q.adapt_exploration,
+  )
+
+
+def scalarisation(config: ml_collections.ConfigDict) -> Scalarisation:
+  """How a weighting makes one number of the rewards."""
+  s = config.scalarisation
+  return Scalarisation(
+    name=s.name,
+    utopia=None if s.utopia is None else tuple(s.utopia),
+    smoothness=s.smoothness,
+  )
+
+
+def has_critic(config: ml_collections.ConfigDict) -> bool:
+  """Whether values are learned."""
+  return config.algorithm == "ppo" or config.reinforce.baseline == "learned"
+
+
+def ppo_settings(config: ml_collections.ConfigDict) -> ppo.Settings:
+  """What an update with a critic does."""
+  if config.algorithm != "ppo":
+    return ppo.REINFORCE
+  return ppo.Settings(**config.ppo)
+
+
 @contextlib.contextmanager
 def as_config_error() -> Iterator[None]:
   """Turns a ValueError about what a config names into a ConfigError."""
@@ -362,7 +428,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       "mixing = 'logits' combines policies that are trained already; train "
       "with 'parameters', or make a mixture as docs/experiments.md says."
     )
-  _one_of("reinforce.baseline", config.reinforce.baseline, reinforce.BASELINES)
+  _one_of("reinforce.baseline", config.reinforce.baseline, BASELINES)
   _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
   _one_of("reward_model.head", config.reward_model.head, HEADS)
   _validate_data(config.data)
@@ -393,6 +459,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise ConfigError(f"weightings: {error}") from error
   with as_config_error():
     bank(config, PRESETS["tiny"])  # whatever the model, its checks are the same
+  _validate_q_and_scalarisation(config)
+  _validate_ppo(config)
 
   positive = (
     "data.source_length data.target_length rollout.prompts rollout.samples "
@@ -403,7 +471,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     "sft.learning_rate sft.checkpoint_every rollout.temperature "
     "reward_model.batch reward_model.learning_rate "
     "reward_model.checkpoint_every eval.prompts eval.samples eval.batch "
-    "mesh.model"
+    "mesh.model ppo.epochs ppo.minibatches critic.hidden critic.learning_rate"
   )
   if config.soft_tokens.length is not None:
     positive += " soft_tokens.length"
@@ -427,7 +495,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f"rollout.weightings x train.microbatches = {groups} x "
       f"{train.microbatches}; change one of them."
     )
-  if config.reinforce.baseline == "leave_one_out" and rollout.samples < 2:
+  minibatches = ppo_settings(config).minibatches
+  if rollout.prompts % (groups * train.microbatches * minibatches):
+    raise ConfigError(
+      f"rollout.prompts = {rollout.prompts} is not a multiple of "
+      "rollout.weightings x ppo.minibatches x train.microbatches = "
+      f"{groups} x {minibatches} x {train.microbatches}; change one of them."
+    )
+  if (
+    config.algorithm == "reinforce"
+    and config.reinforce.baseline == "leave_one_out"
+    and rollout.samples < 2
+  ):
     raise ConfigError(
       "reinforce.baseline leave_one_out needs rollout.samples >= 2, got "
       f"{rollout.samples}; raise it or choose group_mean."
@@ -438,6 +517,39 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f"eval.reference_point has {len(point)} values for {len(objectives)} "
       "objectives; give one each, or None for the origin."
     )
+
+
+def _validate_q_and_scalarisation(config: ml_collections.ConfigDict) -> None:
+  with as_config_error():
+    adapted = adaptation(config)
+    scalar = scalarisation(config)
+  if adapted is not None and config.weightings.weights is not None:
+    raise ConfigError(
+      "weightings.adapt needs weights to draw, but weightings.weights fixes "
+      "them; leave one of the two out."
+    )
+  if scalar.utopia is not None and len(scalar.utopia) != len(config.objectives):
+    raise ConfigError(
+      f"scalarisation.utopia has {len(scalar.utopia)} values for "
+      f"{len(config.objectives)} objectives; give one each."
+    )
+  rollout = config.rollout
+  if scalar.name != "linear" and rollout.prompts < 2 * rollout.weightings:
+    raise ConfigError(
+      f"scalarisation {scalar.name} needs at least 2 prompts a weighting, got "
+      f"rollout.prompts = {rollout.prompts} for rollout.weightings = "
+      f"{rollout.weightings}; change one of them."
+    )
+
+
+def _validate_ppo(config: ml_collections.ConfigDict) -> None:
+  for path in ("ppo.clip", "ppo.value_clip", "ppo.target_kl"):
+    value = _get(config, path)
+    if value is not None and not value > 0:
+      raise ConfigError(f"{path} must be > 0, or None for off, got {value}.")
+  for path in ("ppo.discount", "ppo.gae_lambda"):
+    if not 0 <= _get(config, path) <= 1:
+      raise ConfigError(f"{path} must be in [0, 1], got {_get(config, path)}.")
 
 
 def _validate_data(data: ml_collections.ConfigDict) -> None:

@@ -1,6 +1,6 @@
-"""Rollouts: weightings drawn, policies mixed, responses sampled and scored.
+"""Rollouts: policies mixed, responses sampled and scored.
 
-1. Draw G weightings from Q and mix the G policies.
+1. Mix the G policies of the step's weightings.
 2. Cut the B prompts into G groups; group g is answered by policy g, N samples
    a prompt, each row with its own key.
 3. Score the responses under the frozen reference.
@@ -45,13 +45,12 @@ def sample_rollout(
   params: Params,
   reference: Params,
   encoder_input_tokens: jax.Array,
-  weightings_key: jax.Array,
+  weighting: Weighting,
   samples_key: jax.Array,
   *,
   bank: Bank,
   prompts: Prompts | None,
   distribution: Distribution,
-  num_weightings: int,
   num_samples: int,
   max_length: int,
   temperature: float,
@@ -63,12 +62,11 @@ def sample_rollout(
     params: what the bank trains.
     reference: an ordinary T5's parameters.
     encoder_input_tokens: [B, S] int32 prompts.
-    weightings_key: key of the weightings.
+    weighting: G weightings; G divides B.
     samples_key: key of the samples.
     bank: that makes the policies.
     prompts: what the policies are told of their weightings, or None.
-    distribution: Q.
-    num_weightings: G, divides B.
+    distribution: Q, that the weightings were drawn from.
     num_samples: N.
     max_length: T, tokens.
     temperature: of the policy and the reference alike: both are
@@ -78,7 +76,6 @@ def sample_rollout(
   Returns:
     A Rollout.
   """
-  weighting = distribution.sample(weightings_key, num_weightings)
   coefficients = distribution.coefficients(weighting)
   documents = encoder_input_tokens
   if prompts is not None:
@@ -90,7 +87,7 @@ def sample_rollout(
     conditioning.batched_axes(bank.steerable),
     encoder_input_tokens,
     row_keys(samples_key, encoder_input_tokens.shape[0] * num_samples),
-    num_groups=num_weightings,
+    num_groups=coefficients.shape[0],
     num_samples=num_samples,
     max_length=max_length,
     temperature=temperature,
@@ -113,6 +110,51 @@ def sample_rollout(
     ref_logp=jnp.where(samples.mask, ref_logp, 0),
     weighting=weighting,
     coefficients=coefficients,
+  )
+
+
+def score_groups(
+  bank: Bank,
+  params: Params,
+  reference: Params,
+  coefficients: jax.Array,
+  encoder_input_tokens: jax.Array,
+  tokens: jax.Array,
+  *,
+  num_samples: int,
+  temperature: float,
+) -> decoding.TokenScores:
+  """What the G policies of a rollout say of its responses, teacher-forced.
+
+  The gradient goes through the mixing into all sets.
+
+  Args:
+    bank: that makes the policies.
+    params: what the bank trains.
+    reference: an ordinary T5's parameters; what the bank freezes.
+    coefficients: [G, M] float32.
+    encoder_input_tokens: [G, B/G, S] int32, prompted as the policies are.
+    tokens: [G, R/G, T] int32, prompt-major.
+    num_samples: N.
+    temperature: of the policies.
+
+  Returns:
+    TokenScores whose arrays have the leading axes [G, R/G, T].
+  """
+  return jax.vmap(
+    lambda policy, prompts, responses: decoding.score_tokens(
+      T5(bank.model_config),
+      policy,
+      prompts,
+      responses,
+      num_samples=num_samples,
+      temperature=temperature,
+    ),
+    in_axes=(conditioning.batched_axes(bank.steerable), 0, 0),
+  )(
+    bank.mix(params, reference, coefficients),
+    encoder_input_tokens,
+    tokens,
   )
 
 

@@ -28,6 +28,7 @@ RULES = {
   "objective": None,
   "rank": None,
   "soft_tokens": None,
+  "value": None,
 }
 
 

@@ -81,6 +81,11 @@ class Distribution:
     """M: one parameter set a reward, and one for KL if alpha varies."""
     return self.num_rewards + (self.alpha_range is not None)
 
+  @property
+  def penalises_kl(self) -> bool:
+    """Whether the KL term has a weight at all."""
+    return self.alpha_range is not None or self.alpha > 0
+
   def sample(self, key: jax.Array, num: int) -> Weighting:
     """Draws G = num weightings; a pure function of the key."""
     weights_key, alpha_key = jax.random.split(key)

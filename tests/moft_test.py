@@ -77,7 +77,7 @@ def train(config, mesh, steps, rewards_fn=rewards_of, key=7):
   for step in range(steps):
     prompts = sharding.to_devices(mesh, prompts_of(step), PROMPTS)
     rollout = programs.rollout(
-      state.params, placed, prompts, state.key, np.int32(step)
+      state.params, placed, prompts, state.key, np.int32(step), state.front
     )
     rewards = rewards_fn(rollout)
     state, metrics = programs.update(
@@ -104,7 +104,12 @@ def test_kl_is_zero_at_step_0_at_any_temperature(temperature):
   programs = moft.make_programs(config, MODEL, mesh_of(), ALLOWED)
   state = programs.init(reference(), jax.random.key(1))
   rollout = programs.rollout(
-    state.params, reference(), prompts_of(0), state.key, np.int32(0)
+    state.params,
+    reference(),
+    prompts_of(0),
+    state.key,
+    np.int32(0),
+    state.front,
   )
   assert np.asarray(rollout.mask).sum() > PROMPTS  # more than ends
   np.testing.assert_allclose(rollout.logp, rollout.ref_logp, atol=1e-5)
@@ -127,7 +132,12 @@ def test_samples_depend_on_the_step_and_weightings_vary():
   state = programs.init(reference(), jax.random.key(1))
   first, second, again = (
     programs.rollout(
-      state.params, reference(), prompts_of(0), state.key, np.int32(step)
+      state.params,
+      reference(),
+      prompts_of(0),
+      state.key,
+      np.int32(step),
+      state.front,
     )
     for step in (0, 1, 0)
   )
@@ -156,7 +166,12 @@ def test_update_equals_a_plain_computation(kind):
     ),
   )
   rollout = programs.rollout(
-    state.params, reference(), prompts_of(5), state.key, np.int32(4)
+    state.params,
+    reference(),
+    prompts_of(5),
+    state.key,
+    np.int32(4),
+    state.front,
   )
   rewards = rewards_of(rollout)
   steerable = conditioning.steerable_leaves(reference(), kind)

@@ -154,7 +154,12 @@ def test_a_rollout_prompts_its_policies_and_not_the_reference():
   state = programs.init(reference(), jax.random.key(1))
   rollouts = [
     programs.rollout(
-      state.params, reference(), prompts_of(0), state.key, np.int32(step)
+      state.params,
+      reference(),
+      prompts_of(0),
+      state.key,
+      np.int32(step),
+      state.front,
     )
     for step in range(3)
   ]

@@ -8,6 +8,8 @@
    gradient is that of the value: the log-ratio's own gradient has mean zero
    under pi, so the returns are constants.
 
+A baseline that is learned is in ppo.py: it has a value for every token.
+
 Source: Williams 1992; leave-one-out, Kool et al. 2019; the value is our reading
 of arXiv 2407.15762, see BUILD_NOTES.md.
 """
@@ -27,14 +29,16 @@ def scalar_returns(
   Args:
     rewards: [G, R, m] float32.
     kl: [G, R] float32, summed log-ratio of a response, nats.
-    weights: [G, m] float32 on the simplex.
+    weights: [G, m] float32 on the simplex, or [G, R, m] of each response.
     alpha: [G] float32 in [0, 1].
 
   Returns:
     [G, R] float32.
   """
+  if weights.ndim == 2:
+    weights = weights[:, None]
   # Multiply-adds in float32: an einsum rounds to bfloat16 on some devices.
-  reward = (rewards * weights[:, None, :]).sum(-1)
+  reward = (rewards * weights).sum(-1)
   return (1 - alpha[:, None]) * reward - alpha[:, None] * kl
 
 

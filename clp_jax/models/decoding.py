@@ -8,8 +8,8 @@
    row has ended. It knows no model: any function of the last tokens, a cache
    and the position will do, for instance one that mixes two models' logits.
 3. `sample` is 1 and 2 for one set of parameters, `sample_groups` for several.
-4. `token_logp` gives the log-probabilities of given tokens, teacher-forced,
-   which are those that sampling gave.
+4. `score_tokens` gives the log-probabilities of given tokens, teacher-forced,
+   which are those that sampling gave; `token_logp` is its short form.
 
 Where a row ends is kept as a flag and returned as a mask; no id stands for it.
 
@@ -43,6 +43,14 @@ class Samples(NamedTuple):
   tokens: jax.Array  # [R, T] int32, PAD after EOS
   logp: jax.Array  # [R, T] float32, nats, 0 where masked
   mask: jax.Array  # [R, T] bool, True up to and including EOS
+
+
+class TokenScores(NamedTuple):
+  """What a model says of given tokens, each before it has seen it."""
+
+  logp: jax.Array  # [R, T] float32, nats
+  entropy: jax.Array  # [R, T] float32, nats
+  states: jax.Array  # [R, T, D], the decoder's last, in the compute dtype
 
 
 class _Loop(NamedTuple):
@@ -215,6 +223,31 @@ def token_logp(
   deterministic: bool = True,
   dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
+  """`score_tokens` without the states: (logp [R, T], entropy [R, T])."""
+  scores = score_tokens(
+    model,
+    params,
+    encoder_input_tokens,
+    tokens,
+    num_samples=num_samples,
+    temperature=temperature,
+    deterministic=deterministic,
+    dropout_key=dropout_key,
+  )
+  return scores.logp, scores.entropy
+
+
+def score_tokens(
+  model: t5.T5,
+  params: Params,
+  encoder_input_tokens: jax.Array,
+  tokens: jax.Array,
+  *,
+  num_samples: int = 1,
+  temperature: jax.Array | float = 1.0,
+  deterministic: bool = True,
+  dropout_key: jax.Array | None = None,
+) -> TokenScores:
   """Log-probabilities of given tokens, and entropies, teacher-forced.
 
   Args:
@@ -229,8 +262,7 @@ def token_logp(
     dropout_key: typed key; needed when there is dropout.
 
   Returns:
-    logp [R, T] and entropy [R, T], float32, nats. What stands where a row has
-    ended means nothing: mask it.
+    What stands where a row has ended means nothing: mask it.
 
   Raises:
     ValueError: for arguments that do not fit together.
@@ -247,19 +279,21 @@ def token_logp(
     if dropout_key is None:
       raise ValueError("deterministic=False needs a dropout_key.")
     rngs = {"dropout": dropout_key}
-  logits: jax.Array = model.apply(  # type: ignore[assignment]
+  logits, kept = model.apply(
     {"params": params},
     encoder_input_tokens,
     t5.shift_right(tokens),
     deterministic=deterministic,
     rngs=rngs,
+    mutable=["intermediates"],
   )
+  (states,) = kept["intermediates"]["decoder_states"]
   divisor = _per_row("temperature", temperature, rows)
   logits = logits / divisor[:, None, None]
   log_total = jax.nn.logsumexp(logits, axis=-1)
   probs = jnp.exp(logits - log_total[..., None])
   entropy = log_total - jnp.sum(probs * logits, axis=-1)
-  return _at_token(logits, tokens) - log_total, entropy
+  return TokenScores(_at_token(logits, tokens) - log_total, entropy, states)
 
 
 def start(

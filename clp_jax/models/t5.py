@@ -516,6 +516,8 @@ class T5(nn.Module):
     x = self.token_embedder(decoder_input_tokens)
     encoder_mask = self._encoded_mask(encoder_mask)
     x = self.decoder(x, encoded, encoder_mask, deterministic)
+    # Kept only where the caller makes "intermediates" mutable.
+    self.sow("intermediates", "decoder_states", x)
     return self._logits(x)
 
   def cross_keys_values(self, encoded: jax.Array) -> LayersKeysValues:

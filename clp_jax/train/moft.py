@@ -4,9 +4,9 @@ A step, for G weightings drawn from Q:
 1. mix G policies from the parameter sets, sample N responses for each prompt
    and score them under the reference (one program: rollout.py);
 2. compute the rewards R_1..R_m of every response (on the host);
-3. scalarise by each group's weighting, subtract the baseline, and take one
-   optimizer step on the policy-gradient loss; the gradient flows through the
-   mixing into all sets (one program: `update`).
+3. scalarise by each group's weighting and learn from it; the gradient flows
+   through the mixing into all sets (one program: `update` takes one optimizer
+   step of REINFORCE; actor_critic.py has PPO and the learned baseline).
 
 With steering "none" and one fixed weighting this is single-objective
 finetuning: the same code with nothing to mix.
@@ -24,25 +24,33 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from clp_jax import conditioning, run_folder, sharding
 from clp_jax import config as config_lib
+from clp_jax import critic as critic_lib
+from clp_jax import run_folder, sharding
+from clp_jax.adaptation import FrontEstimate
 from clp_jax.algorithms import reinforce
 from clp_jax.bank import Bank
 from clp_jax.batches import check_data, train_batches
+from clp_jax.critic import CriticState
 from clp_jax.data import tasks
 from clp_jax.data.vocabulary import allowed_tokens, load_vocabulary
 from clp_jax.initial import load_initial
-from clp_jax.masked import Mean, add, mean_of
-from clp_jax.models import decoding, t5
+from clp_jax.masked import Mean, mean_of
+from clp_jax.models import t5
 from clp_jax.prompting import Prompts
 from clp_jax.rewards import base as rewards_lib
-from clp_jax.rewards.normalisation import RewardStats, normalise
-from clp_jax.rollout import Rollout, sample_rollout
+from clp_jax.rewards.normalisation import RewardStats
+from clp_jax.rollout import Rollout, sample_rollout, score_groups
+from clp_jax.train import actor_critic, loop, sft
 from clp_jax.train import checkpoints as checkpoints_lib
-from clp_jax.train import loop, sft
+from clp_jax.train import experience as experience_lib
+from clp_jax.train.experience import Experience
+from clp_jax.train.gradients import accumulate
 from clp_jax.train.state import (
   TrainState,
   init_state,
+  optimizer_shardings,
+  rl_critic_optimizer,
   rl_optimizer,
   state_shardings,
   step_keys,
@@ -51,12 +59,14 @@ from clp_jax.train.state import (
 Params = Any
 # Of the run's key, for parameters that start random: no step has this number.
 INIT_FOLD = 2**32 - 2
+CRITIC_FOLD = 2**32 - 1
 
 
 class Programs(NamedTuple):
   """The two jitted programs of a step and the shardings of the state."""
 
-  rollout: Callable[..., Rollout]  # (params, reference, prompts, key, step)
+  # (params, reference, prompts, key, step, front) -> Rollout
+  rollout: Callable[..., Rollout]
   # (state, rollout, rewards, reference) -> (state, metrics)
   update: Callable[..., tuple[TrainState, dict]]
   init: Callable[..., TrainState]  # (reference, key) -> state
@@ -93,13 +103,31 @@ def make_programs(
     )
   bank = config_lib.bank(config, model_config)
   distribution = config_lib.distribution(config)
+  adaptation = config_lib.adaptation(config)
   optimizer = rl_optimizer(config)
+  critic_optimizer = rl_critic_optimizer(config)
+  has_critic = config_lib.has_critic(config)
+  num_values = distribution.num_rewards + distribution.penalises_kl
   abstract = t5.abstract_params(model_config)
 
   def init(reference, key):
     stats = RewardStats.empty(distribution.num_rewards)
     params = bank.init(reference, jax.random.fold_in(key, INIT_FOLD))
-    return init_state(params, optimizer, key, stats)
+    state = init_state(params, optimizer, key, stats)
+    return dataclasses.replace(
+      state,
+      critic=init_critic(key) if has_critic else None,
+      front=None if adaptation is None else adaptation.empty(),
+    )
+
+  def init_critic(key):
+    params = critic_lib.init_params(
+      jax.random.fold_in(key, CRITIC_FOLD),
+      model_config.emb_dim,
+      config.critic.hidden,
+      num_values,
+    )
+    return CriticState(params, critic_optimizer.init(params))
 
   place = functools.partial(
     sharding.param_shardings, mesh, fsdp=config.mesh.fsdp
@@ -115,19 +143,39 @@ def make_programs(
   )
   rows: Any = sharding.row_sharding(mesh)  # stand where arrays will
   whole: Any = sharding.replicated(mesh)
+  if adaptation is not None:
+    state_at = dataclasses.replace(state_at, front=FrontEstimate(whole, whole))
+  if has_critic:
+    abstract_critic = jax.eval_shape(init_critic, jax.random.key(0)).params
+    critic_at = sharding.param_shardings(
+      mesh, critic_lib.logical_axes(), abstract_critic, fsdp=config.mesh.fsdp
+    )
+    state_at = dataclasses.replace(
+      state_at,
+      critic=CriticState(
+        critic_at,
+        optimizer_shardings(mesh, critic_optimizer, abstract_critic, critic_at),
+      ),
+    )
 
-  def rollout(params, reference, encoder_input_tokens, key, step):
+  def sample_weightings(key, front):
+    if adaptation is None:
+      return distribution.sample(key, config.rollout.weightings)
+    return adaptation.sample(
+      key, distribution, front, config.rollout.weightings
+    )
+
+  def rollout(params, reference, encoder_input_tokens, key, step, front):
     weightings_key, samples_key, _ = step_keys(key, step)
     return sample_rollout(
       params,
       reference,
       encoder_input_tokens,
-      weightings_key,
+      sample_weightings(weightings_key, front),
       samples_key,
       bank=bank,
       prompts=prompts,
       distribution=distribution,
-      num_weightings=config.rollout.weightings,
       num_samples=config.rollout.samples,
       max_length=config.data.target_length,
       temperature=config.rollout.temperature,
@@ -135,16 +183,33 @@ def make_programs(
     )
 
   def update_step(state, rollout, rewards, reference):
-    return update(
+    experience = experience_lib.gather(
       state,
       rollout,
       rewards,
+      num_samples=config.rollout.samples,
+      normalisation=normalisation_masks(config),
+      scalarisation=config_lib.scalarisation(config),
+      adaptation=adaptation,
+    )
+    learn = functools.partial(update, baseline=config.reinforce.baseline)
+    if has_critic:
+      learn = functools.partial(
+        actor_critic.update,
+        critic_optimizer=critic_optimizer,
+        settings=config_lib.ppo_settings(config),
+        values_kl=distribution.penalises_kl,
+        rows=rows,
+      )
+    return learn(
+      state,
+      experience,
       reference,
       bank=bank,
+      coefficients=rollout.coefficients,
       optimizer=optimizer,
       objectives=tuple(config.objectives),
-      normalisation=normalisation_masks(config),
-      baseline=config.reinforce.baseline,
+      num_samples=config.rollout.samples,
       temperature=config.rollout.temperature,
       microbatches=config.train.microbatches,
     )
@@ -161,7 +226,14 @@ def make_programs(
   return Programs(
     rollout=jax.jit(
       rollout,
-      in_shardings=(state_at.params, reference_at, rows, whole, whole),
+      in_shardings=(
+        state_at.params,
+        reference_at,
+        rows,
+        whole,
+        whole,
+        whole,
+      ),
       out_shardings=rollout_at,
     ),
     update=jax.jit(
@@ -180,74 +252,58 @@ def make_programs(
 
 def update(
   state: TrainState,
-  rollout: Rollout,
-  rewards: jax.Array,
+  experience: Experience,
   reference: Params,
   *,
   bank: Bank,
+  coefficients: jax.Array,
   optimizer: optax.GradientTransformation,
   objectives: tuple[str, ...],
-  normalisation: tuple[np.ndarray, np.ndarray],
   baseline: str,
+  num_samples: int,
   temperature: float,
   microbatches: int,
 ) -> tuple[TrainState, dict[str, Mean | jax.Array]]:
-  """Step 3 of the module, a pure function.
+  """Step 3 of the module with REINFORCE, a pure function.
 
   Args:
     state: before the update.
-    rollout: R responses under G weightings.
-    rewards: [R, m] float32, raw.
+    experience: of R responses under G weightings.
     reference: an ordinary T5's parameters; what the bank freezes.
     bank: that makes the policies.
+    coefficients: [G, M] float32, of the parameter sets.
     optimizer: that made `state.opt_state`.
     objectives: the m names, for the metrics.
-    normalisation: from `normalisation_masks`.
     baseline: one of `reinforce.BASELINES`.
+    num_samples: N.
     temperature: of the policy, as in the rollout.
     microbatches: parts of the prompts whose gradients are accumulated.
 
   Returns:
     (state after the update, metrics of the state before it).
   """
-  groups = rollout.coefficients.shape[0]
-  num_samples = rollout.tokens.shape[0] // rollout.encoder_input_tokens.shape[0]
-
-  def by_group(x):
-    return x.reshape(groups, -1, *x.shape[1:])
-
-  normalised, running = normalisation
-  raw, mask = by_group(rewards), by_group(rollout.mask)
-  assert state.reward_stats is not None  # None is supervised training's
-  stats = state.reward_stats.update(raw, jnp.asarray(running))
-  kl = jnp.where(mask, by_group(rollout.logp - rollout.ref_logp), 0).sum(-1)
-  returns = reinforce.scalar_returns(
-    normalise(raw, stats, jnp.asarray(normalised)),
-    kl,
-    rollout.weighting.weights,
-    rollout.weighting.alpha,
-  )
+  returns = experience.returns
   batch = {
-    "encoder_input_tokens": by_group(rollout.encoder_input_tokens),
-    "tokens": by_group(rollout.tokens),
-    "mask": mask,
+    "encoder_input_tokens": experience.encoder_input_tokens,
+    "tokens": experience.tokens,
+    "mask": experience.mask,
     "advantages": reinforce.advantages(returns, num_samples, baseline),
   }
 
   def loss_fn(params, batch):
-    policies = bank.mix(params, reference, rollout.coefficients)
-    logp, entropy = jax.vmap(
-      functools.partial(
-        decoding.token_logp,
-        t5.T5(bank.model_config),
-        num_samples=num_samples,
-        temperature=temperature,
-      ),
-      in_axes=(conditioning.batched_axes(bank.steerable), 0, 0),
-    )(policies, batch["encoder_input_tokens"], batch["tokens"])
+    scores = score_groups(
+      bank,
+      params,
+      reference,
+      coefficients,
+      batch["encoder_input_tokens"],
+      batch["tokens"],
+      num_samples=num_samples,
+      temperature=temperature,
+    )
     # Divided by all R responses here, so that microbatches simply add up.
-    loss = reinforce.loss(logp, batch["mask"], batch["advantages"])
-    return loss / rollout.tokens.shape[0], mean_of(entropy, batch["mask"])
+    loss = reinforce.loss(scores.logp, batch["mask"], batch["advantages"])
+    return loss / returns.size, mean_of(scores.entropy, batch["mask"])
 
   (loss, entropy), gradient = accumulate(
     jax.value_and_grad(loss_fn, has_aux=True),
@@ -256,59 +312,20 @@ def update(
     microbatches,
   )
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-  metrics = {
+  metrics = experience_lib.metrics(experience, objectives) | {
     "loss": loss,
-    "return": mean_of(returns),
-    "kl": mean_of(kl),
     "entropy": entropy,
-    "length": mean_of(mask.sum(-1)),
-    "alpha": mean_of(rollout.weighting.alpha),
-    "gradient_norm": optax.global_norm(gradient),
+    "gradient_norm": optax.tree.norm(gradient),
   }
-  for i, name in enumerate(objectives):
-    metrics[f"reward/{name}"] = mean_of(rewards[:, i])
   new_state = dataclasses.replace(
     state,
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
-    reward_stats=stats,
+    reward_stats=experience.reward_stats,
+    front=experience.front,
   )
   return new_state, metrics
-
-
-def accumulate(
-  value_and_grad: Callable, params: Params, batch: Any, microbatches: int
-) -> Any:
-  """Sums value_and_grad over parts of a batch, holding one part at a time.
-
-  Args:
-    value_and_grad: (params, batch) -> tree of sums.
-    params: of the loss.
-    batch: tree of [G, rows, ...] arrays; rows are cut into the parts.
-    microbatches: number of parts; divides the prompts of a group.
-
-  Returns:
-    The tree of sums over the whole batch.
-  """
-  if microbatches == 1:
-    return value_and_grad(params, batch)
-
-  def part_first(x):
-    groups, rows = x.shape[:2]
-    parts = x.reshape(groups, microbatches, rows // microbatches, *x.shape[2:])
-    return jnp.moveaxis(parts, 1, 0)
-
-  parts = jax.tree.map(part_first, batch)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts)),
-  )
-
-  def body(total, part):
-    return add(total, value_and_grad(params, part)), None
-
-  return jax.lax.scan(body, zeros, parts)[0]
 
 
 def normalisation_masks(
@@ -391,7 +408,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
       mesh, batch.encoder_input_tokens, config.rollout.prompts
     )
     return programs.rollout(
-      state.params, reference, prompts, state.key, np.int32(step)
+      state.params,
+      reference,
+      prompts,
+      state.key,
+      np.int32(step),
+      state.front,
     )
 
   def step_fn(state, step, batch, want_texts):

@@ -96,7 +96,7 @@ def update(
     "loss": loss,
     "accuracy": mean_of(_right(margin)),
     "margin": mean_of(margin),
-    "gradient_norm": optax.global_norm(gradient),
+    "gradient_norm": optax.tree.norm(gradient),
   }
   new_state = dataclasses.replace(
     state,

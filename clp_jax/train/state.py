@@ -10,6 +10,8 @@ from flax import struct
 from jax.sharding import Mesh
 
 from clp_jax import adapters, sharding
+from clp_jax.adaptation import FrontEstimate
+from clp_jax.critic import CriticState
 from clp_jax.rewards.normalisation import RewardStats
 
 Tree = Any
@@ -26,6 +28,8 @@ class TrainState:
     key: the run's key; only ever folded with the step, never used up.
     reward_stats: moments of the rewards, for their normalisation; None in
       supervised training.
+    critic: of PPO and of a learned baseline; None without.
+    front: estimate of the front, where Q is adapted to it; None without.
   """
 
   step: jax.Array
@@ -33,15 +37,34 @@ class TrainState:
   opt_state: optax.OptState
   key: jax.Array
   reward_stats: RewardStats | None
+  critic: CriticState | None = None
+  front: FrontEstimate | None = None
 
 
 def step_keys(key: jax.Array, step: jax.Array) -> jax.Array:
-  """Three keys of one step, for weightings, samples and dropout.
+  """Three keys of one step, for weightings, samples and the update.
 
   A function of the run's key and the step alone, so that a resumed run draws
   what an uninterrupted one would have drawn.
   """
   return jax.random.split(jax.random.fold_in(key, step), 3)
+
+
+def make_schedule(
+  learning_rate: float, warmup_steps: int, decay_steps: int | None
+) -> optax.Schedule:
+  """The learning rate at each step; see `make_optimizer`."""
+  if decay_steps is None:
+    if warmup_steps == 0:
+      return optax.constant_schedule(learning_rate)
+    return optax.linear_schedule(0.0, learning_rate, warmup_steps)
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0 if warmup_steps else learning_rate,
+    peak_value=learning_rate,
+    warmup_steps=warmup_steps,
+    decay_steps=max(decay_steps, warmup_steps + 1),
+    end_value=learning_rate / 10,
+  )
 
 
 def make_optimizer(
@@ -62,18 +85,7 @@ def make_optimizer(
       included; None keeps it constant.
     clip_norm: of the global gradient norm.
   """
-  if decay_steps is None:
-    schedule = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-    if warmup_steps == 0:
-      schedule = optax.constant_schedule(learning_rate)
-  else:
-    schedule = optax.warmup_cosine_decay_schedule(
-      init_value=0.0 if warmup_steps else learning_rate,
-      peak_value=learning_rate,
-      warmup_steps=warmup_steps,
-      decay_steps=max(decay_steps, warmup_steps + 1),
-      end_value=learning_rate / 10,
-    )
+  schedule = make_schedule(learning_rate, warmup_steps, decay_steps)
   if name == "adam":
     optimizer = optax.adam(schedule)
   else:
@@ -98,6 +110,51 @@ def rl_optimizer(
   return optimizer
 
 
+def rl_critic_optimizer(config: ml_collections.ConfigDict):
+  """The critic's Adam.
+
+  Without a warm-up, because its values must lead, and without clipping, which
+  would couple the objectives.
+  """
+  rate, decay = config.critic.learning_rate, config.optimizer.decay_steps
+  return optax.adam(make_schedule(rate, 0, decay))
+
+
+def at_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+  """Sets what the learning rate's schedule counts.
+
+  The schedule is in steps of training, and a step may take several updates, or
+  fewer than it could where it stops early.
+  """
+
+  def counts(path, _):
+    return getattr(path[-1], "tuple_name", None) == "ScaleByScheduleState"
+
+  return optax.tree_utils.tree_set(opt_state, counts, count=step)
+
+
+def optimizer_shardings(
+  mesh: Mesh,
+  optimizer: optax.GradientTransformation,
+  abstract_params: Tree,
+  param_shardings: Tree,
+) -> Tree:
+  """Shardings of an optimizer's state: moments lie like their parameters.
+
+  Moments of another shape than their parameter (Adafactor's factored ones)
+  are small and replicated.
+  """
+  whole = sharding.replicated(mesh)
+  return optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda moment, param, s: s if moment.shape == param.shape else whole,
+    jax.eval_shape(optimizer.init, abstract_params),
+    abstract_params,
+    param_shardings,
+    transform_non_params=lambda _: whole,
+  )
+
+
 def state_shardings(
   mesh: Mesh,
   optimizer: optax.GradientTransformation,
@@ -105,25 +162,14 @@ def state_shardings(
   param_shardings: Tree,
   num_rewards: int = 0,
 ) -> TrainState:
-  """A TrainState of shardings: optimizer moments lie like their parameters.
-
-  Moments of another shape than their parameter (Adafactor's factored ones)
-  are small and replicated.
-  """
+  """A TrainState of shardings, without a critic or an estimate of a front."""
   whole: Any = sharding.replicated(mesh)  # stands where an array will
-  abstract_opt = jax.eval_shape(optimizer.init, abstract_params)
-  opt_shardings = optax.tree_utils.tree_map_params(
-    optimizer,
-    lambda moment, param, s: s if moment.shape == param.shape else whole,
-    abstract_opt,
-    abstract_params,
-    param_shardings,
-    transform_non_params=lambda _: whole,
-  )
   return TrainState(
     step=whole,
     params=param_shardings,
-    opt_state=opt_shardings,
+    opt_state=optimizer_shardings(
+      mesh, optimizer, abstract_params, param_shardings
+    ),
     key=whole,
     reward_stats=RewardStats(whole, whole, whole) if num_rewards else None,
   )
