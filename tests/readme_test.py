@@ -1,10 +1,13 @@
-"""What README.md tells its reader to type, typed."""
+"""What README.md and docs/own-data.md tell their reader to type, typed."""
 
 import json
+import os
 import pathlib
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from clp_jax.models import t5
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+OWN_DATA = (ROOT / "docs" / "own-data.md").read_text()
 # What makes a command take seconds: the README's runs take hours.
 SMALL = {
   "train-sft": ("sft.steps=2", "sft.batch=8"),
@@ -38,11 +42,14 @@ def section(title):
   return re.search(rf"^## {title}\n(.*?)(?=^## )", README, re.M | re.S)[1]
 
 
+def indented(text):
+  text = re.sub("```.*?```", "", text, flags=re.S)
+  return [line[4:] for line in text.splitlines() if line.startswith("    ")]
+
+
 def shell_commands(text):
   """The indented `clp` commands, as lists of arguments."""
-  text = re.sub("```.*?```", "", text, flags=re.S)
-  lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
-  script = "\n".join(lines).replace("\\\n", " ")
+  script = "\n".join(indented(text)).replace("\\\n", " ")
   return [shlex.split(line)[1:] for line in script.splitlines()]
 
 
@@ -105,3 +112,42 @@ def test_your_own_model_data_and_rewards(folder):
   mixed = policy.params({"rouge": 0.4, "preference": 0.6})
   _, exported = interop.load_t5("exports/my-t5-steered")
   jax.tree.map(np.testing.assert_array_equal, exported, mixed)
+
+
+def test_snippets_of_own_data(folder):
+  (snippet,) = re.findall("```python\n(.*?)```", OWN_DATA, re.S)
+  exec(snippet, {})
+  _, one = interop.load_t5("my-t5")
+  _, other = interop.load_t5("my-t5-as-t5x")
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  documents, pairs = (json.loads(line) for line in indented(OWN_DATA))
+  assert set(documents) == {"document", "summary"}
+  assert set(pairs) == {"document", "chosen", "rejected"}
+
+
+def test_steer_it(sft_run, tmp_path, monkeypatch, capsys):
+  """On a run of a step, where the reader has the demo's."""
+  monkeypatch.chdir(tmp_path)
+  fields = {"train.steps": 1}
+  status, _, err = runs.clp(
+    *runs.train_arguments("runs/demo", sft_run, **fields)
+  )
+  assert status == 0, err
+  clp = tmp_path / ".venv" / "bin" / "clp"
+  clp.parent.mkdir(parents=True)
+  clp.write_text(f'#!/bin/sh\nexec {sys.executable} -m clp_jax "$@"\n')
+  clp.chmod(0o755)
+  steer = section("Steer it")
+  printed = subprocess.run(
+    ["bash", "-euc", "\n".join(indented(steer))],
+    capture_output=True,
+    check=True,
+    text=True,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  ).stdout
+  row = json.loads(printed)
+  assert set(row) == {"document", "summary"}
+  capsys.readouterr()
+  (snippet,) = re.findall("```python\n(.*?)```", steer, re.S)
+  exec(snippet, {})
+  assert len(capsys.readouterr().out.splitlines()) == 3
