@@ -31,7 +31,7 @@ LEVELS = tuple(f"0.{i}" for i in range(1, 10))
 def vocabulary(tmp_path_factory):
   """Words of which some alphas take one piece and some two."""
   words = ("rouge:", "nli:", "kl:", "0", "1", *LEVELS, "|", "a", "mill")
-  alphas = ("0.013", "0.016", "0.025", "0.032", "0.04", "0.05", "0.063")
+  alphas = "0.01 0.013 0.016 0.02 0.032 0.04 0.05 0.063 0.079".split()
   content = vocabularies.word_model([*words, *alphas], punctuation=["5", "."])
   path = tmp_path_factory.mktemp("words") / "vocabulary.model"
   path.write_bytes(content)
@@ -52,9 +52,9 @@ def test_text_prompts_are_the_tokens_of_the_documented_text(vocabulary):
     vocabulary, ("rouge", "nli"), 10, alpha_range=(0.01, 0.1)
   )
   tokens = rows_of(vocabulary, ["a mill.", "mill", "a", "a a mill"], 7)
-  # One group of two rows each; 0.1 and 0.01 read as two pieces, others as one.
+  # One group of two rows each; 0.025 takes two pieces, other alphas one.
   weighting = Weighting(
-    jnp.float32([[0.68, 0.32], [0.0, 1.0]]), jnp.float32([0.0317, 0.015])
+    jnp.float32([[0.68, 0.32], [0.0, 1.0]]), jnp.float32([0.0317, 0.0249])
   )
   got = prompts.prepend(jnp.asarray(tokens), weighting)
   expected = rows_of(
@@ -62,8 +62,8 @@ def test_text_prompts_are_the_tokens_of_the_documented_text(vocabulary):
     [
       "rouge: 0.7 nli: 0.3 kl: 0.032 | a mill.",
       "rouge: 0.7 nli: 0.3 kl: 0.032 | mill",
-      "rouge: 0 nli: 1 kl: 0.016 | a",
-      "rouge: 0 nli: 1 kl: 0.016 | a a mill",
+      "rouge: 0 nli: 1 kl: 0.025 | a",
+      "rouge: 0 nli: 1 kl: 0.025 | a a mill",
     ],
     7 + prompts.length,
   )
@@ -94,8 +94,9 @@ def test_t5s_vocabulary_reads_the_format_and_has_sentinels():
     got, rows_of(t5_vocabulary, [expected], 24 + prompts.length)
   )
   ids = vocabularies.control_ids(t5_vocabulary, 32128)
-  assert ids[:2] == [32099, 32098] and len(ids) == 128
-  assert len(set(ids)) == 128
+  names = [t5_vocabulary.tokenizer.id_to_piece(i) for i in ids[:2]]
+  assert [n.strip("▁") for n in names] == ["<extra_id_0>", "<extra_id_1>"]
+  assert len(ids) == len(set(ids)) > 100 and max(ids) == 32127
   assert not vocabularies.allowed_tokens(t5_vocabulary, 32128)[ids].any()
 
 
