@@ -59,7 +59,8 @@ def test_it_trains_shows_the_front_and_steers(tmp_path):
   assert result("train").data["text/plain"] == "2"
   assert result("front").data["image/png"]
   assert isinstance(ast.literal_eval(result("steer").data["text/plain"]), str)
-  printed = result("compare").text.splitlines()
-  assert [line[:10] for line in printed[-5:]] == [
+  (compare,) = [c for c in cells if c.id == "compare"]
+  printed = "".join(o.text for o in compare.outputs if o.name == "stdout")
+  assert [line[:10] for line in printed.splitlines()[-5:]] == [
     f"rouge {w:4.2f}" for w in (0, 0.25, 0.5, 0.75, 1)
   ]
