@@ -29,6 +29,10 @@ class Times(NamedTuple):
   def median(self) -> float:
     return statistics.median(self.wall)
 
+  @property
+  def median_cpu(self) -> float:
+    return statistics.median(self.cpu)
+
 
 def take_turns(
   runs: Mapping[str, Callable[[], Any]], n: int
@@ -84,16 +88,22 @@ def row(
     "median s": times.median,
     "min s": min(times.wall),
     "max s": max(times.wall),
-    "cpu s": statistics.median(times.cpu),
+    "cpu s": times.median_cpu,
   }
   if tokens is not None:
     columns["tokens/s"] = tokens / times.median
   if against is not None:
     columns["ratio"] = against.median / times.median
-    columns["cpu ratio"] = statistics.median(against.cpu) / max(
-      statistics.median(times.cpu), 1e-9
-    )
+    columns["cpu ratio"] = against.median_cpu / times.median_cpu
   return columns
+
+
+def multiple(times: Times, of: Times) -> dict[str, float]:
+  """Columns that say how much longer one thing takes than another."""
+  return {
+    "times": times.median / of.median,
+    "cpu times": times.median_cpu / of.median_cpu,
+  }
 
 
 def add_arguments(parser: argparse.ArgumentParser, n: int) -> None:
@@ -129,12 +139,22 @@ def machine() -> dict[str, Any]:
   """What a figure depends on besides the code."""
   return {
     "device": jax.devices()[0].device_kind,
+    "processor": _processor(),
     "devices": jax.device_count(),
     "cpus": os.cpu_count(),
     "load": f"{os.getloadavg()[0]:.1f}",
     "jax": jax.__version__,
     "python": platform.python_version(),
   }
+
+
+def _processor() -> str:
+  try:
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+      names = [line.split(":")[1] for line in lines if "model name" in line]
+    return names[0].strip()
+  except (OSError, IndexError):
+    return platform.processor()
 
 
 def is_accelerator() -> bool:

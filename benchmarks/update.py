@@ -1,0 +1,208 @@
+"""Training steps: tokens a second, next to transformers; what steering costs.
+
+    python -m benchmarks.update [--size small] [--batch 32] [--source 256]
+      [--target 64] [--dtype float32] [--remat none] [--n 3] [--json]
+
+"supervised" is one step of Adam on the cross-entropy of `target` tokens, the
+peer's is torch's AdamW on the same batch. "reinforce, ..." are updates of a run
+on `batch` samples, four a prompt, under four weightings: of a single-objective
+policy, and of policies that steer three rewards. Rewards are given, so that
+what is timed is the update's program alone; "times" is to the first of them. On
+an accelerator the table has the FLOPs of forward and backward pass as a share
+of the matrix rate measured there:
+
+    python -m benchmarks.update --size large --dtype bfloat16 --batch 64
+"""
+
+import argparse
+import dataclasses
+
+import jax
+import numpy as np
+
+from benchmarks import models, timing
+from clp_jax import config as config_lib
+from clp_jax import sharding
+from clp_jax.cli import setup
+from clp_jax.models import t5
+from clp_jax.rollout import Rollout
+from clp_jax.train import moft, sft
+from clp_jax.train.state import init_state, make_optimizer
+
+SAMPLES, WEIGHTINGS = 4, 4
+STEERINGS = {
+  "single-objective": ("none", 1),
+  "full-CLP, m = 3": ("full", 3),
+  "attn-CLP, m = 3": ("attention", 3),
+}
+
+
+def supervised(config, params, source, target):
+  """A function that takes one supervised step after the other."""
+  model = t5.T5(config)
+  optimizer = make_optimizer(
+    name="adam",
+    learning_rate=1e-4,
+    warmup_steps=0,
+    decay_steps=None,
+    clip_norm=1.0,
+  )
+  update = jax.jit(
+    lambda state: sft.update(
+      state, source, target, model=model, optimizer=optimizer
+    ),
+    donate_argnums=0,
+  )
+  copies = jax.tree.map(lambda p: p.copy(), params)  # the state is donated
+  held = [init_state(copies, optimizer, jax.random.key(0))]
+
+  def step():
+    held[0], metrics = update(held[0])
+    return metrics
+
+  return step
+
+
+def reinforce(config, params, args, steering, num_rewards):
+  """A function that takes one policy-gradient update after the other."""
+  c = config_lib.get_config()
+  c.steering = steering
+  c.objectives = tuple(f"reward{i}" for i in range(num_rewards))
+  c.rewards = {name: config_lib.reward("length") for name in c.objectives}
+  if num_rewards == 1:
+    c.weightings.weights = (1.0,)
+  c.rollout.prompts = args.batch // SAMPLES
+  c.rollout.samples = SAMPLES
+  c.rollout.weightings = min(WEIGHTINGS, c.rollout.prompts)
+  c.optimizer.learning_rate = 1e-4
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  programs = moft.make_programs(c, config, mesh, models.allowed(config))
+  held = [programs.init(params, jax.random.key(0))]
+  rng = np.random.default_rng(0)
+  rows = (args.batch, args.target)
+  distribution = config_lib.distribution(c)
+  weighting = distribution.sample(jax.random.key(1), c.rollout.weightings)
+  logp = rng.normal(-3, 1, rows).astype(np.float32)
+  rollout = Rollout(
+    encoder_input_tokens=models.random_tokens(
+      c.rollout.prompts, args.source, config
+    ),
+    tokens=models.random_tokens(*rows, config),
+    mask=np.ones(rows, bool),
+    logp=logp,
+    ref_logp=logp,
+    weighting=weighting,
+    coefficients=distribution.coefficients(weighting),
+  )
+  rewards = rng.normal(0, 1, (args.batch, num_rewards)).astype(np.float32)
+
+  def step():
+    held[0], metrics = programs.update(held[0], rollout, rewards, params)
+    return metrics
+
+  return step
+
+
+def peer_step(peer, source, target):
+  """A function that takes one supervised step after the other in torch."""
+  inputs, labels = peer.tensor(source), peer.tensor(target)
+  model = peer.model.train()
+  optimizer = peer.torch.optim.AdamW(
+    model.parameters(), lr=1e-4, weight_decay=0.0
+  )
+
+  def step():
+    optimizer.zero_grad(set_to_none=True)
+    loss = model(
+      input_ids=inputs,
+      attention_mask=peer.torch.ones_like(inputs),
+      labels=labels,
+    ).loss
+    loss.backward()
+    peer.torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    peer.wait()
+
+  return step
+
+
+def main() -> None:
+  """Runs the benchmark."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  models.add_arguments(parser, batch=32, source=256, target=64)
+  parser.add_argument(
+    "--remat", choices=("none", "minimal", "full"), default="none"
+  )
+  parser.add_argument(
+    "--only",
+    choices=("supervised", "reinforce"),
+    help="leave the others out",
+  )
+  timing.add_arguments(parser, n=3)
+  args = parser.parse_args()
+  if args.batch % (SAMPLES * WEIGHTINGS):
+    parser.error(f"--batch must be a multiple of {SAMPLES * WEIGHTINGS}.")
+  setup.configure()
+  config = dataclasses.replace(models.config_of(args), remat=args.remat)
+  params = models.random_params(config)
+  table = []
+  tokens = args.batch * (args.source + args.target)
+  rate = timing.matrix_rate(args.dtype) if timing.is_accelerator() else None
+
+  def share(times, sources):
+    if rate is None:
+      return {}
+    encoded = models.forward_flops(config, sources, args.source, 0)
+    decoded = models.forward_flops(
+      config, args.batch, args.source, args.target
+    ) - models.forward_flops(config, args.batch, args.source, 0)
+    used = 3 * (encoded + decoded) / times.median
+    return {"measured TFLOP/s": rate / 1e12, "share of rate": used / rate}
+
+  if args.only != "reinforce":
+    source = models.random_tokens(args.batch, args.source, config)
+    target = models.random_tokens(args.batch, args.target, config)
+    ours = "supervised, clp_jax"
+    runs = {ours: supervised(config, params, source, target)}
+    name = None
+    if models.has_peer(args):
+      peer = models.Peer(config, params)
+      name = f"supervised, {peer.name}"
+      runs[name] = peer_step(peer, source, target)
+    times = timing.take_turns(runs, args.n)
+    table += [
+      timing.row(
+        n,
+        times[n],
+        tokens=tokens,
+        against=times[name] if n == ours and name else None,
+        **models.describe(args),
+        **(share(times[n], args.batch) if n == ours else {}),
+      )
+      for n in runs
+    ]
+  if args.only != "supervised":
+    runs = {
+      f"reinforce, {name}": reinforce(config, params, args, *kind)
+      for name, kind in STEERINGS.items()
+    }
+    times = timing.take_turns(runs, args.n)
+    single = next(iter(runs))
+    for name in runs:
+      row = timing.row(
+        name,
+        times[name],
+        tokens=args.batch // SAMPLES * args.source + args.batch * args.target,
+        **models.describe(args),
+        **share(times[name], args.batch // SAMPLES),
+      )
+      if name != single:
+        row |= timing.multiple(times[name], times[single])
+      table.append(row)
+  timing.show(table, args)
+
+
+if __name__ == "__main__":
+  main()
