@@ -53,8 +53,17 @@ class TokenScores(NamedTuple):
   states: jax.Array  # [R, T, D], the decoder's last, in the compute dtype
 
 
-class _Loop(NamedTuple):
-  position: jax.Array  # [] int32
+class Prompts(NamedTuple):
+  """What the decoder reads of the B prompts, at every position."""
+
+  cross: Any  # keys and values of every layer's cross-attention
+  mask: jax.Array  # [B, S] bool
+
+
+class Loop(NamedTuple):
+  """A decoding between two positions."""
+
+  position: jax.Array  # [] int32, the next one
   last: jax.Array  # [R] int32
   ended: jax.Array  # [R] bool
   samples: Samples
@@ -317,13 +326,44 @@ def start(
     A function that gives the logits of a position, and the cache it starts
     with: what `sample_from` takes.
   """
-  config = model.config
-  variables = {"params": _in_compute_dtype(config, params)}
-  encoder_mask = encoder_input_tokens != PAD_ID
-  encoded = model.apply(
-    variables, encoder_input_tokens, encoder_mask, method="encode"
-  )
+  prompts = read_prompts(model, params, encoder_input_tokens)
+  rows = encoder_input_tokens.shape[0] * num_samples
+  cache = t5.init_cache(model.config, rows, max_length)
+  return logits_after(model, params, prompts), cache
+
+
+def read_prompts(
+  model: t5.T5, params: Params, encoder_input_tokens: jax.Array
+) -> Prompts:
+  """Encodes prompts and projects every layer's cross-attention, once.
+
+  Args:
+    model: the T5.
+    params: its parameters.
+    encoder_input_tokens: [B, S] int; 0 is padding.
+
+  Returns:
+    What `logits_after` takes, in this program or in a later one.
+  """
+  variables = {"params": _in_compute_dtype(model.config, params)}
+  mask = encoder_input_tokens != PAD_ID
+  encoded = model.apply(variables, encoder_input_tokens, mask, method="encode")
   cross = model.apply(variables, encoded, method="cross_keys_values")
+  return Prompts(cross, mask)
+
+
+def logits_after(model: t5.T5, params: Params, prompts: Prompts) -> NextLogits:
+  """The function that gives the logits of a position.
+
+  Args:
+    model: the T5.
+    params: its parameters.
+    prompts: from `read_prompts`, with the same parameters.
+
+  Returns:
+    What `sample_from` and `advance` take.
+  """
+  variables = {"params": _in_compute_dtype(model.config, params)}
 
   def next_logits(tokens, cache, position):
     return model.apply(
@@ -331,13 +371,12 @@ def start(
       tokens,
       cache,
       position,
-      cross,
-      encoder_mask,
+      prompts.cross,
+      prompts.mask,
       method="decode_step",
     )
 
-  rows = encoder_input_tokens.shape[0] * num_samples
-  return next_logits, t5.init_cache(config, rows, max_length)
+  return next_logits
 
 
 def sample_from(
@@ -379,21 +418,92 @@ def sample_from(
   Raises:
     ValueError: for values out of range.
   """
+  loop = first_loop(cache, keys.shape[0], max_length)
+  return advance(
+    next_logits,
+    loop,
+    keys,
+    max_length,
+    allowed=allowed,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    logp_temperature=logp_temperature,
+    row_lengths=row_lengths,
+    eos_id=eos_id,
+  ).samples
+
+
+def first_loop(cache: Cache, rows: int, max_length: int) -> Loop:
+  """A decoding of R rows before its first position, for `advance`."""
   if max_length < 1:
     raise ValueError(f"max_length must be at least 1, got {max_length}.")
+  shape = (rows, max_length)
+  return Loop(
+    position=jnp.zeros((), jnp.int32),
+    last=jnp.full((rows,), PAD_ID, jnp.int32),
+    ended=jnp.zeros((rows,), bool),
+    samples=Samples(
+      tokens=jnp.full(shape, PAD_ID, jnp.int32),
+      logp=jnp.zeros(shape, jnp.float32),
+      mask=jnp.zeros(shape, bool),
+    ),
+    cache=cache,
+  )
+
+
+def advance(
+  next_logits: NextLogits,
+  loop: Loop,
+  keys: jax.Array,
+  until: jax.Array | int,
+  *,
+  allowed: jax.Array | np.ndarray,
+  temperature: jax.Array | float = 1.0,
+  top_k: jax.Array | int | None = None,
+  top_p: jax.Array | float | None = None,
+  logp_temperature: jax.Array | float = 1.0,
+  row_lengths: jax.Array | None = None,
+  eos_id: int = EOS_ID,
+) -> Loop:
+  """Goes on with a decoding, up to a position or until all rows have ended.
+
+  In pieces or at once, the samples are the same: a server sends them as they
+  come.
+
+  Args:
+    next_logits: as in `sample_from`.
+    loop: where the decoding stands.
+    keys: [R] typed keys.
+    until: [] int, the position to stop before; may be traced.
+    allowed: [V] bool.
+    temperature: [] or [R] float.
+    top_k: None, or [] or [R] int.
+    top_p: None, or [] or [R] float.
+    logp_temperature: [] or [R] float.
+    row_lengths: None, or [R] int32.
+    eos_id: int.
+
+  Returns:
+    The loop; its samples hold what there is so far.
+
+  Raises:
+    ValueError: for values out of range.
+  """
   _check_allowed(allowed, eos_id)
   if isinstance(temperature, int | float) and temperature < 0:
     raise ValueError(f"temperature must not be negative, got {temperature}.")
   _check_positive("logp_temperature", logp_temperature)
-  rows = keys.shape[0]
+  rows, max_length = loop.samples.tokens.shape
+  until = jnp.minimum(until, max_length)
   temperature = _per_row("temperature", temperature, rows)
   logp_temperature = _per_row("logp_temperature", logp_temperature, rows)
   allowed = jnp.asarray(allowed, bool)
 
-  def going_on(loop: _Loop) -> jax.Array:
-    return (loop.position < max_length) & _any_left(loop.ended)
+  def going_on(loop: Loop) -> jax.Array:
+    return (loop.position < until) & _any_left(loop.ended)
 
-  def step(loop: _Loop) -> _Loop:
+  def step(loop: Loop) -> Loop:
     logits, cache = next_logits(loop.last, loop.cache, loop.position)
     token = choose_tokens(
       logits,
@@ -411,7 +521,7 @@ def sample_from(
     ended = loop.ended | (token == eos_id)
     if row_lengths is not None:
       ended |= loop.position + 1 >= row_lengths
-    return _Loop(
+    return Loop(
       position=loop.position + 1,
       last=token,
       ended=ended,
@@ -425,19 +535,7 @@ def sample_from(
       cache=cache,
     )
 
-  shape = (rows, max_length)
-  first = _Loop(
-    position=jnp.zeros((), jnp.int32),
-    last=jnp.full((rows,), PAD_ID, jnp.int32),
-    ended=jnp.zeros((rows,), bool),
-    samples=Samples(
-      tokens=jnp.full(shape, PAD_ID, jnp.int32),
-      logp=jnp.zeros(shape, jnp.float32),
-      mask=jnp.zeros(shape, bool),
-    ),
-    cache=cache,
-  )
-  return jax.lax.while_loop(going_on, step, first).samples
+  return jax.lax.while_loop(going_on, step, loop)
 
 
 def choose_tokens(
