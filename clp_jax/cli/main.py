@@ -21,6 +21,7 @@ COMMANDS = {
   "experiment": "run an experiment of the paper, every method and seed",
   "compare": "compare the fronts of several runs, with intervals",
   "generate": "summarise documents at any weighting",
+  "serve": "steer a run in the browser, or through an OpenAI-like API",
   "export": "write one policy of a run as an ordinary T5 checkpoint",
 }
 
