@@ -1,0 +1,181 @@
+"""A server under load: many clients with weightings of their own.
+
+  python -m benchmarks.serving --workdir runs/demo
+  python -m benchmarks.serving --workdir runs/demo --seconds 10 --json
+
+Starts `clp serve` on loopback, in a process of its own, and measures
+1. one client that asks one thing after another, for a third of the time;
+2. 64 clients at once, each with random documents, weightings and seeds;
+and then asks a sample of 2's requests again, alone: the answers must be the
+same. The load comes from this process, on the same machine. Prints one table,
+or one JSON object. Status 1 if an answer differed or a request failed otherwise
+than with status 429.
+"""
+
+import argparse
+import asyncio
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import time
+
+import httpx
+import numpy as np
+
+CHECKED = 500  # answers that are asked for again, alone
+
+
+def main() -> int:
+  """Runs the command."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--workdir", default="runs/demo")
+  parser.add_argument("--clients", type=int, default=64)
+  parser.add_argument("--seconds", type=float, default=60.0)
+  parser.add_argument("--rows", type=int, default=32)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--json", action="store_true")
+  args = parser.parse_args()
+  command = [sys.executable, "-m", "clp_jax", "serve", "--port", "0"]
+  command += ["--workdir", args.workdir, "--rows", str(args.rows)]
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  try:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+      return process.wait()
+    result = asyncio.run(_measure(line.split()[-1], process.pid, args))
+  finally:
+    process.terminate()
+    process.wait()
+  if args.json:
+    print(json.dumps(result))
+  else:
+    width = max(map(len, result))
+    for name, value in result.items():
+      print(f"{name:<{width}}  {value}")
+  return int(bool(result["errors"] or result["answers that differ"]))
+
+
+async def _measure(address: str, pid: int, args) -> dict:
+  limits = httpx.Limits(max_connections=args.clients)
+  async with httpx.AsyncClient(
+    base_url=address, limits=limits, timeout=120
+  ) as client:
+    (model,) = (await client.get("v1/models")).json()["data"]
+    documents = (await client.get("v1/documents")).json()["data"]
+    make = _requests(model, [d["document"] for d in documents], args.seed)
+    await _load(client, make, 1, 2.0)  # warms both sides up
+    alone = await _load(client, make, 1, args.seconds / 3)
+    before = _memory(pid)
+    loaded = await _load(client, make, args.clients, args.seconds)
+    after = _memory(pid)
+    rng = random.Random(args.seed)
+    chosen = rng.sample(loaded.answers, min(CHECKED, len(loaded.answers)))
+    differing = 0
+    for body, text in chosen:
+      _, again = await _ask(client, body)
+      differing += again != text
+  ms = np.asarray(loaded.seconds) * 1e3
+  return {
+    "clients": args.clients,
+    "seconds": args.seconds,
+    "rows in a batch": args.rows,
+    "requests": len(loaded.seconds),
+    "requests/s": round(len(loaded.seconds) / loaded.wall, 1),
+    "p50 ms": round(float(np.percentile(ms, 50)), 1),
+    "p99 ms": round(float(np.percentile(ms, 99)), 1),
+    "requests/s one at a time": round(len(alone.seconds) / alone.wall, 1),
+    "p50 ms one at a time": round(
+      float(np.percentile(alone.seconds, 50)) * 1e3, 1
+    ),
+    "ratio": round(
+      len(loaded.seconds) / loaded.wall * alone.wall / len(alone.seconds), 2
+    ),
+    "status 429": loaded.refused,
+    "errors": loaded.errors + alone.errors,
+    "answers checked": len(chosen),
+    "answers that differ": differing,
+    "memory before MiB": before,
+    "memory after MiB": after,
+  }
+
+
+class _Load:
+  """What happened under a load."""
+
+  def __init__(self):
+    self.seconds: list[float] = []
+    self.answers: list[tuple[dict, str]] = []
+    self.refused = 0
+    self.errors = 0
+    self.wall = 0.0
+
+
+async def _load(client, make, num_clients: int, seconds: float) -> _Load:
+  load = _Load()
+  start = time.perf_counter()
+
+  async def ask_until_the_end():
+    while time.perf_counter() - start < seconds:
+      body = make()
+      asked = time.perf_counter()
+      try:
+        status, text = await _ask(client, body)
+      except httpx.HTTPError:
+        status, text = None, ""
+      if status == 200:
+        load.seconds.append(time.perf_counter() - asked)
+        load.answers.append((body, text))
+      elif status == 429:
+        load.refused += 1
+        await asyncio.sleep(1)
+      else:
+        load.errors += 1
+
+  await asyncio.gather(*(ask_until_the_end() for _ in range(num_clients)))
+  load.wall = time.perf_counter() - start
+  return load
+
+
+async def _ask(client, body) -> tuple[int, str]:
+  response = await client.post("v1/completions", json=body)
+  if response.status_code != 200:
+    return response.status_code, response.text
+  return 200, response.json()["choices"][0]["text"]
+
+
+def _requests(model: dict, documents: list[str], seed: int):
+  """Makes requests with random documents, weightings, seeds and sampling."""
+  rng = np.random.default_rng(seed)
+  names = model["objectives"]
+
+  def make() -> dict:
+    body = {
+      "model": model["id"],
+      "prompt": documents[rng.integers(len(documents))],
+      "weights": dict(
+        zip(names, rng.dirichlet([1.0] * len(names)).tolist(), strict=True)
+      ),
+      "seed": int(rng.integers(2**31)),
+      "temperature": float(rng.choice([0.0, 0.7, 1.0])),
+      "top_p": float(rng.choice([0.9, 1.0])),
+    }
+    if model["alpha_range"] is not None:
+      low, high = model["alpha_range"]
+      body["alpha"] = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+    return body
+
+  return make
+
+
+def _memory(pid: int) -> int:
+  """Resident memory of a process, MiB."""
+  status = pathlib.Path(f"/proc/{pid}/status").read_text()
+  (line,) = (x for x in status.splitlines() if x.startswith("VmRSS"))
+  return int(line.split()[1]) // 1024
+
+
+if __name__ == "__main__":
+  sys.exit(main())
