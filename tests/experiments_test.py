@@ -20,6 +20,7 @@ def plan_of(name, workdir, **changes):
   config = demo.get_config()
   config.eval.grid = 5
   config.eval.prompts = compare_test.PROMPTS
+  config.lock()  # as a config file's is
   fields = {
     "methods": None,
     "values": None,
@@ -134,6 +135,13 @@ def test_a_failure_keeps_what_is_finished(trainer, tmp_path):
   assert [c.steering for c in trainer.trained[before:]] == ["attention"]
 
 
+def test_when_everything_fails_it_says_what(trainer, tmp_path):
+  trainer.failing.add("full")
+  plan = plan_of("two-reward", tmp_path, methods=("clp-full",), seeds=2)
+  with pytest.raises(RunError, match="full-CLP, seed 0: .*full-CLP, seed 1: "):
+    running.run(plan, train=True)
+
+
 def test_a_stopped_run_is_not_taken_for_finished(trainer, tmp_path):
   """Trained but not evaluated: it is evaluated, and not trained again."""
   plan = plan_of("two-reward", tmp_path, methods=("clp-full",), seeds=1)
@@ -200,6 +208,23 @@ def test_oracles_are_trained_for_one_weighting(trainer, tmp_path):
   # What DeRa realigns is the run of the least alpha: the same folder.
   singles = running._singles(plan, dera, config, methods.METHODS["dera"])
   assert singles["nli"][1] == alphas[0][1]
+
+
+def test_a_new_field_of_the_config_renames_no_run(monkeypatch, tmp_path):
+  plan = plan_of("two-reward", tmp_path, seeds=1)
+  before = [running._folder(plan, cell) for cell in running.cells(plan)]
+  assert len(set(before)) == len(before)
+  get_config = running.config_lib.get_config
+
+  def with_another_field():
+    config = get_config()
+    config.train.unheard_of = 3
+    return config
+
+  monkeypatch.setattr(running.config_lib, "get_config", with_another_field)
+  plan = plan_of("two-reward", tmp_path, seeds=1)
+  assert "unheard_of" in plan.config.train
+  assert before == [running._folder(plan, cell) for cell in running.cells(plan)]
 
 
 def test_prompting_starts_from_a_model_that_has_seen_the_tokens(tmp_path):
@@ -372,3 +397,35 @@ def test_documented_commands_make_plans(monkeypatch, tmp_path):
     ("two-reward", 3 * 12, True),
   ]
   assert (tmp_path / "docs" / "RESULTS.md").exists()
+
+
+@pytest.mark.slow
+def test_a_small_experiment_from_nothing_to_its_table(tmp_path):
+  command = [
+    *("experiment", "single-reward-multi-kl", "--workdir", tmp_path),
+    *("--methods", "clp-logits,rewarded-soups,dera,oracle", "--seeds", 2),
+    *("--sft-steps", 4, "--steps", 2, "--prompts", 6, "--grid", 3),
+    *("--config.sft.batch=16", "--config.rollout.prompts=8"),
+    *("--config.rollout.samples=2", "--config.eval.samples=1"),
+  ]
+  status, out, err = runs.clp(*command)
+  assert status == 0, err
+  assert "DeRa" in out and "Rewarded Soups" in out
+  folder = tmp_path / "single-reward-multi-kl"
+  for name in ("comparison.csv", "fronts.png", "report.html"):
+    assert (folder / name).stat().st_size > 100
+  found = json.loads((folder / "comparison.json").read_text())
+  assert {len(m["runs"]) for m in found["methods"].values()} == {2}
+  record = json.loads((folder / "experiment.json").read_text())
+  assert record["checkpoints_used"] == [0, 1]
+  at_low, at_high = record["oracles"]
+  # DeRa and the soup are, at the least alpha, the run that is the oracle's.
+  for name in ("DeRa", "Rewarded Soups"):
+    assert at_low["values"][name] == pytest.approx(
+      at_low["values"]["one run a weighting"], abs=1e-4
+    )
+  before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/*/*")}
+  status, _, err = runs.clp(*command)
+  assert status == 0, err
+  after = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/*/*")}
+  assert before == after

@@ -39,6 +39,11 @@ METHODS: dict[str, Method] = {
   "clp-full": Method("full-CLP", {"steering": "full"}),
   "clp-attention": Method("attn-CLP", {"steering": "attention"}),
   "clp-logits": Method("logit-CLP", {"steering": "logits"}),
+  "clp-full-frozen": Method(
+    "full-CLP, KL set frozen",
+    {"steering": "full", "conditioning.kl_set": "frozen"},
+    rewards=False,
+  ),
   "lora": Method("LoRA", {"steering": "lora"}),
   "svd-lora": Method("SVD-LoRA", {"steering": "svd_lora"}),
   "soft-tokens": Method(

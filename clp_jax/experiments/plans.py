@@ -57,7 +57,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     objectives=("nli",),
     methods=(
       *CLP,
-      *("prompting", "soft-tokens"),
+      *("clp-full-frozen", "prompting", "soft-tokens"),
       *("rewarded-soups", "rewarded-soups-mx", "dera"),
       *("svd-lora", "lora", "oracle"),
     ),

@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -162,12 +162,13 @@ def run(plan: Plan, *, train: bool) -> list[str]:
 
   Raises:
     loop.Preempted: after SIGTERM, with everything saved.
-    FrontError: when nothing is finished.
+    RunError: when every run failed.
+    FrontError: when nothing is finished and nothing is to be trained.
   """
-  failures = []
-  for seed in plan.seeds:
+  failures: list[str] = []
+  for seed in plan.seeds if train else ():
     for cell in cells(plan):
-      if not train or cell.seed != seed:
+      if cell.seed != seed:
         continue
       try:
         _finish(plan, cell)
@@ -177,9 +178,12 @@ def run(plan: Plan, *, train: bool) -> list[str]:
       except Exception as error:
         logging.warning("%s", _failure(plan, cell, error))
         failures.append(_failure(plan, cell, error))
-    if train and any(_is_finished(plan, cell) for cell in cells(plan)):
+    if any(_is_finished(plan, cell) for cell in cells(plan)):
       write(plan, failures)
-  write(plan, failures)
+    elif failures and seed == plan.seeds[-1]:
+      raise run_folder.RunError(f"every run failed: {'; '.join(failures)}")
+  if not train:
+    write(plan, failures)
   return failures
 
 
@@ -463,6 +467,7 @@ def _named(
 ) -> str:
   """DIR/runs/<name>-<seed>-<digest of what decides the result>."""
   own = config.copy_and_resolve_references()
+  own.unlock()
   del own.eval, own.mesh
   for field in ("checkpoint_every", "keep", "log_samples_every"):
     del own.train[field]
@@ -473,8 +478,23 @@ def _named(
 
 
 def _digest(config: ml_collections.ConfigDict, *more: str) -> str:
-  text = json.dumps([config_lib.to_json(config), *more], sort_keys=True)
+  """Of what differs from the defaults: a new field changes no name."""
+  defaults = dict(_flat(config_lib.to_json(config_lib.get_config())))
+  fields = {
+    name: value
+    for name, value in _flat(config_lib.to_json(config))
+    if name not in defaults or value != defaults[name]
+  }
+  text = json.dumps([fields, *more], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator:
+  for name, value in values.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value
 
 
 def _is_finished(plan: Plan, cell: Cell) -> bool:
