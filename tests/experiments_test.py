@@ -391,10 +391,10 @@ def test_documented_commands_make_plans(monkeypatch, tmp_path):
     status, _, err = runs.clp(*command[1:])
     assert status == 0, (command, err)
   assert made == [
-    ("two-reward", 3 * 12, True),
+    ("two-reward", 3 * 13, True),
     ("two-reward", 2, True),
     ("training-steps", 2 * 3, True),
-    ("two-reward", 3 * 12, True),
+    ("two-reward", 3 * 13, True),
   ]
   assert (tmp_path / "docs" / "RESULTS.md").exists()
 

@@ -44,6 +44,16 @@ METHODS: dict[str, Method] = {
     {"steering": "full", "conditioning.kl_set": "frozen"},
     rewards=False,
   ),
+  "ppo": Method("full-CLP, PPO", {"steering": "full", "algorithm": "ppo"}),
+  "clp-full-learned": Method(
+    "full-CLP, learned baseline",
+    {"steering": "full", "reinforce.baseline": "learned"},
+  ),
+  "clp-full-adapted": Method(
+    "full-CLP, Q adapted",
+    {"steering": "full", "weightings.adapt": True},
+    kl=False,
+  ),
   "lora": Method("LoRA", {"steering": "lora"}),
   "svd-lora": Method("SVD-LoRA", {"steering": "svd_lora"}),
   "soft-tokens": Method(

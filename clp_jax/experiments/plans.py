@@ -44,7 +44,7 @@ _TWO = Experiment(
     *CLP,
     *("prompting", "clp-full-prompting", "soft-tokens"),
     *("rewarded-soups", "rewarded-soups-mx", "mod"),
-    *("svd-lora", "lora", "oracle"),
+    *("svd-lora", "lora", "ppo", "oracle"),
   ),
   oracles=((0.2, 0.8), (0.5, 0.5), (0.8, 0.2)),
   near={"rouge": 0.55, "nli": 0.65},
