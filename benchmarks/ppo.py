@@ -21,8 +21,8 @@ from clp_jax.train import moft
 VARIANTS: dict[str, dict] = {
   "REINFORCE": {},
   "REINFORCE, learned baseline": {"reinforce.baseline": "learned"},
-  "PPO": {"algorithm": "ppo"},
-  "PPO, whitened": {"algorithm": "ppo", "ppo.whiten": True},
+  "PPO": {"algorithm": "ppo", "optimizer.learning_rate": 5e-4},
+  "PPO, no leave-one-out": {"algorithm": "ppo", "ppo.leave_one_out": False},
 }
 
 

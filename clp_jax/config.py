@@ -178,6 +178,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.ppo.value_clip = config_dict.placeholder(float)  # in rewards' units
   c.ppo.discount = 1.0  # gamma, a token
   c.ppo.gae_lambda = 0.95
+  # Returns less the mean of the prompt's other samples; the critic learns what
+  # is left. Needs rollout.samples >= 2.
+  c.ppo.leave_one_out = True
   c.ppo.whiten = False  # advantages of a step to mean 0 and deviation 1
   # Nats a token from the policy that sampled; no update of the step beyond.
   c.ppo.target_kl = config_dict.placeholder(float)
@@ -501,6 +504,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f"rollout.prompts = {rollout.prompts} is not a multiple of "
       "rollout.weightings x ppo.minibatches x train.microbatches = "
       f"{groups} x {minibatches} x {train.microbatches}; change one of them."
+    )
+  if (
+    config.algorithm == "ppo"
+    and config.ppo.leave_one_out
+    and rollout.samples < 2
+  ):
+    raise ConfigError(
+      "ppo.leave_one_out needs rollout.samples >= 2, got "
+      f"{rollout.samples}; raise it or set ppo.leave_one_out=False."
     )
   if (
     config.algorithm == "reinforce"

@@ -63,6 +63,10 @@ def test_the_documented_commands_train(number, sft_run, tmp_path):
       {"algorithm": "ppo", "ppo.minibatches": 3},
       "rollout.weightings x ppo.minibatches x train.microbatches = 4 x 3 x 1",
     ),
+    (
+      {"algorithm": "ppo", "rollout.samples": 1},
+      "ppo.leave_one_out needs rollout.samples >= 2, got 1",
+    ),
     ({"scalarisation.name": "max"}, "linear, chebyshev, smooth_chebyshev"),
     ({"scalarisation.name": "chebyshev"}, "needs scalarisation.utopia"),
     (
@@ -103,5 +107,6 @@ def test_what_is_off_by_default():
   assert not config_lib.has_critic(config)
   # One sample a prompt is enough for a critic.
   config.algorithm = "ppo"
+  config.ppo.leave_one_out = False
   config.rollout.samples = 1
   config_lib.validate(config)

@@ -46,6 +46,24 @@ def test_rewards_are_paid_at_the_last_token_and_kl_at_every_one():
   assert ppo.token_rewards(rewards, None, MASK).shape == (2, 3, 5, 2)
 
 
+def test_what_other_samples_got_is_taken_off_at_the_end():
+  """3 samples of one prompt in each group; the critic's KL likewise."""
+  rewards = np.asarray(token_rewards())
+  found = np.asarray(ppo.less_other_samples(rewards, MASK, 3))
+  totals = rewards.sum(2)
+  for g, r in np.ndindex(2, 3):
+    n = LENGTHS[g, r]
+    others = np.mean([totals[g, o] for o in range(3) if o != r], axis=0)
+    expected = rewards[g, r].copy()
+    expected[n - 1] -= others
+    np.testing.assert_allclose(found[g, r], expected, atol=1e-5)
+  returns = ppo.scalarise(found.sum(2, keepdims=True), WEIGHTS, ALPHA)[..., 0]
+  plain = ppo.scalarise(rewards.sum(2, keepdims=True), WEIGHTS, ALPHA)[..., 0]
+  np.testing.assert_allclose(
+    returns, reinforce.advantages(plain, 3, "leave_one_out"), atol=1e-5
+  )
+
+
 @pytest.mark.parametrize(
   "discount, gae_lambda", [(1, 0.95), (0.9, 0.7), (1, 0)]
 )

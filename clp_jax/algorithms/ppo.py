@@ -37,6 +37,8 @@ class Settings:
       no gradient, in units of the reward; None is off.
     discount: gamma, a token.
     gae_lambda: lambda; 1 trusts the sampled returns alone.
+    leave_one_out: returns are less the mean of the prompt's other samples, and
+      the critic learns what is left.
     whiten: advantages of a step are shifted to mean 0, scaled to deviation 1.
     target_kl: nats a token between the policy that sampled and the present one,
       beyond which a step takes no further update; None is off.
@@ -48,6 +50,7 @@ class Settings:
   value_clip: float | None
   discount: float
   gae_lambda: float
+  leave_one_out: bool
   whiten: bool
   target_kl: float | None
 
@@ -60,6 +63,7 @@ REINFORCE = Settings(
   value_clip=None,
   discount=1.0,
   gae_lambda=1.0,
+  leave_one_out=False,
   whiten=False,
   target_kl=None,
 )
@@ -78,13 +82,42 @@ def token_rewards(
   Returns:
     [..., T, K] float32: rewards at the last token, log-ratios where they are.
   """
-  # A row's last token: the next one is masked, or there is none.
-  after = jnp.concatenate([mask[..., 1:], jnp.zeros_like(mask[..., :1])], -1)
-  paid = (mask & ~after)[..., None] * rewards[..., None, :]
+  paid = _last(mask)[..., None] * rewards[..., None, :]
   if kl is None:
     return paid
   cost = jnp.where(mask, kl, 0)[..., None]
   return jnp.concatenate([paid, cost], axis=-1)
+
+
+def less_other_samples(
+  rewards: jax.Array, mask: jax.Array, num_samples: int
+) -> jax.Array:
+  """Takes off, at the last token, what the prompt's other samples got.
+
+  A constant to the response, so that its policy gradient stays what it is. What
+  prompts have in common with their samples is gone from the first step on, and
+  the critic need not know it: where it knows nothing, values of 0 leave
+  REINFORCE's leave-one-out baseline.
+
+  Args:
+    rewards: [G, R, T, K] float32, the samples of a prompt side by side.
+    mask: [G, R, T] bool.
+    num_samples: N, at least 2.
+
+  Returns:
+    [G, R, T, K] float32.
+  """
+  total = rewards.sum(-2)
+  by_prompt = total.reshape(total.shape[0], -1, num_samples, total.shape[-1])
+  others = by_prompt.sum(2, keepdims=True) - by_prompt
+  others = others.reshape(total.shape) / (num_samples - 1)
+  return rewards - _last(mask)[..., None] * others[..., None, :]
+
+
+def _last(mask: jax.Array) -> jax.Array:
+  """A row's last token: the next one is masked, or there is none."""
+  after = jnp.concatenate([mask[..., 1:], jnp.zeros_like(mask[..., :1])], -1)
+  return mask & ~after
 
 
 def generalised_advantages(

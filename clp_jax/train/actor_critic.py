@@ -108,10 +108,13 @@ def update(
   }
   mask = experience.mask
   sampled = map_parts(before, batch, settings.minibatches * microbatches)
+  rewards = ppo.token_rewards(
+    experience.rewards, experience.kl if values_kl else None, mask
+  )
+  if settings.leave_one_out:
+    rewards = ppo.less_other_samples(rewards, mask, num_samples)
   by_objective = ppo.generalised_advantages(
-    ppo.token_rewards(
-      experience.rewards, experience.kl if values_kl else None, mask
-    ),
+    rewards,
     sampled["values"],
     mask,
     discount=settings.discount,
