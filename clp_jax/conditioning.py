@@ -156,14 +156,12 @@ def _combine_backward(residuals, gradient):
   sets, coefficients = residuals
   m = coefficients.shape[-1]
   c = coefficients.reshape(-1, m)  # [G, M]
-  g = gradient.astype(jnp.float32).reshape(c.shape[0], -1)  # [G, size]
-  d_sets = jnp.einsum("gm,gx->mx", c, g, precision="highest")
-  d_coefficients = jnp.einsum(
-    "gx,mx->gm",
-    g,
-    sets.astype(jnp.float32).reshape(m, -1),
-    precision="highest",
-  )
+  # The leaf's own dimensions keep their places: they may be cut over devices.
+  g = gradient.astype(jnp.float32).reshape(c.shape[0], *sets.shape[1:])
+  values = sets.astype(jnp.float32)
+  own = tuple(range(1, sets.ndim))
+  d_sets = jnp.tensordot(c, g, ((0,), (0,)), precision="highest")
+  d_coefficients = jnp.tensordot(g, values, (own, own), precision="highest")
   return (
     d_sets.reshape(sets.shape).astype(sets.dtype),
     d_coefficients.reshape(coefficients.shape),

@@ -6,14 +6,15 @@ code reads fields and never falls back to a default of its own.
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from clp_jax import adapters, prompting
+from clp_jax import adapters, prompting, sharding
 from clp_jax import bank as bank_lib
 from clp_jax.adaptation import Adaptation
 from clp_jax.algorithms import ppo, reinforce
@@ -240,10 +241,46 @@ def get_config() -> ml_collections.ConfigDict:
   c.eval.reference_point = config_dict.placeholder(tuple)
 
   c.mesh = ml_collections.ConfigDict()
+  c.mesh.replica = 1  # slices; parameters are whole in each
   c.mesh.data = config_dict.placeholder(int)  # None: all remaining devices
   c.mesh.model = 1
   c.mesh.fsdp = False  # cut parameters over the data axis too
   return c
+
+
+def make_mesh(
+  config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """The mesh as the config describes it.
+
+  Args:
+    config: reads `mesh`.
+    devices: None takes jax.devices().
+
+  Raises:
+    ConfigError: when it does not fit the devices.
+  """
+  with as_config_error():
+    return sharding.make_mesh(
+      config.mesh.data, config.mesh.model, devices, config.mesh.replica
+    )
+
+
+def check_rows(path: str, rows: int, mesh: Mesh) -> None:
+  """Checks that a number of rows can be cut over a mesh.
+
+  Raises:
+    ConfigError: names the field, its value and what it must be.
+  """
+  shards = sharding.row_shards(mesh)
+  if rows % shards:
+    raise ConfigError(
+      f"{path} = {rows} is not a multiple of the mesh's data axis, {shards}; "
+      "change it or mesh.data."
+      if mesh.shape["replica"] == 1
+      else f"{path} = {rows} is not a multiple of mesh.replica x mesh.data = "
+      f"{shards}; change one of them."
+    )
 
 
 def distribution(config: ml_collections.ConfigDict) -> Distribution:
@@ -474,7 +511,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     "sft.learning_rate sft.checkpoint_every rollout.temperature "
     "reward_model.batch reward_model.learning_rate "
     "reward_model.checkpoint_every eval.prompts eval.samples eval.batch "
-    "mesh.model ppo.epochs ppo.minibatches critic.hidden critic.learning_rate"
+    "mesh.replica mesh.model ppo.epochs ppo.minibatches critic.hidden "
+    "critic.learning_rate"
   )
   if config.soft_tokens.length is not None:
     positive += " soft_tokens.length"

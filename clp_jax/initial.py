@@ -42,14 +42,7 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
   init = config.model.init
   if init in PRESETS:
     vocabulary = _vocabulary(config)
-    model_config = PRESETS[init]
-    if init in OWN_VOCABULARY:
-      # As many rows as pieces and prompts' tokens, up to a multiple that cuts
-      # well over devices.
-      tokens = vocabulary.vocab_size + config_lib.control_tokens(config)
-      rows = -(-tokens // 16) * 16
-      model_config = dataclasses.replace(model_config, vocab_size=rows)
-    model_config = _computation(model_config, config)
+    model_config = _computation(_preset(config, vocabulary), config)
     # Its own fold of the seed: the run's key must not depend on the model.
     key = jax.random.fold_in(jax.random.key(config.seed), 0x1217)
     # One program, which compiles faster than one for each kind of leaf.
@@ -72,10 +65,7 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
     model_config, params = _load_checkpoint(config)
     model_config = _computation(model_config, config)
   else:
-    raise ConfigError(
-      f"model.init = {init!r} is neither a preset ({', '.join(PRESETS)}) nor "
-      "a folder that holds a T5."
-    )
+    raise _nothing(init)
   if vocabulary.vocab_size > model_config.vocab_size:
     raise ConfigError(
       f"the vocabulary has {vocabulary.vocab_size} pieces, but the model "
@@ -83,6 +73,64 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
       "model.vocabulary or model.init."
     )
   return Initial(model_config, params, content)
+
+
+def load_model_config(config: ml_collections.ConfigDict) -> t5.T5Config:
+  """The model of `load_initial`, its parameters neither made nor read.
+
+  Args:
+    config: a training config.
+
+  Raises:
+    ConfigError: when `config.model.init` names no model.
+  """
+  init = config.model.init
+  if init in OWN_VOCABULARY:
+    model_config = _preset(config, _vocabulary(config))
+  elif init in PRESETS:
+    model_config = PRESETS[init]
+  elif _is_run(init):
+    model_config = run_folder.load_model_config(init)
+  elif Folder(init).is_folder():
+    with config_lib.as_config_error():
+      model_config = interop.load_config(init)
+  else:
+    raise _nothing(init)
+  return _computation(model_config, config)
+
+
+def load_vocabulary_of(config: ml_collections.ConfigDict) -> Any:
+  """The vocabulary of the model that `config.model.init` names.
+
+  Args:
+    config: a training config.
+
+  Raises:
+    ConfigError: when there is none.
+  """
+  if config.model.init in PRESETS:
+    return _vocabulary(config)
+  if _is_run(config.model.init):
+    return load_vocabulary(run_folder.vocabulary_path(config.model.init))
+  return _vocabulary_beside(config)
+
+
+def _nothing(init: str) -> ConfigError:
+  return ConfigError(
+    f"model.init = {init!r} is neither a preset ({', '.join(PRESETS)}) nor "
+    "a folder that holds a T5."
+  )
+
+
+def _preset(config: ml_collections.ConfigDict, vocabulary: Any) -> t5.T5Config:
+  model_config = PRESETS[config.model.init]
+  if config.model.init in OWN_VOCABULARY:
+    # As many rows as pieces and prompts' tokens, up to a multiple that cuts
+    # well over devices.
+    tokens = vocabulary.vocab_size + config_lib.control_tokens(config)
+    rows = -(-tokens // 16) * 16
+    model_config = dataclasses.replace(model_config, vocab_size=rows)
+  return model_config
 
 
 def _vocabulary(config: ml_collections.ConfigDict) -> Any:
@@ -125,7 +173,7 @@ def _load_checkpoint(
 
   def shardings(model_config: t5.T5Config) -> Any:
     return sharding.param_shardings(
-      sharding.make_mesh(config.mesh.data, config.mesh.model),
+      config_lib.make_mesh(config),
       t5.logical_axes(model_config),
       t5.abstract_params(model_config),
       fsdp=config.mesh.fsdp,

@@ -20,16 +20,15 @@ from clp_jax import config as config_lib
 class Size(NamedTuple):
   """What a model's size changes."""
 
-  microbatches: int  # parts of the 64 prompts x 4 samples of a step
   model_axis: int  # devices that share each matrix
-  fsdp: bool  # parameters cut over the data axis as well
-  remat: str
+  remat: str  # what the backward pass computes again
 
 
 SIZES = {
-  "base": Size(microbatches=1, model_axis=1, fsdp=False, remat="minimal"),
-  "large": Size(microbatches=2, model_axis=1, fsdp=True, remat="full"),
-  "xl": Size(microbatches=4, model_axis=4, fsdp=True, remat="full"),
+  "base": Size(model_axis=1, remat="minimal"),
+  "large": Size(model_axis=1, remat="full"),
+  "xl": Size(model_axis=4, remat="full"),
+  "xxl": Size(model_axis=4, remat="full"),
 }
 # Tokens: articles of XSum are longer than posts.
 SOURCE_LENGTHS = {"xsum": 1024, "tldr": 512}
@@ -50,12 +49,21 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.rewards = ml_collections.ConfigDict(
     {
       "nli": config_lib.model_reward(
-        "entailment", dtype="bfloat16", scan_layers=True, fsdp=True
+        "entailment",
+        batch=256,
+        dtype="bfloat16",
+        scan_layers=True,
+        fsdp=True,
       ),
       "rouge": config_lib.reward("rouge"),
       # Its scale is arbitrary; the others are in [0, 1].
       "tldr": config_lib.model_reward(
-        "preference", normalise="fixed", dtype="bfloat16", fsdp=True
+        "preference",
+        normalise="fixed",
+        batch=256,
+        dtype="bfloat16",
+        scan_layers=True,
+        fsdp=True,
       ),
     }
   )
@@ -70,7 +78,7 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.model.scan_layers = True
   config.model.remat = settings.remat
   config.mesh.model = settings.model_axis
-  config.mesh.fsdp = settings.fsdp
+  config.mesh.fsdp = True
 
   config.sft.steps = 10_000
   config.sft.batch = 128
@@ -87,7 +95,6 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.optimizer.learning_rate = 1e-4
   config.optimizer.warmup_steps = 200
   config.train.steps = 10_000
-  config.train.microbatches = settings.microbatches
   config.train.checkpoint_every = 500
   config.train.normalisation_batches = 32
 

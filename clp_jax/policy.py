@@ -524,7 +524,7 @@ class Policy:
 
   def _padding(self, num: int) -> np.ndarray:
     """Row numbers of the compiled shape: the last one again is padding."""
-    data = self.mesh.shape["data"]
+    data = sharding.row_shards(self.mesh)
     power = 1 << (num - 1).bit_length()
     return np.minimum(np.arange(-(-power // data) * data), num - 1)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from clp_jax import conditioning
+from clp_jax import conditioning, sharding
 from clp_jax.bank import Bank
 from clp_jax.models import decoding
 from clp_jax.models.t5 import T5
@@ -80,7 +80,11 @@ def sample_rollout(
   documents = encoder_input_tokens
   if prompts is not None:
     encoder_input_tokens = prompts.prepend(documents, weighting)
-  policies = bank.mix(params, reference, coefficients)
+  policies = decoding.spread_policies(
+    bank.model_config,
+    bank.mix(params, reference, coefficients),
+    whole=True,
+  )
   samples = decoding.sample_groups(
     T5(bank.model_config),
     policies,
@@ -151,8 +155,13 @@ def score_groups(
       temperature=temperature,
     ),
     in_axes=(conditioning.batched_axes(bank.steerable), 0, 0),
+    spmd_axis_name=sharding.group_axis(),
   )(
-    bank.mix(params, reference, coefficients),
+    decoding.spread_policies(
+      bank.model_config,
+      bank.mix(params, reference, coefficients),
+      whole=False,
+    ),
     encoder_input_tokens,
     tokens,
   )

@@ -1,12 +1,24 @@
 """The device mesh, what lies where on it, and rows between hosts and devices.
 
-Parameters carry t5x's logical axis names; one table says which mesh axis each
-one is cut along. Arrays of rows (prompts, samples) are cut along 'data'. The
-same code runs on one CPU device, on eight virtual ones and in several
-processes: what differs is the mesh.
+1. A mesh has the axes 'replica', 'data' and 'model'. The same code runs on one
+   CPU device, on eight virtual ones and in several processes: what differs is
+   the mesh.
+2. Parameters and activations carry t5x's logical axis names; one table, RULES,
+   says which mesh axes each one is cut along. Fully sharded parameters (fsdp)
+   are cut along 'data' as well.
+3. Rows (prompts, samples) are cut over replicas and data. A step with G
+   weightings runs on a mesh whose data axis is folded in two, 'group' and
+   'data' (`fold_groups`): the policies of the weightings are cut over 'group',
+   so that a shard holds about one of them and its rows are answered by it.
+4. Where a function is traced inside `on_mesh`, `constrain` pins its
+   intermediate arrays; elsewhere it does nothing.
 """
 
-from typing import Any
+import contextvars
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,50 +26,256 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Tree = Any
 
-# Logical axis -> mesh axis, as t5x's standard rules. 'embed' is cut over
-# 'data' as well when parameters are fully sharded (fsdp).
-RULES = {
-  "vocab": "model",
-  "mlp": "model",
-  "heads": "model",
-  "joined_kv": "model",
-  "kv": None,
-  "embed": None,
-  "relpos_buckets": None,
-  "layers": None,
-  "objective": None,
-  "rank": None,
-  "soft_tokens": None,
-  "value": None,
+AXES = ("replica", "data", "model")
+
+# Of a folded mesh: the weightings of a step.
+GROUP = "group"
+
+# Logical axis -> mesh axes, as t5x's standard rules. Those that a mesh lacks
+# are left out.
+RULES: dict[str, tuple[str, ...]] = {
+  # Of activations.
+  "weighting": (GROUP,),
+  "batch": ("replica", "data"),
+  "length": (),
+  # Of parameters and activations.
+  "vocab": ("model",),
+  "mlp": ("model",),
+  "heads": ("model",),
+  "joined_kv": ("model",),
+  "kv": (),
+  "embed": (),
+  "relpos_buckets": (),
+  "layers": (),
+  "objective": (),
+  "rank": (),
+  "soft_tokens": (),
+  "value": (),
 }
+# What fsdp changes, in parameters and optimizer state at rest.
+FSDP_RULES: dict[str, tuple[str, ...]] = {"embed": (GROUP, "data")}
 
 
 def make_mesh(
-  data: int | None = None, model: int = 1, devices: list | None = None
+  data: int | None = None,
+  model: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+  replica: int = 1,
 ) -> Mesh:
-  """A ('data', 'model') mesh.
+  """A ('replica', 'data', 'model') mesh.
+
+  Devices are taken by slice, then process, then number: a replica lies within
+  a slice, the model axis within a host as far as it can, and the rows of a
+  process side by side.
 
   Args:
     data: size of the data axis; None takes all devices that remain.
     model: size of the model axis.
-    devices: the devices in order; None takes jax.devices().
+    devices: None takes jax.devices().
+    replica: size of the replica axis, over which no parameter is ever cut.
 
   Raises:
-    ValueError: when data * model is not the number of devices.
+    ValueError: when the product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  if data is None and len(devices) % model == 0:
-    data = len(devices) // model
-  if data is None or data * model != len(devices):
+  if data is None and len(devices) % (replica * model) == 0:
+    data = len(devices) // (replica * model)
+  if data is None or replica * data * model != len(devices):
+    sizes = f"data={data} x model={model}"
+    if replica != 1:
+      sizes = f"replica={replica} x {sizes}"
     raise ValueError(
-      f"mesh data={data} x model={model} does not fit {len(devices)} "
-      "devices; choose factors whose product is the number of devices."
+      f"mesh {sizes} does not fit {len(devices)} devices; choose factors whose "
+      "product is the number of devices."
     )
+
+  def place(device):
+    return getattr(device, "slice_index", 0), device.process_index, device.id
+
   return Mesh(
-    np.asarray(devices).reshape(data, model),
-    ("data", "model"),
-    axis_types=(AxisType.Auto,) * 2,
+    np.asarray(sorted(devices, key=place)).reshape(replica, data, model),
+    AXES,
+    axis_types=(AxisType.Auto,) * 3,
   )
+
+
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+  """The mesh axes that rows are cut over: all but 'model'."""
+  return tuple(axis for axis in mesh.axis_names if axis != "model")
+
+
+def row_shards(mesh: Mesh) -> int:
+  """Into how many parts rows are cut; their number must be a multiple."""
+  return math.prod(mesh.shape[axis] for axis in row_axes(mesh))
+
+
+def fold_groups(mesh: Mesh, num_weightings: int) -> Mesh:
+  """Cuts the data axis in two: 'group', then what remains of 'data'.
+
+  Args:
+    mesh: of the axes AXES.
+    num_weightings: G; 'group' is its greatest divisor that the data axis has.
+
+  Returns:
+    The same devices, on which rows lie where they lay on `mesh`.
+  """
+  replica, data, model = mesh.devices.shape
+  groups = math.gcd(num_weightings, data)
+  return Mesh(
+    mesh.devices.reshape(replica, groups, data // groups, model),
+    ("replica", GROUP, "data", "model"),
+    axis_types=(AxisType.Auto,) * 4,
+  )
+
+
+class _Placement(NamedTuple):
+  """What `constrain` goes by while a function is traced."""
+
+  mesh: Mesh
+  fsdp: bool
+
+
+_placement: contextvars.ContextVar[_Placement | None] = contextvars.ContextVar(
+  "placement", default=None
+)
+
+
+def on_mesh(mesh: Mesh, function: Callable, *, fsdp: bool = False) -> Callable:
+  """The function, traced so that its intermediate arrays are pinned to a mesh.
+
+  Args:
+    mesh: that it will run on.
+    function: to be jitted.
+    fsdp: whether parameters come cut over the data axis.
+  """
+
+  @functools.wraps(function)
+  def traced(*args, **kwargs):
+    token = _placement.set(_Placement(mesh, fsdp))
+    try:
+      return function(*args, **kwargs)
+    finally:
+      _placement.reset(token)
+
+  return traced
+
+
+def group_axis() -> str | None:
+  """vmap's spmd_axis_name over the weightings of a step."""
+  placement = _placement.get()
+  folded = placement is not None and GROUP in placement.mesh.axis_names
+  return GROUP if folded else None
+
+
+def constrain(x: jax.Array, *names: str) -> jax.Array:
+  """Pins an array inside `on_mesh`; elsewhere nothing happens.
+
+  Args:
+    x: any array.
+    names: a logical axis for each of its dimensions. What a mesh axis does not
+      divide stays whole along it.
+  """
+  placement = _placement.get()
+  if placement is None:
+    return x
+  spec = partition_spec(placement.mesh, names, x.shape, RULES)
+  return jax.lax.with_sharding_constraint(
+    x, NamedSharding(placement.mesh, spec)
+  )
+
+
+def spread(policies: Tree, logical_axes: Tree, dtypes: Tree, *, whole: bool):
+  """Sends the policies of a step to the shards whose rows they answer.
+
+  They are mixed where the parameter sets lie, cast, and sent: with fsdp each
+  device then has mixed its part of every policy, and an all-to-all brings
+  together what belongs together, in the dtype of the computation.
+
+  Args:
+    policies: parameters of T5s, some leaves [G, ...].
+    logical_axes: the T5's own axes, for leaves without [G].
+    dtypes: that the leaves are cast to.
+    whole: also gather what is cut over the data axis, for a loop that would
+      gather it in every iteration; otherwise a layer is gathered at its use.
+
+  Returns:
+    The policies in those dtypes.
+  """
+  placement = _placement.get()
+
+  def leaf(names, policy, dtype):
+    if placement is None:
+      return policy.astype(dtype)
+    mesh, fsdp = placement
+    grouped = policy.ndim == len(names) + 1
+    at_rest = RULES | (FSDP_RULES if fsdp else {})
+    if not grouped:
+      policy = policy.astype(dtype)
+      return constrain(policy, *names) if whole else policy
+
+    def pin(x, rules):
+      spec = partition_spec(mesh, ("weighting", *names), x.shape, rules)
+      return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    if fsdp:
+      # Twice, or the compiler might cast after sending.
+      policy = pin(policy, at_rest | {"weighting": ()})
+      policy = pin(policy.astype(dtype), at_rest | {"weighting": ()})
+    else:
+      policy = policy.astype(dtype)
+    return pin(
+      policy, RULES | ({} if whole or not fsdp else {"embed": ("data",)})
+    )
+
+  return jax.tree.map(
+    leaf, logical_axes, policies, dtypes, is_leaf=lambda x: isinstance(x, tuple)
+  )
+
+
+def partition_spec(
+  mesh: Mesh,
+  names: Sequence[str],
+  shape: Sequence[int],
+  rules: Mapping[str, tuple[str, ...]],
+) -> PartitionSpec:
+  """The mesh axes of each dimension, those that fit it.
+
+  Args:
+    mesh: the mesh.
+    names: a logical axis for each dimension.
+    shape: of the array.
+    rules: mesh axes of each logical axis.
+  """
+  entries: list[Any] = []
+  for name, size in zip(names, shape, strict=True):
+    axes = tuple(axis for axis in rules[name] if axis in mesh.axis_names)
+    cut = math.prod(mesh.shape[axis] for axis in axes)
+    if not axes or size % cut:
+      entries.append(None)
+    else:
+      entries.append(axes if len(axes) > 1 else axes[0])
+  return PartitionSpec(*entries)
+
+
+def moment_sharding(
+  moment: Sequence[int], param: Sequence[int], at: NamedSharding
+) -> NamedSharding:
+  """Where a moment of an optimizer lies: like its parameter.
+
+  Args:
+    moment: its shape: the parameter's, or that with one dimension reduced away
+      (Adafactor's factored ones), or a placeholder's.
+    param: the parameter's shape.
+    at: the parameter's sharding.
+  """
+  if tuple(moment) == tuple(param):
+    return at
+  entries = (*at.spec, *(None,) * (len(param) - len(at.spec)))
+  for i in reversed(range(len(param))):
+    if tuple(moment) == (*param[:i], *param[i + 1 :]):
+      kept = (*entries[:i], *entries[i + 1 :])
+      return NamedSharding(at.mesh, PartitionSpec(*kept))
+  return NamedSharding(at.mesh, PartitionSpec())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -66,8 +284,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-  """Axis 0 (prompts or samples) is cut over the data axis."""
-  return NamedSharding(mesh, PartitionSpec("data"))
+  """Axis 0 (prompts or samples) is cut over replicas and data."""
+  return NamedSharding(mesh, PartitionSpec(row_axes(mesh)))
 
 
 def param_shardings(
@@ -89,7 +307,7 @@ def param_shardings(
   Raises:
     ValueError: for a leaf without axes or with an unknown logical name.
   """
-  rules = RULES | ({"embed": "data"} if fsdp else {})
+  rules = RULES | (FSDP_RULES if fsdp else {})
 
   def leaf(path, names, array):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -105,12 +323,7 @@ def param_shardings(
         f"parameter {name} has unknown logical axes {unknown}; add them to "
         "RULES in sharding.py."
       )
-    axes = [rules[n] for n in names]
-    fits = [
-      axis if axis and size % mesh.shape[axis] == 0 else None
-      for axis, size in zip(axes, array.shape, strict=True)
-    ]
-    return NamedSharding(mesh, PartitionSpec(*fits))
+    return NamedSharding(mesh, partition_spec(mesh, names, array.shape, rules))
 
   return jax.tree_util.tree_map_with_path(
     leaf,

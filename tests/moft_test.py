@@ -64,8 +64,9 @@ def rewards_of(rollout):
   return np.stack([a, b], 1).astype(np.float32)
 
 
-def mesh_of(data=1, model=1):
-  return sharding.make_mesh(data, model, jax.devices()[: data * model])
+def mesh_of(data=1, model=1, replica=1):
+  devices = jax.devices()[: replica * data * model]
+  return sharding.make_mesh(data, model, devices, replica)
 
 
 def train(config, mesh, steps, rewards_fn=rewards_of, key=7):
@@ -276,12 +277,13 @@ def test_microbatches_add_up_to_the_whole_batch():
 
 
 @pytest.mark.parametrize(
-  "data, model, fsdp", [(8, 1, False), (4, 2, False), (4, 2, True)]
+  "replica, data, model, fsdp",
+  [(1, 8, 1, False), (1, 4, 2, True), (2, 2, 2, True)],
 )
-def test_devices_do_not_change_training(data, model, fsdp):
+def test_devices_do_not_change_training(replica, data, model, fsdp):
   one, history, _ = plain_run()
   config = make_config(**{"mesh.fsdp": fsdp})
-  many, many_history, _ = train(config, mesh_of(data, model), 2)
+  many, many_history, _ = train(config, mesh_of(data, model, replica), 2)
   assert_trees_close(history, many_history, rtol=5e-4, atol=5e-5)
   assert_trees_close(one, many.params, atol=5e-4)
   kernel = many.params["encoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from clp_jax import conditioning, sharding
 from clp_jax.models import t5
@@ -30,7 +30,10 @@ def specs(mesh, **settings):
 
 
 def test_mesh_takes_all_devices_and_refuses_what_does_not_fit():
-  assert dict(sharding.make_mesh(model=2).shape) == {"data": 4, "model": 2}
+  mesh = sharding.make_mesh(model=2)
+  assert dict(mesh.shape) == {"replica": 1, "data": 4, "model": 2}
+  mesh = sharding.make_mesh(model=2, replica=2)
+  assert dict(mesh.shape) == {"replica": 2, "data": 2, "model": 2}
   with pytest.raises(ValueError, match="data=3 x model=2 does not fit 8"):
     sharding.make_mesh(3, 2)
   with pytest.raises(ValueError, match="does not fit 8 devices"):
@@ -96,3 +99,59 @@ def test_rows_go_to_the_devices_and_back():
   assert placed.sharding.shard_shape(placed.shape) == (2, 3)
   np.testing.assert_array_equal(sharding.to_host(placed), rows)
   assert sharding.process_rows(mesh, 8) == (0, 8)
+
+
+def test_rows_and_parameters_lie_on_a_folded_mesh_where_they_lay():
+  mesh = sharding.make_mesh(4, 2)
+  folded = sharding.fold_groups(mesh, 6)  # 2 divides 6 and 4
+  assert dict(folded.shape) == {
+    "replica": 1,
+    "group": 2,
+    "data": 2,
+    "model": 2,
+  }
+  rows = sharding.row_sharding(mesh)
+  assert sharding.row_sharding(folded).is_equivalent_to(rows, 2)
+  for fsdp in (False, True):
+    plain, cut = (
+      sharding.param_shardings(
+        m, t5.logical_axes(CONFIG), t5.abstract_params(CONFIG), fsdp=fsdp
+      )
+      for m in (mesh, folded)
+    )
+    same = jax.tree.map(
+      lambda a, b, p: a.is_equivalent_to(b, p.ndim),
+      plain,
+      cut,
+      t5.abstract_params(CONFIG),
+    )
+    assert all(jax.tree.leaves(same))
+
+
+def test_constraints_hold_on_a_mesh_and_are_nothing_elsewhere():
+  mesh = sharding.fold_groups(sharding.make_mesh(4, 2), 2)
+
+  def double(x):
+    return sharding.constrain(2 * x, "batch", "heads")
+
+  x = np.ones([4, 6], np.float32)
+  assert jax.jit(double)(x).sharding.is_fully_replicated
+  pinned = jax.jit(sharding.on_mesh(mesh, double))(x)
+  assert pinned.sharding.shard_shape(x.shape) == (2, 3)
+  by_group = jax.vmap(double, spmd_axis_name="group")
+  x = np.ones([2, 4, 5], np.float32)  # 5 is not divided by the model axis
+  pinned = jax.jit(sharding.on_mesh(mesh, by_group))(x)
+  assert pinned.sharding.shard_shape(x.shape) == (1, 2, 5)
+
+
+def test_factored_moments_are_cut_as_their_parameter_is():
+  mesh = sharding.make_mesh(4, 2)
+  at = NamedSharding(mesh, PartitionSpec(None, "data", "model"))
+
+  def spec(*shape):
+    return sharding.moment_sharding(shape, (3, 128, 256), at).spec
+
+  assert spec(3, 128, 256) == at.spec
+  assert spec(3, 128) == PartitionSpec(None, "data")
+  assert spec(3, 256) == PartitionSpec(None, "model")
+  assert spec(1) == PartitionSpec()

@@ -17,6 +17,7 @@ COMMANDS = {
   "train": "train, or resume, the run that a config file describes",
   "train-sft": "finetune a T5 on reference summaries, and no more",
   "train-reward": "train a preference model from pairs of responses",
+  "plan": "compile a config for a TPU slice, without one: memory and time",
   "evaluate": "sweep the weightings of a run on held-out prompts",
   "experiment": "run an experiment of the paper, every method and seed",
   "compare": "compare the fronts of several runs, with intervals",

@@ -200,7 +200,7 @@ def make_measure(
   """
   config = policy.config
   settings = config.eval
-  data = policy.mesh.shape["data"]
+  data = sharding.row_shards(policy.mesh)
   prompts = len(batch.documents)
   size = min(settings.batch, -(-prompts // data) * data)
   if size % data:

@@ -54,27 +54,43 @@ def load_t5(
   folder = Folder(os.fspath(path))
   if not folder.is_folder():
     raise ValueError(f"{folder.path} is no folder.")
+  config, stored = _open(folder, mapped=shardings is not None)
+  return leaves.assemble(
+    config, stored, shardings=shardings, dtype=dtype, scan_layers=scan_layers
+  )
+
+
+def load_config(path: str | os.PathLike) -> T5Config:
+  """The config of a T5 that `load_t5` would load, its arrays left unread.
+
+  Args:
+    path: as for `load_t5`.
+
+  Raises:
+    ValueError: as for `load_t5`.
+  """
+  return _open(Folder(os.fspath(path)), mapped=True)[0]
+
+
+def _open(
+  folder: Folder, *, mapped: bool
+) -> tuple[T5Config, dict[str, leaves.Leaf]]:
+  """Finds out which format a folder has."""
   checkpoint = t5x.find(folder)
   if checkpoint is not None:
-    config, stored = t5x.open_checkpoint(checkpoint)
-  elif orbax.is_checkpoint(folder):
-    config, stored = orbax.open_checkpoint(folder)
-  elif folder.has("config.json"):
+    return t5x.open_checkpoint(checkpoint)
+  if orbax.is_checkpoint(folder):
+    return orbax.open_checkpoint(folder)
+  if folder.has("config.json"):
     if folder.has("model.json"):
       raise ValueError(
         f"{folder.path} is a run of clp: load it with clp_jax.Policy.load, or "
         "write one of its policies with `clp export`."
       )
-    config, stored = huggingface.open_folder(
-      folder, mapped=shardings is not None
-    )
-  else:
-    raise ValueError(
-      f"{folder.path} holds no T5: expected config.json (Hugging Face), "
-      "checkpoint or checkpoint_<step> (t5x), or model.json and params (Orbax)."
-    )
-  return leaves.assemble(
-    config, stored, shardings=shardings, dtype=dtype, scan_layers=scan_layers
+    return huggingface.open_folder(folder, mapped=mapped)
+  raise ValueError(
+    f"{folder.path} holds no T5: expected config.json (Hugging Face), "
+    "checkpoint or checkpoint_<step> (t5x), or model.json and params (Orbax)."
   )
 
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clp_jax import sharding
 from clp_jax.conditioning import RowMixture
 from clp_jax.models import t5
 from clp_jax.models.layers import PAD_ID
@@ -211,7 +212,11 @@ def sample_groups(
       eos_id=eos_id,
     )
 
-  samples = jax.vmap(sample_group, in_axes=(params_axes, 0, 0, 0, 0))(
+  samples = jax.vmap(
+    sample_group,
+    in_axes=(params_axes, 0, 0, 0, 0),
+    spmd_axis_name=sharding.group_axis(),
+  )(
     params,
     by_group(encoder_input_tokens),
     by_group(keys),
@@ -715,16 +720,31 @@ def _at_token(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   return jnp.sum(jnp.where(ids == tokens[..., None], logits, 0.0), axis=-1)
 
 
-def _in_compute_dtype(config: t5.T5Config, params: Params) -> Params:
-  """Casts, before the loop and not in each step, what the model casts anyway.
+def spread_policies(
+  config: t5.T5Config, policies: Params, *, whole: bool
+) -> Params:
+  """Sends the policies of a step to the devices whose rows they answer.
 
-  Norms, relative biases, the embedding and the logit layer keep their dtype:
-  they enter computations in float32, or a step reads few of their rows.
+  Args:
+    config: of each policy.
+    policies: parameters of T5s, some leaves [G, ...].
+    whole: for decoding, whose steps would gather cut parameters every time.
+
+  Returns:
+    The same, cast as `start` casts them; placed inside `sharding.on_mesh`.
   """
+  dtypes = jax.tree_util.tree_map_with_path(
+    lambda path, x: config.compute_dtype if _is_cast(path) else x.dtype,
+    policies,
+  )
+  return sharding.spread(policies, t5.logical_axes(config), dtypes, whole=whole)
+
+
+def _in_compute_dtype(config: t5.T5Config, params: Params) -> Params:
+  """Casts, before the loop and not in each step, what the model would cast."""
 
   def cast(path, leaf):
-    names = [entry.key for entry in path]
-    if names[-1] != "kernel" or "logits_dense" in names:
+    if not _is_cast(path):
       return leaf
     if isinstance(leaf, RowMixture):
       sets = leaf.sets.astype(config.compute_dtype)
@@ -734,6 +754,16 @@ def _in_compute_dtype(config: t5.T5Config, params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(
     cast, params, is_leaf=lambda leaf: isinstance(leaf, RowMixture)
   )
+
+
+def _is_cast(path: Any) -> bool:
+  """Whether the model casts a leaf to the dtype of the computation.
+
+  Norms, relative biases, the embedding and the logit layer keep theirs: they
+  enter computations in float32, or a step reads few of their rows.
+  """
+  names = [entry.key for entry in path]
+  return names[-1] == "kernel" and "logits_dense" not in names
 
 
 def _per_row(name: str, value: jax.Array | float, rows: int) -> jax.Array:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from clp_jax.conditioning import RowMixture
+from clp_jax.sharding import constrain
 
 PAD_ID = 0  # padding in the encoder, and the decoder's first input
 NORM_EPSILON = 1e-6
@@ -179,11 +180,6 @@ def relative_position_buckets(
   return (first + np.where(distance < exact, distance, large)).astype(np.int32)
 
 
-def constrain(x: jax.Array, *names: str) -> jax.Array:
-  """Shards an activation; nothing happens outside nn.logical_axis_rules."""
-  return nn.with_logical_constraint(x, names)
-
-
 def dropout(config: T5Config) -> nn.Dropout:
   """Dropout of features [..., length, features], the same at all positions."""
   return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
@@ -222,7 +218,8 @@ class Linear(nn.Module):
     if isinstance(kernel, RowMixture):
       y = kernel.matmul(x)
     else:
-      y = x @ kernel.astype(self.dtype)
+      # Cut over the data axis (fsdp) it is gathered here, a layer at a time.
+      y = x @ constrain(kernel.astype(self.dtype), *self.axes)
     # The name is what remat "minimal" saves: unlike the shape of the product,
     # it is the same under vmap over parameter sets.
     return checkpoint_name(y, "linear")
@@ -269,7 +266,9 @@ class Embedding(nn.Module):
     if isinstance(self.embedding, RowMixture):
       embedded = self.embedding.take(tokens)
     else:
-      embedded = jnp.take(self.embedding, tokens, axis=0)
+      table = constrain(self.embedding, "vocab", "embed")
+      embedded = jnp.take(table, tokens, axis=0)
+    embedded = constrain(embedded, "batch", "length", "embed")
     return embedded.astype(self.config.compute_dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
@@ -278,7 +277,7 @@ class Embedding(nn.Module):
     x = x.astype(jnp.float32)
     if isinstance(self.embedding, RowMixture):
       return self.embedding.matmul_transposed(x) * scale
-    return x @ self.embedding.T * scale
+    return x @ constrain(self.embedding, "vocab", "embed").T * scale
 
 
 class SoftTokens(nn.Module):

@@ -46,10 +46,10 @@ from clp_jax.models.layers import (
   RMSNorm,
   SoftTokens,
   T5Config,
-  constrain,
   dropout,
   relative_position_buckets,
 )
+from clp_jax.sharding import constrain
 
 Params = Any  # a nested dict of arrays
 Axes = Any  # the same nesting with a tuple of axis names for each array
@@ -599,8 +599,9 @@ def init_cache(
   shape = (num_rows, config.num_heads, max_length, config.head_dim)
 
   def zeros(*leading: int) -> KeysValues:
-    full, dtype = (*leading, *shape), config.compute_dtype
-    return KeysValues(jnp.zeros(full, dtype), jnp.zeros(full, dtype))
+    empty = jnp.zeros((*leading, *shape), config.compute_dtype)
+    names = ("layers",) * len(leading) + ("batch", "heads", "length", "kv")
+    return KeysValues(constrain(empty, *names), constrain(empty, *names))
 
   if config.scan_layers:
     return zeros(config.num_decoder_layers)

@@ -13,16 +13,40 @@ than it would with a longer input.)
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from clp_jax.models import t5
 from clp_jax.rewards import model as models
 from clp_jax.rewards.base import Score
 
+Params = Any
 TEMPLATE = "premise: {document} hypothesis: {response}"
+
+
+def probability(
+  model: t5.T5, params: Params, tokens: jax.Array, yes: int, no: int | None
+) -> jax.Array:
+  """The probability that the answer is `yes`.
+
+  Args:
+    model: the T5.
+    params: its parameters.
+    tokens: [B, S] int32, 0 is padding.
+    yes: the token that means entailment.
+    no: the one that alone counts against it; None is all others.
+
+  Returns:
+    [B] float32.
+  """
+  logits = models.first_logits(model, params, tokens)
+  if no is not None:
+    return jax.nn.sigmoid(logits[:, yes] - logits[:, no])
+  return jnp.exp(logits[:, yes] - jax.nn.logsumexp(logits, axis=-1))
 
 
 def build(
@@ -76,13 +100,12 @@ def build(
   if negative is not None:
     no = models.token_of(judge.vocabulary, negative)
 
-  def probability(params, tokens):
-    logits = models.first_logits(judge.model, params, tokens)
-    if no is not None:
-      return jax.nn.sigmoid(logits[:, yes] - logits[:, no])
-    return jnp.exp(logits[:, yes] - jax.nn.logsumexp(logits, axis=-1))
-
-  scorer = models.make_scorer(probability, judge.params, mesh, batch)
+  scorer = models.make_scorer(
+    lambda params, tokens: probability(judge.model, params, tokens, yes, no),
+    judge.params,
+    mesh,
+    batch,
+  )
 
   def entailment(
     documents: Sequence[str],

@@ -102,6 +102,30 @@ def load(
   return Judge(t5.T5(config), params, pieces)
 
 
+def model_config(
+  path: str | None, *, dtype: str, scan_layers: bool
+) -> t5.T5Config:
+  """What `load` would load, or what a preset's parameters would be.
+
+  Args:
+    path: the folder of a T5, or a preset.
+    dtype: of the computation.
+    scan_layers: as for `load`.
+
+  Raises:
+    ValueError: there is no such T5.
+  """
+  if path in PRESETS:
+    config = dataclasses.replace(PRESETS[path], scan_layers=scan_layers)
+  elif is_run(checked(path)):
+    config = run_folder.load_model_config(checked(path))
+  else:
+    config = dataclasses.replace(
+      interop.load_config(checked(path)), scan_layers=scan_layers
+    )
+  return dataclasses.replace(config, dtype=dtype, remat="none")
+
+
 def checked(path: str | None) -> str:
   """The path, or a ValueError unless it may hold a trained model."""
   if path is None:
@@ -217,6 +241,26 @@ class Inputs:
       yield [*before, *first, *between, *second, *after, *eos]
 
 
+def row_program(
+  value: Callable[[Params, jax.Array], jax.Array],
+  params_at: Params,
+  mesh: Mesh,
+) -> Callable[[Params, jax.Array], jax.Array]:
+  """Jits a function of rows.
+
+  Args:
+    value: (params, [batch, S] int32) -> [batch] float32.
+    params_at: shardings of the parameters.
+    mesh: that they lie on.
+  """
+  rows = sharding.row_sharding(mesh)
+  return jax.jit(
+    sharding.on_mesh(mesh, value),
+    in_shardings=(params_at, rows),
+    out_shardings=rows,
+  )
+
+
 def make_scorer(
   value: Callable[[Params, jax.Array], jax.Array],
   params: Params,
@@ -241,14 +285,9 @@ def make_scorer(
   """
   if batch < 1:
     raise ValueError(f".batch must be at least 1, got {batch}.")
-  data = mesh.shape["data"]
+  data = sharding.row_shards(mesh)
   batch = -(-batch // data) * data
-  rows = sharding.row_sharding(mesh)
-  program = jax.jit(
-    value,
-    in_shardings=(jax.tree.map(lambda p: p.sharding, params), rows),
-    out_shardings=rows,
-  )
+  program = row_program(value, jax.tree.map(lambda p: p.sharding, params), mesh)
   start, stop = sharding.process_rows(mesh, batch)
   own = stop - start
 

@@ -19,6 +19,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from clp_jax import critic as critic_lib
+from clp_jax import sharding
 from clp_jax.algorithms import ppo
 from clp_jax.bank import Bank
 from clp_jax.critic import CriticState
@@ -278,7 +279,7 @@ def _take(
   flat = taken.reshape(-1, *x.shape[2:])
   # Otherwise every device would work on all of the minibatch; as it does where
   # the data axis does not divide it.
-  if flat.shape[0] % rows.mesh.shape["data"] == 0:
+  if flat.shape[0] % sharding.row_shards(rows.mesh) == 0:
     flat = jax.lax.with_sharding_constraint(flat, rows)
   return flat.reshape(groups, -1, *x.shape[2:])
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clp_jax import sharding
 from clp_jax.masked import add
 
 Params = Any
@@ -67,6 +68,8 @@ def _parts(batch: Any, parts: int) -> Any:
   def part_first(x):
     groups, rows = x.shape[:2]
     split = x.reshape(groups, parts, rows // parts, *x.shape[2:])
-    return jnp.moveaxis(split, 1, 0)
+    # Each part over all devices; its rows lay on a few of them.
+    names = ("length", "weighting", "batch") + ("length",) * (x.ndim - 2)
+    return sharding.constrain(jnp.moveaxis(split, 1, 0), *names)
 
   return jax.tree.map(part_first, batch)

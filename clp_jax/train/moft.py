@@ -101,6 +101,9 @@ def make_programs(
       f"prompting.style = {config.prompting.style} needs the prompts that "
       "config.prompts() makes with the model's vocabulary."
     )
+  # Equal placements of the state and of rows, so callers need not know of it.
+  mesh = sharding.fold_groups(mesh, config.rollout.weightings)
+  on_mesh = functools.partial(sharding.on_mesh, mesh, fsdp=config.mesh.fsdp)
   bank = config_lib.bank(config, model_config)
   distribution = config_lib.distribution(config)
   adaptation = config_lib.adaptation(config)
@@ -225,7 +228,7 @@ def make_programs(
   )
   return Programs(
     rollout=jax.jit(
-      rollout,
+      on_mesh(rollout),
       in_shardings=(
         state_at.params,
         reference_at,
@@ -237,7 +240,7 @@ def make_programs(
       out_shardings=rollout_at,
     ),
     update=jax.jit(
-      update_step,
+      on_mesh(update_step),
       in_shardings=(state_at, rollout_at, rows, reference_at),
       out_shardings=(state_at, whole),
       donate_argnums=0,
@@ -371,12 +374,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     loop.Preempted: after SIGTERM.
   """
   config_lib.validate(config)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
-  if config.rollout.prompts % mesh.shape["data"]:
-    raise config_lib.ConfigError(
-      f"rollout.prompts = {config.rollout.prompts} is not a multiple of the "
-      f"mesh's data axis, {mesh.shape['data']}; change it or mesh.data."
-    )
+  mesh = config_lib.make_mesh(config)
+  config_lib.check_rows("rollout.prompts", config.rollout.prompts, mesh)
   check_data(config)
   rewards = config_lib.load_rewards(config, mesh)
   prepare(config, workdir)

@@ -176,12 +176,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
       "reward_model.steps is 0: nothing would be trained; set it."
     )
   training, held_out = load_pairs(config)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
-  if settings.batch % mesh.shape["data"]:
-    raise config_lib.ConfigError(
-      f"reward_model.batch = {settings.batch} is not a multiple of the mesh's "
-      f"data axis, {mesh.shape['data']}; change it or mesh.data."
-    )
+  mesh = config_lib.make_mesh(config)
+  config_lib.check_rows("reward_model.batch", settings.batch, mesh)
   own = ml_collections.ConfigDict({name: config[name] for name in SECTIONS})
   run_folder.start(workdir, own)
   if not run_folder.has_model(workdir):

@@ -1,6 +1,7 @@
 """Supervised finetuning on a task's references: makes the reference policy."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import ml_collections
 import numpy as np
 import optax
 from etils import epath
+from jax.sharding import Mesh
 
 from clp_jax import config as config_lib
 from clp_jax import run_folder, sharding
@@ -22,6 +24,7 @@ from clp_jax.data.vocabulary import load_vocabulary
 from clp_jax.initial import Initial, load_initial
 from clp_jax.masked import Mean, masked_sum
 from clp_jax.models import t5
+from clp_jax.prompting import Prompts
 from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import loop
 from clp_jax.train.state import (
@@ -93,6 +96,79 @@ def update(
   return new_state, metrics
 
 
+class Programs(NamedTuple):
+  """The jitted programs of this stage and the shardings of its state."""
+
+  init: Callable[..., TrainState]  # (params, key) -> state
+  update: Callable[..., tuple[TrainState, dict]]  # (state, inputs, targets)
+  state_shardings: TrainState
+
+
+def make_programs(
+  config: ml_collections.ConfigDict,
+  model_config: t5.T5Config,
+  mesh: Mesh,
+  prompts: Prompts | None = None,
+) -> Programs:
+  """Builds the programs that a config describes, for a mesh.
+
+  Args:
+    config: see config.py; reads SECTIONS.
+    model_config: of the model.
+    mesh: from `config.make_mesh`.
+    prompts: that prompting.sft_share of the documents get; None for none.
+
+  Returns:
+    The programs, not yet compiled.
+  """
+  settings = config.sft
+  optimizer = make_optimizer(
+    name=config.optimizer.name,
+    learning_rate=settings.learning_rate,
+    warmup_steps=settings.warmup_steps,
+    decay_steps=settings.decay_steps,
+    clip_norm=config.optimizer.clip_norm,
+  )
+  model = t5.T5(
+    dataclasses.replace(model_config, dropout_rate=settings.dropout)
+  )
+  abstract = t5.abstract_params(model_config)
+  params_at = sharding.param_shardings(
+    mesh, t5.logical_axes(model_config), abstract, fsdp=config.mesh.fsdp
+  )
+  state_at = state_shardings(mesh, optimizer, abstract, params_at)
+  rows, whole = sharding.row_sharding(mesh), sharding.replicated(mesh)
+
+  def init(params, key):
+    return init_state(params, optimizer, key)
+
+  distribution = config_lib.distribution(config)
+
+  def sft_update(state, inputs, targets):
+    if prompts is not None:
+      key = jax.random.fold_in(
+        jax.random.fold_in(state.key, PROMPTS), state.step
+      )
+      inputs = prompts.prepend_to_some(
+        inputs,
+        key,
+        distribution=distribution,
+        share=config.prompting.sft_share,
+      )
+    return update(state, inputs, targets, model=model, optimizer=optimizer)
+
+  return Programs(
+    init=jax.jit(init, in_shardings=(params_at, whole), out_shardings=state_at),
+    update=jax.jit(
+      sharding.on_mesh(mesh, sft_update, fsdp=config.mesh.fsdp),
+      in_shardings=(state_at, rows, rows),
+      out_shardings=(state_at, whole),
+      donate_argnums=0,
+    ),
+    state_shardings=state_at,
+  )
+
+
 class HeldOut(NamedTuple):
   """How a model predicts the references of held-out documents."""
 
@@ -118,7 +194,7 @@ def held_out(
   """
   count = min(count_held_out(config, vocabulary), config.eval.prompts)
   batch = eval_batch(config, vocabulary, count)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+  mesh = config_lib.make_mesh(config)
   model = t5.T5(initial.model_config)
   rows = sharding.row_sharding(mesh)
 
@@ -197,62 +273,23 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
     )
   model_config = run_folder.load_model_config(workdir)
   vocabulary = load_vocabulary(run_folder.vocabulary_path(workdir))
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+  mesh = config_lib.make_mesh(config)
   settings = config.sft
-  if settings.batch % mesh.shape["data"]:
-    raise config_lib.ConfigError(
-      f"sft.batch = {settings.batch} is not a multiple of the mesh's data "
-      f"axis, {mesh.shape['data']}; change it or mesh.data."
-    )
-  optimizer = make_optimizer(
-    name=config.optimizer.name,
-    learning_rate=settings.learning_rate,
-    warmup_steps=settings.warmup_steps,
-    decay_steps=settings.decay_steps,
-    clip_norm=config.optimizer.clip_norm,
-  )
-  model = t5.T5(
-    dataclasses.replace(model_config, dropout_rate=settings.dropout)
-  )
-  abstract = t5.abstract_params(model_config)
-  params_at = sharding.param_shardings(
-    mesh, t5.logical_axes(model_config), abstract, fsdp=config.mesh.fsdp
-  )
-  state_at = state_shardings(mesh, optimizer, abstract, params_at)
-  rows, whole = sharding.row_sharding(mesh), sharding.replicated(mesh)
+  config_lib.check_rows("sft.batch", settings.batch, mesh)
   prompts = None
   if share:
     prompts = config_lib.prompts(config, vocabulary, model_config.vocab_size)
-  distribution = config_lib.distribution(config)
-
-  def step(state, inputs, targets):
-    if prompts is not None:
-      key = jax.random.fold_in(
-        jax.random.fold_in(state.key, PROMPTS), state.step
-      )
-      inputs = prompts.prepend_to_some(
-        inputs, key, distribution=distribution, share=share
-      )
-    return update(state, inputs, targets, model=model, optimizer=optimizer)
-
-  init = jax.jit(
-    lambda params, key: init_state(params, optimizer, key),
-    in_shardings=(params_at, whole),
-    out_shardings=state_at,
-  )
-  update_step = jax.jit(
-    step,
-    in_shardings=(state_at, rows, rows),
-    out_shardings=(state_at, whole),
-    donate_argnums=0,
-  )
+  programs = make_programs(config, model_config, mesh, prompts)
   start = run_folder.load_reference(
-    workdir, checkpoints_lib.abstract_like(abstract, params_at)
+    workdir,
+    checkpoints_lib.abstract_like(
+      t5.abstract_params(model_config), programs.state_shardings.params
+    ),
   )
   key = jax.random.fold_in(jax.random.key(config.seed), 0x5F7)
 
   def step_fn(state, step, batch, want_texts):
-    state, metrics = update_step(
+    state, metrics = programs.update(
       state,
       sharding.to_devices(mesh, batch.encoder_input_tokens, settings.batch),
       sharding.to_devices(mesh, batch.decoder_target_tokens, settings.batch),
@@ -265,9 +302,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
     workdir,
     label="supervised finetuning",
     abstract_state=checkpoints_lib.abstract_like(
-      jax.eval_shape(init, start, key), state_at
+      jax.eval_shape(programs.init, start, key), programs.state_shardings
     ),
-    start=lambda: init(start, key),
+    start=lambda: programs.init(start, key),
     batches_from=lambda first: train_batches(
       config, vocabulary, settings.batch, first, mesh
     ),

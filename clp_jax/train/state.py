@@ -141,13 +141,14 @@ def optimizer_shardings(
 ) -> Tree:
   """Shardings of an optimizer's state: moments lie like their parameters.
 
-  Moments of another shape than their parameter (Adafactor's factored ones)
-  are small and replicated.
+  Adafactor's factored ones do so along the dimensions that they have.
   """
   whole = sharding.replicated(mesh)
   return optax.tree_utils.tree_map_params(
     optimizer,
-    lambda moment, param, s: s if moment.shape == param.shape else whole,
+    lambda moment, param, s: sharding.moment_sharding(
+      moment.shape, param.shape, s
+    ),
     jax.eval_shape(optimizer.init, abstract_params),
     abstract_params,
     param_shardings,

@@ -11,9 +11,7 @@ the format of TRUE. The third reward, a preference model of `clp train-reward`:
     --config.objectives="('nli', 'rouge', 'tldr')" \
     --config.rewards.tldr.model=PATH_OF_A_train-reward_RUN
 
-Differs from base.py in that parameters and optimizer state are cut over the
-data axis, layers are computed again in the backward pass, and a step's
-gradients are accumulated over 2 parts.
+Differs from base.py in that layers are computed again in the backward pass.
 clp_jax/paper.py says what of these settings is the paper's and what is ours.
 """
 

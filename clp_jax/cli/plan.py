@@ -1,0 +1,100 @@
+"""`clp plan`: what a config costs on a TPU slice, compiled without one."""
+
+import argparse
+import json
+import sys
+import time
+
+from clp_jax.cli import arguments
+
+EXAMPLE = (
+  "clp plan --config configs/xsum/base.py --config.model.init=base "
+  "--config.rewards.nli.model=large --topology v5e:2x4"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the command's arguments."""
+  parser.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE",
+    help="a training config; models may be presets, such as "
+    "--config.model.init=xl",
+  )
+  parser.add_argument(
+    "--topology",
+    required=True,
+    metavar="NAME",
+    help="a slice of v4, v5e, v5p or v6e, such as v5e:8x16 or v5p:4x4x4",
+  )
+  parser.add_argument(
+    "--mesh",
+    type=parse_mesh,
+    metavar="data=D,model=M",
+    help="in place of the config's; what is left out fills the slice",
+  )
+  parser.add_argument(
+    "--only",
+    action="append",
+    metavar="PROGRAM",
+    help="sft, rollout, update or 'reward NAME'; may be given again",
+  )
+  parser.add_argument(
+    "--json", action="store_true", help="print JSON instead of tables"
+  )
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+  """ "data=64,model=4" to {"data": 64, "model": 4}.
+
+  Raises:
+    argparse.ArgumentTypeError: for anything else.
+  """
+  sizes = {}
+  for part in text.split(","):
+    name, _, value = part.partition("=")
+    if name not in ("replica", "data", "model") or name in sizes:
+      raise argparse.ArgumentTypeError(
+        f"expected data=D,model=M (and replica=R), got {text!r}"
+      )
+    sizes[name] = arguments.positive(value)
+  return sizes
+
+
+def run(args: argparse.Namespace) -> None:
+  """Runs the command."""
+  config = arguments.load_config(args.config, args.rest)
+  import jax
+
+  from clp_jax import config as config_lib
+  from clp_jax.plan import chips, programs, report
+
+  if args.mesh is not None:
+    config.mesh.update({"data": None, "model": 1, "replica": 1} | args.mesh)
+  config_lib.validate(config)
+  slice_ = chips.find_slice(args.topology)
+  # The programs are made on this machine's CPU, whatever else it has.
+  jax.config.update("jax_platforms", "cpu")
+  mesh = config_lib.make_mesh(config, chips.devices(slice_))
+  jobs = list(programs.jobs(config, mesh))
+  names = [job.name for job in jobs]
+  if args.only is not None:
+    if unknown := [name for name in args.only if name not in names]:
+      raise config_lib.ConfigError(
+        f"--only {unknown[0]}: the config's programs are {', '.join(names)}."
+      )
+    jobs = [job for job in jobs if job.name in args.only]
+  start = time.perf_counter()
+  compiled = []
+  for i, job in enumerate(jobs):
+    print(
+      f"compiling {job.name} for {slice_.name} ({i + 1} of {len(jobs)}, "
+      f"{time.perf_counter() - start:.0f} s so far)",
+      file=sys.stderr,
+      flush=True,
+    )
+    compiled.append(programs.compile_job(job))
+  print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+  result = report.make_report(config, slice_, mesh, compiled)
+  print(json.dumps(result, indent=2) if args.json else report.to_text(result))

@@ -1,0 +1,302 @@
+"""The programs that training runs, compiled on shapes alone.
+
+They come from the functions that training itself calls: `sft.make_programs`,
+`moft.make_programs` and the rewards' `row_program`.
+"""
+
+import functools
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from clp_jax import config as config_lib
+from clp_jax import sharding
+from clp_jax.config import ConfigError
+from clp_jax.data.vocabulary import PAD
+from clp_jax.initial import load_model_config, load_vocabulary_of
+from clp_jax.models import t5
+from clp_jax.plan import flops, hlo
+from clp_jax.rewards import entailment, preference
+from clp_jax.rewards import model as models
+from clp_jax.train import moft, sft
+
+Tree = Any
+
+
+class Job(NamedTuple):
+  """A program before it is compiled.
+
+  Attributes:
+    name: "sft", "rollout", "reward NAME" or "update".
+    program: jitted.
+    arguments: abstract.
+    calls: a training step makes.
+    useful: FLOPs of one call by formula, on all chips.
+    held: bytes a chip by kind, of what lies there though it is no argument.
+    caches: bytes a chip of what decoding keeps.
+  """
+
+  name: str
+  program: Callable
+  arguments: tuple
+  calls: int
+  useful: float
+  held: dict[str, int]
+  caches: int = 0
+
+
+class Compiled(NamedTuple):
+  """What the compiler says of a job.
+
+  Attributes:
+    job: that was compiled.
+    costs: of a call, one chip; None when it did not fit.
+    temporary: bytes a chip beside arguments and results.
+    results: bytes a chip, without those that take an argument's place.
+    needed: bytes a chip that the compiler needed in vain; None when it fits.
+    seconds: that compiling took.
+  """
+
+  job: Job
+  costs: hlo.Costs | None
+  temporary: int
+  results: int
+  needed: float | None
+  seconds: float
+
+
+def bytes_per_chip(tree: Tree, shardings: Tree) -> int:
+  """Of abstract arrays under their shardings."""
+  sizes = jax.tree.map(
+    lambda x, s: int(np.prod(s.shard_shape(x.shape))) * _item_size(x.dtype),
+    tree,
+    shardings,
+  )
+  return sum(jax.tree.leaves(sizes))
+
+
+def _item_size(dtype: Any) -> int:
+  if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    return 8  # two words
+  return np.dtype(dtype).itemsize
+
+
+def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
+  """The config's programs, in the order of their use.
+
+  Args:
+    config: a valid training config; `model.init` and the models of rewards may
+      be presets.
+    mesh: of any devices.
+
+  Raises:
+    ConfigError: when the config's numbers do not fit the mesh, or it names a
+      model that is nowhere.
+  """
+  model_config = load_model_config(config)
+  data, rollout = config.data, config.rollout
+  config_lib.check_rows("rollout.prompts", rollout.prompts, mesh)
+  prompts = None
+  if config.prompting.style != "none":
+    prompts = config_lib.prompts(
+      config, load_vocabulary_of(config), model_config.vocab_size
+    )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  reference = t5.abstract_params(model_config)
+
+  def tokens(rows, length):
+    return jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+  if config.sft.steps:
+    batch = config.sft.batch
+    config_lib.check_rows("sft.batch", batch, mesh)
+    supervised = sft.make_programs(
+      config,
+      model_config,
+      mesh,
+      prompts if config.prompting.sft_share else None,
+    )
+    state = jax.eval_shape(supervised.init, reference, key)
+    yield Job(
+      "sft",
+      supervised.update,
+      (
+        state,
+        tokens(batch, data.source_length),
+        tokens(batch, data.target_length),
+      ),
+      0,
+      3
+      * flops.forward(
+        model_config, batch, batch, data.source_length, data.target_length
+      ),
+      _state_bytes(state, supervised.state_shardings),
+    )
+  allowed = np.arange(model_config.vocab_size) != PAD
+  programs = moft.make_programs(config, model_config, mesh, allowed, prompts)
+  state = jax.eval_shape(programs.init, reference, key)
+  rows = rollout.prompts * rollout.samples
+  held = _state_bytes(state, programs.state_shardings)
+  held["reference"] = bytes_per_chip(reference, programs.reference_shardings)
+  with config_lib.as_config_error():
+    judges = list(_judges(config, mesh))
+  held["reward models"] = sum(j.held["reward models"] for j in judges)
+  sizes = (model_config, rollout.prompts, rows)
+  lengths = (data.source_length, data.target_length)
+  prompts = tokens(rollout.prompts, data.source_length)
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  arguments = (state.params, reference, prompts, key, number, state.front)
+  yield Job(
+    "rollout",
+    programs.rollout,
+    arguments,
+    1,
+    # The policies sample as many tokens as the reference then scores.
+    2 * flops.forward(*sizes, *lengths),
+    held,
+    _cache_bytes(config, model_config, mesh),
+  )
+  for judge in judges:
+    yield judge._replace(held=held)
+  sampled = jax.eval_shape(programs.rollout, *arguments)
+  rewards = jax.ShapeDtypeStruct((rows, len(config.objectives)), jnp.float32)
+  yield Job(
+    "update",
+    programs.update,
+    (state, sampled, rewards, reference),
+    1,
+    _passes(config) * flops.forward(*sizes, *lengths),
+    held,
+  )
+
+
+def _passes(config: ml_collections.ConfigDict) -> int:
+  """Forward passes that the update is worth; a gradient takes two more."""
+  if not config_lib.has_critic(config):
+    return 3
+  # What the critic and the old policy say comes first.
+  return 1 + 3 * config.ppo.epochs
+
+
+def _state_bytes(state: Any, shardings: Any) -> dict[str, int]:
+  return {
+    "parameters": bytes_per_chip(state.params, shardings.params),
+    "optimizer": bytes_per_chip(state.opt_state, shardings.opt_state),
+  }
+
+
+def _cache_bytes(
+  config: ml_collections.ConfigDict, model_config: t5.T5Config, mesh: Mesh
+) -> int:
+  """Keys and values that decoding keeps on a chip."""
+  rollout, data = config.rollout, config.data
+  width = 2 * model_config.num_heads * model_config.head_dim
+  item = np.dtype(model_config.dtype).itemsize
+  positions = rollout.prompts * (
+    rollout.samples * data.target_length + data.source_length
+  )
+  heads = mesh.shape["model"]
+  cut = heads if model_config.num_heads % heads == 0 else 1
+  total = model_config.num_decoder_layers * positions * width * item
+  return total // (sharding.row_shards(mesh) * cut)
+
+
+def _judges(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
+  """The objectives that are models."""
+  rows = config.rollout.prompts * config.rollout.samples
+  for name in config.objectives:
+    options = config.rewards[name].to_dict()
+    source = options["source"]
+    if source not in ("entailment", "preference"):
+      continue
+    if options["model"] is None:
+      raise ConfigError(
+        f"rewards.{name}.model is not set; give the folder of a T5, or a "
+        "preset to plan with its size."
+      )
+    judge = models.model_config(
+      options["model"],
+      dtype=options["dtype"],
+      scan_layers=options["scan_layers"],
+    )
+    length = options.get("source_length") or 512
+    abstract: Any = t5.abstract_params(judge)
+    placed: Any = sharding.param_shardings(
+      mesh, t5.logical_axes(judge), abstract, fsdp=options["fsdp"]
+    )
+    model = t5.T5(judge)
+    # Which tokens mean what changes no cost.
+    value: Callable = functools.partial(_entailment, model)
+    if source == "preference":
+      head = "linear" if options.get("token") is None else "token"
+      abstract = preference.abstract_params(judge, head)
+      placed = preference.param_shardings(
+        mesh, judge, head, fsdp=options["fsdp"]
+      )
+      token = None if head == "linear" else 1
+      value = functools.partial(_preference, model, token)
+    shards = sharding.row_shards(mesh)
+    batch = -(-options["batch"] // shards) * shards
+    yield Job(
+      f"reward {name}",
+      models.row_program(value, placed, mesh),
+      (abstract, jax.ShapeDtypeStruct((batch, length), jnp.int32)),
+      -(-rows // batch),
+      flops.forward(judge, batch, batch, length, 1),
+      {"reward models": bytes_per_chip(abstract, placed)},
+    )
+
+
+def _entailment(model, params, tokens):
+  return entailment.probability(model, params, tokens, 1, None)
+
+
+def _preference(model, token, params, tokens):
+  return preference.score_rows(model, params, tokens, token)
+
+
+def compile_job(job: Job) -> Compiled:
+  """Compiles a job for the devices of its shardings.
+
+  Raises:
+    Whatever the compiler raises, but for want of memory.
+  """
+  start = time.perf_counter()
+  lowered = job.program.lower(*job.arguments)  # type: ignore[attr-defined]
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    needed = _out_of_memory(str(error))
+    if needed is None:
+      raise
+    return Compiled(job, None, 0, 0, needed, time.perf_counter() - start)
+  costs = hlo.count(hlo.parse(compiled.as_text()))
+  memory = compiled.memory_analysis()
+  return Compiled(
+    job,
+    costs,
+    memory.temp_size_in_bytes,
+    memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    None,
+    time.perf_counter() - start,
+  )
+
+
+def _out_of_memory(message: str) -> float | None:
+  """Bytes that were needed, from the message of the compiler.
+
+  "Used 19.3G of 15.7G hbm", or "temporaries (19.3G) exceeds available HBM".
+  """
+  if "memory" not in message:
+    return None
+  used = re.search(r"(?:[Uu]sed |\()([\d.]+)([KMGT]?)\b", message)
+  if used is None:
+    return None
+  return float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")

@@ -1,0 +1,302 @@
+"""What compiled programs cost on a slice: memory, a roofline, and advice.
+
+The roofline of a program takes, for every instruction, the longer of its time
+in the matrix units and its time at the HBM, and sums them; collectives take
+what their links allow. A step lasts at least the longer of the two sums, if the
+compiler hides one behind the other, and at most about both together.
+Utilisation is FLOPs that the model can't do without over what the chips could
+have done in the shorter time. Nothing here knows of latencies, of elementwise
+work or of matrices too small to fill the units: expect a real step to be
+slower.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from clp_jax import sharding
+from clp_jax.plan import chips
+from clp_jax.plan.programs import Compiled
+
+TEMPORARY = "activations and temporaries"
+
+
+def make_report(
+  config: ml_collections.ConfigDict,
+  slice_: chips.Slice,
+  mesh: Mesh,
+  compiled: Sequence[Compiled],
+) -> dict[str, Any]:
+  """The plan as plain JSON values.
+
+  Args:
+    config: that was compiled.
+    slice_: for which.
+    mesh: on which.
+    compiled: its programs.
+
+  Returns:
+    {"topology", "chips", "mesh", "limit_bytes", "programs": [...], "step",
+    "fits", "advice"}; bytes and seconds are a chip's.
+  """
+  places = np.asarray(
+    list(chips.coordinates(mesh.devices.flat, slice_.chip.dimensions))
+  )
+  programs = [_program(slice_, places, c) for c in compiled]
+  stepping = [p for p in programs if p["calls"] and p["time"] is not None]
+  seconds = sum(p["calls"] * p["time"]["step"] for p in stepping)
+  useful = sum(p["calls"] * p["useful_flops"] for p in stepping)
+  peak = slice_.chips * slice_.chip.flops
+  fits = all(p["fits"] for p in programs)
+  return {
+    "topology": slice_.name,
+    "chips": slice_.chips,
+    "mesh": dict(mesh.shape),
+    "limit_bytes": slice_.chip.memory,
+    "fits": fits,
+    "programs": programs,
+    "step": {
+      "seconds": seconds,
+      "utilisation": useful / (peak * seconds) if seconds else None,
+    },
+    "advice": [] if fits else _advice(config, mesh, programs),
+  }
+
+
+def _program(
+  slice_: chips.Slice, places: np.ndarray, compiled: Compiled
+) -> dict[str, Any]:
+  job, costs = compiled.job, compiled.costs
+  memory = dict(job.held)
+  result: dict[str, Any] = {
+    "name": job.name,
+    "calls": job.calls,
+    "compile_seconds": round(compiled.seconds, 1),
+    "useful_flops": job.useful,
+    "bytes": memory,
+    "time": None,
+  }
+  if costs is None:
+    return result | {
+      "total_bytes": compiled.needed,
+      "fits": False,
+      "reason": "the compiler ran out of memory",
+    }
+  if job.caches:
+    memory["caches"] = job.caches
+  memory[TEMPORARY] = max(compiled.temporary - job.caches, 0)
+  memory["results"] = compiled.results
+  total = sum(memory.values())
+  chip = slice_.chip
+  matrix = hbm = 0.0
+  for passes, moved, times in costs.busy:
+    in_units, at_memory = passes / chip.flops, moved / chip.bandwidth
+    if in_units >= at_memory:
+      matrix += times * in_units
+    else:
+      hbm += times * at_memory
+  kinds: dict[str, dict[str, float]] = defaultdict(
+    lambda: {"count": 0.0, "bytes": 0.0, "seconds": 0.0}
+  )
+  for collective, times in costs.collectives.items():
+    sums = kinds[collective.kind]
+    sums["count"] += times
+    sums["bytes"] += times * collective.bytes
+    sums["seconds"] += times * chips.collective_seconds(
+      slice_, places, collective.kind, collective.bytes, collective.group
+    )
+  links = sum(sums["seconds"] for sums in kinds.values())
+  bound = {"compute": matrix, "HBM bandwidth": hbm}
+  bottleneck = max(bound, key=lambda name: bound[name])
+  if links > matrix + hbm:
+    bottleneck = "interconnect"
+  seconds = max(matrix + hbm, links)
+  return result | {
+    "total_bytes": total,
+    "fits": total <= chip.memory,
+    "flops": costs.flops,
+    "hbm_bytes": costs.bytes,
+    "collectives": dict(kinds),
+    "loops_of_unknown_length": costs.unknown_loops,
+    "time": {
+      "compute_bound": matrix,
+      "hbm_bound": hbm,
+      "interconnect": links,
+      "step": seconds,
+      "without_overlap": matrix + hbm + links,
+    },
+    "utilisation": job.useful / (slice_.chips * chip.flops * seconds),
+    "bottleneck": bottleneck,
+  }
+
+
+def _advice(
+  config: ml_collections.ConfigDict, mesh: Mesh, programs: list[dict[str, Any]]
+) -> list[str]:
+  """What to change so that it fits, the most effective first."""
+  advice: dict[str, None] = {}  # ordered, without repetitions
+  model, data = mesh.shape["model"], mesh.shape["data"]
+  for program in programs:
+    if program["fits"]:
+      continue
+    memory = program["bytes"]
+    state = memory.get("parameters", 0) + memory.get("reference", 0)
+    state += memory.get("optimizer", 0)
+    needed = program["total_bytes"] - sum(
+      memory.get(kind, 0)
+      for kind in ("parameters", "reference", "optimizer", "reward models")
+    )
+    if not config.mesh.fsdp and data > 1 and state > needed / 2:
+      advice["cut parameters over the data axis: --config.mesh.fsdp=True"] = (
+        None
+      )
+    if memory.get("optimizer", 0) > memory.get("parameters", 0):
+      advice["factored moments: --config.optimizer.name=adafactor"] = None
+    name = program["name"]
+    if name.startswith("reward "):
+      reward = f"rewards.{name.removeprefix('reward ')}"
+      batch = config.rewards[name.removeprefix("reward ")]["batch"]
+      advice[
+        f"score fewer rows at once: --config.{reward}.batch={batch // 2}"
+      ] = None
+    elif config.model.remat != "full" and name in ("sft", "update"):
+      advice["keep fewer activations: --config.model.remat=full"] = None
+    if name == "update":
+      shards = sharding.row_shards(mesh)
+      parts = 2 * config.train.microbatches
+      groups = config.rollout.weightings
+      if config.rollout.prompts % (max(groups, shards) * parts) == 0:
+        advice[f"more microbatches: --config.train.microbatches={parts}"] = None
+    if name == "rollout":
+      half = config.rollout.prompts // 2
+      advice[f"fewer prompts a step: --config.rollout.prompts={half}"] = None
+    if name == "sft":
+      half = config.sft.batch // 2
+      advice[f"a smaller batch: --config.sft.batch={half}"] = None
+    if data % 2 == 0:
+      advice[
+        f"share matrices among more chips: --mesh "
+        f"data={data // 2},model={2 * model}"
+      ] = None
+  advice["a slice of twice as many chips"] = None
+  return list(advice)
+
+
+def to_text(report: dict[str, Any]) -> str:
+  """The plan as tables.
+
+  Args:
+    report: from `make_report`.
+  """
+  mesh = ", ".join(f"{k}={v}" for k, v in report["mesh"].items())
+  parts = [
+    f"{report['topology']}: {report['chips']} chips, mesh {mesh}",
+    "",
+    f"GB a chip, of {report['limit_bytes'] / 1e9:.0f}",
+    _memory_table(report["programs"]),
+  ]
+  timed = [p for p in report["programs"] if p["time"] is not None]
+  if timed:
+    parts += ["", "A call, a chip", _time_table(timed)]
+    parts += ["", "Collectives of a call, a chip", _collective_table(timed)]
+  step = report["step"]
+  if step["utilisation"] is not None:
+    parts += [
+      "",
+      f"A training step takes at least {1e3 * step['seconds']:.1f} ms, at "
+      f"{step['utilisation']:.1%} of the peak FLOP/s.",
+    ]
+  if report["fits"]:
+    parts.append("It fits.")
+  else:
+    parts.append("It does not fit. What would help:")
+    parts += [f"  {line}" for line in report["advice"]]
+  return "\n".join(parts)
+
+
+def _memory_table(programs: list[dict[str, Any]]) -> str:
+  kinds = dict.fromkeys(kind for p in programs for kind in p["bytes"])
+  rows = [["program", *kinds, "total", "fits"]]
+  for program in programs:
+    sizes = [program["bytes"].get(kind) for kind in kinds]
+    rows.append(
+      [
+        program["name"],
+        *("" if size is None else _gb(size) for size in sizes),
+        _gb(program["total_bytes"]),
+        "yes" if program["fits"] else "no",
+      ]
+    )
+  return _table(rows)
+
+
+def _time_table(programs: list[dict[str, Any]]) -> str:
+  rows = [
+    [
+      *("program", "calls a step", "TFLOP", "useful", "HBM GB"),
+      *("compute ms", "HBM ms", "links ms", "least ms", "at most"),
+      *("utilisation", "bound by"),
+    ]
+  ]
+  for program in programs:
+    time = program["time"]
+    useful = program["utilisation"] * time["step"]
+    rows.append(
+      [
+        program["name"],
+        str(program["calls"]),
+        f"{program['flops'] / 1e12:.2f}",
+        f"{useful and program['useful_flops'] / 1e12:.0f} in all",
+        _gb(program["hbm_bytes"]),
+        *(
+          f"{1e3 * time[name]:.1f}"
+          for name in (
+            "compute_bound",
+            "hbm_bound",
+            "interconnect",
+            "step",
+            "without_overlap",
+          )
+        ),
+        f"{program['utilisation']:.1%}",
+        program["bottleneck"],
+      ]
+    )
+  return _table(rows)
+
+
+def _collective_table(programs: list[dict[str, Any]]) -> str:
+  rows = [["program", "kind", "executions", "GB", "ms"]]
+  for program in programs:
+    for kind, sums in sorted(program["collectives"].items()):
+      rows.append(
+        [
+          program["name"],
+          kind,
+          f"{sums['count']:.0f}",
+          _gb(sums["bytes"]),
+          f"{1e3 * sums['seconds']:.1f}",
+        ]
+      )
+  return _table(rows)
+
+
+def _gb(size: float) -> str:
+  return f"{size / 1e9:.2f}"
+
+
+def _table(rows: list[list[str]]) -> str:
+  """Columns as wide as they need, the first to the left."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = []
+  for row in rows:
+    first, *others = (
+      cell.ljust(width) if i == 0 else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    lines.append("  ".join([first, *others]).rstrip())
+  return "\n".join(lines)

@@ -1,0 +1,26 @@
+"""CLP on XSum between NLI and ROUGE, T5-xxl.
+
+  clp train --config configs/xsum/xxl.py --workdir runs/xsum-xxl \
+    --config.model.init=PATH_OF_T5_XXL \
+    --config.rewards.nli.model=PATH_OF_AN_ENTAILMENT_T5
+
+Needs the data (tfds build xsum, after the manual download it asks for),
+a T5 v1.1, LM-adapted or Flan checkpoint of this size, and a T5 that answers in
+the format of TRUE. The third reward, a preference model of `clp train-reward`:
+
+    --config.objectives="('nli', 'rouge', 'tldr')" \
+    --config.rewards.tldr.model=PATH_OF_A_train-reward_RUN
+
+Differs from base.py in that matrices are cut over 4 devices (mesh.model) and
+layers are computed again in the backward pass.
+clp_jax/paper.py says what of these settings is the paper's and what is ours.
+"""
+
+import ml_collections
+
+from clp_jax import paper
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The settings."""
+  return paper.get_config("xsum", "xxl")
