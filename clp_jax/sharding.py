@@ -22,7 +22,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 Tree = Any
 
@@ -99,12 +105,12 @@ def make_mesh(
   )
 
 
-def row_axes(mesh: Mesh) -> tuple[str, ...]:
+def row_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
   """The mesh axes that rows are cut over: all but 'model'."""
   return tuple(axis for axis in mesh.axis_names if axis != "model")
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
   """Into how many parts rows are cut; their number must be a multiple."""
   return math.prod(mesh.shape[axis] for axis in row_axes(mesh))
 
