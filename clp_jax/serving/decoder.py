@@ -82,7 +82,7 @@ class Decoder:
       policy: the run.
       rows: R; rounded up to a multiple of the mesh's data axis.
     """
-    data = policy.mesh.shape["data"]
+    data = sharding.row_shards(policy.mesh)
     self.rows = -(-rows // data) * data
     longest = policy.config.data.source_length
     if policy.prompts is not None:  # what the policy is told of a weighting
