@@ -1,9 +1,12 @@
 """`clp plan`: what a config costs on a TPU slice, compiled without one."""
 
 import argparse
+import contextlib
 import json
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 from clp_jax.cli import arguments
 
@@ -11,6 +14,7 @@ EXAMPLE = (
   "clp plan --config configs/xsum/base.py --config.model.init=base "
   "--config.rewards.nli.model=large --topology v5e:2x4"
 )
+SECONDS_BETWEEN_LINES = 20.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +66,26 @@ def parse_mesh(text: str) -> dict[str, int]:
   return sizes
 
 
+@contextlib.contextmanager
+def _elapsed(name: str) -> Iterator[None]:
+  """Says now and then that the compiler is still at it."""
+  done = threading.Event()
+  start = time.perf_counter()
+
+  def tell():
+    while not done.wait(SECONDS_BETWEEN_LINES):
+      seconds = time.perf_counter() - start
+      print(f"  {name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+
+  teller = threading.Thread(target=tell, daemon=True)
+  teller.start()
+  try:
+    yield
+  finally:
+    done.set()
+    teller.join()
+
+
 def run(args: argparse.Namespace) -> None:
   """Runs the command."""
   config = arguments.load_config(args.config, args.rest)
@@ -94,7 +118,8 @@ def run(args: argparse.Namespace) -> None:
       file=sys.stderr,
       flush=True,
     )
-    compiled.append(programs.compile_job(job))
+    with _elapsed(job.name):
+      compiled.append(programs.compile_job(job))
   print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr)
   result = report.make_report(config, slice_, mesh, compiled)
   print(json.dumps(result, indent=2) if args.json else report.to_text(result))
