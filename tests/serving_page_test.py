@@ -94,9 +94,8 @@ def page(request, browser, address):
 
 def read_summary(page, change):
   """The summary that belongs to what `change` does."""
-  page.evaluate("delete document.getElementById('summary').dataset.weights")
-  change()
-  page.wait_for_selector("#summary[data-weights]:not(.busy)")
+  change()  # which marks what is shown as out of date
+  page.wait_for_selector("#summary:not(.busy)")
   return page.inner_text("#summary").strip()
 
 

@@ -176,6 +176,9 @@ function readAddress() {
 
 function later(name, action, pause = PAUSE) {
   clearTimeout(timers[name]);
+  // What is on its way answers a question that is no longer asked.
+  asked[name]?.abort();
+  if (name === "summary") $("summary").classList.add("busy");
   timers[name] = setTimeout(action, pause);
 }
 
@@ -193,6 +196,7 @@ async function askSummary() {
   const place = $("summary");
   if (!text) {
     place.replaceChildren();
+    place.classList.remove("busy");
     $("note").textContent = "Type a document, or choose an example.";
     return;
   }
@@ -209,7 +213,7 @@ async function askSummary() {
     ]
       .join(" ")
       .trim();
-    place.dataset.weights = JSON.stringify(state.weights);
+    place.dataset.weights = JSON.stringify(state.weights); // for tests
     place.classList.remove("busy");
     report(null);
   } catch (error) {
