@@ -1,0 +1,372 @@
+"""PPO and the learned baseline in the training step, on arrays alone.
+
+Compiling takes all of the time; what needs further programs, for the meshes,
+one objective and a restart, is marked slow.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import moft_test
+import numpy as np
+import pytest
+from moft_test import PROMPTS, SAMPLES, assert_trees_close, mesh_of
+
+from clp_jax import conditioning, sharding
+from clp_jax import config as config_lib
+from clp_jax.models import t5
+from clp_jax.train import checkpoints, moft
+from clp_jax.train.state import step_keys
+
+ROWS = PROMPTS * SAMPLES
+
+
+def make_config(**changes):
+  ppo = {"algorithm": "ppo", "ppo.value_clip": 0.3, "critic.hidden": 8}
+  return moft_test.make_config(**(ppo | changes))
+
+
+def full_config(objectives=("a", "b"), **changes):
+  """4 updates a step, with all that a train state can hold."""
+  config = make_config(
+    **{
+      "objectives": objectives,
+      "ppo.whiten": True,
+      "weightings.adapt": len(objectives) > 1,
+      "scalarisation.name": "chebyshev",
+      "scalarisation.utopia": (3.0,) * len(objectives),
+    }
+    | changes
+  )
+  config.rewards.a.normalise = "running"
+  return config
+
+
+@functools.cache
+def full_programs(data=1, model=1):
+  config = full_config(**{"train.microbatches": data * model // 4 or 1})
+  return make_programs(config, mesh_of(data, model))
+
+
+def make_programs(config, mesh=None):
+  mesh = mesh_of() if mesh is None else mesh
+  return moft.make_programs(config, moft_test.MODEL, mesh, moft_test.ALLOWED)
+
+
+def perturbed(tree):
+  """Parameters that differ between sets, and values that are not 0."""
+  random = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda p: p + 0.1 * random.normal(size=p.shape).astype("f4"), tree
+  )
+
+
+@functools.cache
+def sampled():
+  """(state, rollout, rewards) of policies and a critic that are trained."""
+  programs = make_programs(make_config())
+  state = programs.init(moft_test.reference(), jax.random.key(3))
+  critic = dataclasses.replace(
+    state.critic, params=perturbed(state.critic.params)
+  )
+  state = dataclasses.replace(
+    state, params=perturbed(state.params), critic=critic
+  )
+  rollout = programs.rollout(
+    state.params,
+    moft_test.reference(),
+    moft_test.prompts_of(5),
+    state.key,
+    np.int32(4),
+    state.front,
+  )
+  return state, rollout, moft_test.rewards_of(rollout)
+
+
+def update(programs, mesh=None, state=None, rollout=None, rewards=None):
+  """(state, metrics) after one update, of the sampled state or another."""
+  own = sampled()
+  state = own[0] if state is None else state
+  rollout = own[1] if rollout is None else rollout
+  rewards = own[2] if rewards is None else rewards
+  if mesh is not None:
+    key = state.key
+    state, rollout, rewards = jax.device_get(
+      (dataclasses.replace(state, key=0), rollout, rewards)
+    )
+    shardings = dataclasses.replace(programs.state_shardings, key=None)
+    state = dataclasses.replace(state, key=None)
+    state = dataclasses.replace(
+      sharding.put(state, shardings),
+      key=jax.device_put(key, sharding.replicated(mesh)),
+    )
+  copy = jax.tree.map(jnp.copy, state)  # the program gives its buffers away
+  state, metrics = programs.update(
+    copy, rollout, rewards, moft_test.reference()
+  )
+  return state, jax.device_get(metrics)
+
+
+def full_state():
+  """The sampled state, with an estimate of the front."""
+  adaptation = config_lib.adaptation(full_config())
+  return dataclasses.replace(sampled()[0], front=adaptation.empty())
+
+
+def mean(metric):
+  return float(metric.sum / metric.count)
+
+
+def moved(new, old):
+  """The largest change of each leaf."""
+  return jax.tree.leaves(
+    jax.tree.map(
+      lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), new, old
+    )
+  )
+
+
+def plain_values(params, states):
+  """The critic, in NumPy: [R, T, D] -> [R, T, K]."""
+  x = states / np.sqrt((states**2).mean(-1, keepdims=True) + 1e-6)
+  hidden, value = params["hidden"], params["value"]
+  columns = []
+  for k in range(3):
+    h = x @ hidden["kernel"][k] + hidden["bias"][k]
+    h = np.asarray(jax.nn.gelu(h))
+    columns.append(h @ value["kernel"][k] + value["bias"][k])
+  return np.stack(columns, -1)
+
+
+def plain_forward(params):
+  """Log-probabilities and states of the sampled rows, a policy at a time."""
+  _, rollout, _ = sampled()
+  steerable = conditioning.steerable_leaves(moft_test.reference(), "full")
+  logps, states = [], []
+  for g, c in enumerate(rollout.coefficients):
+    policy = conditioning.mix(params, steerable, c)
+    own = slice(g * ROWS // 2, (g + 1) * ROWS // 2)
+    prompts = jnp.repeat(rollout.encoder_input_tokens, SAMPLES, axis=0)[own]
+    tokens = rollout.tokens[own]
+    logits, kept = t5.T5(moft_test.MODEL).apply(
+      {"params": policy},
+      prompts,
+      t5.shift_right(tokens),
+      mutable=["intermediates"],
+    )
+    logp = jax.nn.log_softmax(logits)
+    logps.append(jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0])
+    states += kept["intermediates"]["decoder_states"]
+  return jnp.concatenate(logps), jnp.concatenate(states)
+
+
+@functools.cache
+def plain_gradient():
+  """Jitted: (params, advantages) -> (gradient, states)."""
+  mask = sampled()[1].mask
+
+  def loss(params, advantages):
+    logp, states = plain_forward(params)
+    return -(advantages * jnp.where(mask, logp, 0)).sum() / ROWS, states
+
+  return jax.jit(jax.grad(loss, has_aux=True))
+
+
+@pytest.mark.parametrize(
+  "gae_lambda, changes",
+  [
+    (0.8, {"ppo.gae_lambda": 0.8, "ppo.epochs": 1, "ppo.minibatches": 1}),
+    (1.0, {"algorithm": "reinforce", "reinforce.baseline": "learned"}),
+  ],
+)
+def test_one_update_is_reinforce_with_the_critics_advantages(
+  gae_lambda, changes
+):
+  """Against loops: GAE in NumPy, then -sum A log pi over policies."""
+  state, rollout, rewards = sampled()
+  mask = np.asarray(rollout.mask)
+  gradient_of = plain_gradient()
+  _, states = gradient_of(state.params, np.zeros(mask.shape, np.float32))
+  values = plain_values(jax.device_get(state.critic.params), np.asarray(states))
+  kl = np.asarray(rollout.logp - rollout.ref_logp)
+  weights = np.asarray(rollout.weighting.weights)
+  advantages = np.zeros(mask.shape, np.float32)
+  targets = np.zeros([*mask.shape, 3])
+  totals = np.concatenate([rewards, (kl * mask).sum(1)[:, None]], axis=1)
+  for r in range(ROWS):
+    w, n = weights[r // (ROWS // 2)], mask[r].sum()
+    later, following = np.zeros(3), np.zeros(3)
+    for t in reversed(range(n)):
+      paid = np.append(rewards[r] if t == n - 1 else np.zeros(2), kl[r, t])
+      if "ppo.epochs" in changes and t == n - 1:
+        paid -= totals[r + 1 if r % 2 == 0 else r - 1]  # the other sample's
+      later = paid + following - values[r, t] + gae_lambda * later
+      following = values[r, t]
+      targets[r, t] = later + values[r, t]
+      advantages[r, t] = 0.95 * (w * later[:2]).sum() - 0.05 * later[2]
+
+  gradient, _ = gradient_of(state.params, advantages)
+  norm = np.sqrt(
+    sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(gradient))
+  )
+  new, metrics = update(make_programs(make_config(**changes)))
+  np.testing.assert_allclose(mean(metrics["gradient_norm"]), norm, rtol=1e-3)
+  target, value = targets[mask], values[mask]
+  np.testing.assert_allclose(
+    mean(metrics["critic/loss"]),
+    0.5 * ((target - value) ** 2).sum() / mask.sum(),
+    rtol=1e-4,
+  )
+  for i, name in enumerate(("a", "b", "kl")):
+    expected = 1 - (target - value)[:, i].var() / target[:, i].var()
+    np.testing.assert_allclose(
+      metrics[f"critic/explained_variance/{name}"], expected, atol=1e-3
+    )
+  if "ppo.epochs" in changes:
+    np.testing.assert_allclose(
+      mean(metrics["ppo/approximate_kl"]), 0, atol=1e-9
+    )
+    assert mean(metrics["ppo/clip_fraction"]) == 0
+  # Adam's first step has the gradient's sign and the rate's size.
+  clipped = min(1.0, 1.0 / norm)
+
+  def check(p, q, g):
+    g = np.asarray(g) * clipped
+    clear = np.abs(g) > 1e-5
+    step = -1e-2 * g / (np.abs(g) + 1e-8)
+    np.testing.assert_allclose(
+      (np.asarray(q) - np.asarray(p))[clear], step[clear], atol=4e-4
+    )
+
+  jax.tree.map(check, state.params, new.params, gradient)
+
+
+def test_early_stop_takes_no_further_update():
+  """Of 6: Adam has counted 1, and nothing moved by more than the rate."""
+  state, _, _ = sampled()
+  config = make_config(**{"ppo.epochs": 3, "ppo.target_kl": 1e-7})
+  new, metrics = update(make_programs(config))
+  assert float(metrics["ppo/updates"]) == 1
+  assert float(metrics["gradient_norm"].count) == 1
+  counts = [int(x) for x in jax.tree.leaves(new.opt_state) if x.ndim == 0]
+  assert counts == [1, 1]
+  assert 0.9e-2 < max(moved(new.params, state.params)) < 1.01e-2
+  assert max(moved(new.critic.params, state.critic.params)) < 3.01e-3
+  # The value at which it stopped is not among what was done.
+  np.testing.assert_allclose(mean(metrics["ppo/approximate_kl"]), 0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_all_updates_are_taken_on_any_mesh_and_in_microbatches():
+  start = full_state()
+  one, metrics = update(full_programs(), state=start)
+  assert float(metrics["ppo/updates"]) == 4
+  assert mean(metrics["ppo/approximate_kl"]) > 1e-5
+  assert 0 < mean(metrics["ppo/clip_fraction"]) < 1
+  counts = [int(x) for x in jax.tree.leaves(one.opt_state) if x.ndim == 0]
+  assert counts == [4, 1]  # Adam's of updates, the schedule's of steps
+  assert max(moved(one.params, start.params)) > 1.5e-2
+  assert min(moved(one.critic.params, start.critic.params)) > 0
+  many, many_metrics = update(full_programs(4, 2), mesh_of(4, 2), start)
+  assert_trees_close(metrics, many_metrics, rtol=2e-3, atol=2e-4)
+  assert_trees_close(one.params, many.params, atol=1e-3)
+  assert_trees_close(one.critic.params, many.critic.params, atol=1e-3)
+  assert_trees_close(one.front, many.front, atol=1e-6)
+  kernel = many.critic.params["hidden"]["kernel"]
+  assert kernel.sharding.shard_shape(kernel.shape) == (3, 8, 4)
+  moment = many.critic.opt_state[0].mu["hidden"]["kernel"]
+  assert moment.sharding == kernel.sharding
+
+
+@pytest.mark.slow
+def test_one_hot_weighting_equals_a_single_objective_run():
+  state, rollout, rewards = sampled()
+  one_hot = np.tile(np.float32([[0.0, 1.0]]), (2, 1))
+  weighting = rollout.weighting._replace(weights=one_hot)
+  rollout = rollout.replace(weighting=weighting, coefficients=one_hot)
+  both, metrics = update(full_programs(), None, full_state(), rollout, rewards)
+  single = make_programs(full_config(("b",), steering="none"))
+  start = single.init(moft_test.reference(), jax.random.key(3))
+  critic = dataclasses.replace(
+    start.critic,
+    params=jax.tree.map(lambda p: p[1:], state.critic.params),
+  )
+  start = dataclasses.replace(
+    start, params=jax.tree.map(lambda p: p[1], state.params), critic=critic
+  )
+  ones = np.ones([2, 1], np.float32)
+  rollout = rollout.replace(
+    weighting=weighting._replace(weights=ones), coefficients=ones
+  )
+  alone, alone_metrics = update(single, None, start, rollout, rewards[:, 1:])
+  assert_trees_close(
+    jax.tree.map(lambda p: p[1], both.params), alone.params, atol=1e-5
+  )
+  assert_trees_close(
+    jax.tree.map(lambda p: p[1:], both.critic.params),
+    alone.critic.params,
+    atol=1e-4,
+  )
+  for name in ("return", "loss", "ppo/approximate_kl"):
+    np.testing.assert_allclose(
+      mean(metrics[name]), mean(alone_metrics[name]), rtol=1e-3, atol=1e-6
+    )
+  # And the other set has not moved.
+  still = jax.tree.map(lambda p, q: (p[0], q[0]), both.params, state.params)
+  for p, q in jax.tree.leaves(still, is_leaf=lambda x: isinstance(x, tuple)):
+    np.testing.assert_array_equal(p, q)
+
+
+@pytest.mark.slow
+def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(tmp_path):
+  """With a critic, moments of rewards and an estimate of the front."""
+  mesh, programs = mesh_of(4, 2), full_programs(4, 2)
+  reference = sharding.put(moft_test.reference(), programs.reference_shardings)
+  key = jax.random.key(7)
+
+  def advance(state, steps):
+    for step in steps:
+      prompts = sharding.to_devices(mesh, moft_test.prompts_of(step), PROMPTS)
+      rollout = programs.rollout(
+        state.params,
+        reference,
+        prompts,
+        state.key,
+        np.int32(step),
+        state.front,
+      )
+      rewards = moft_test.rewards_of(rollout)
+      state, metrics = programs.update(
+        state, rollout, sharding.to_devices(mesh, rewards, ROWS), reference
+      )
+    return state, jax.device_get(metrics)
+
+  state, _ = advance(programs.init(reference, key), (0, 1))
+  count = np.asarray(state.front.count)
+  assert 2 < count.sum() <= 4  # two groups a step, decayed
+  with checkpoints.Checkpoints(str(tmp_path), keep=1) as saved:
+    saved.save(state, batches=2)
+  whole, metrics = advance(state, (2, 3))
+  with checkpoints.Checkpoints(str(tmp_path), keep=1) as saved:
+    state, _ = saved.restore(
+      checkpoints.abstract_like(
+        jax.eval_shape(programs.init, reference, key), programs.state_shardings
+      )
+    )
+  np.testing.assert_array_equal(state.front.count, count)
+  parts, parts_metrics = advance(state, (2, 3))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (dataclasses.replace(whole, key=0), metrics),
+    (dataclasses.replace(parts, key=0), parts_metrics),
+  )
+
+
+def test_q_is_drawn_as_ever_where_it_is_not_adapted():
+  state, rollout, _ = sampled()
+  assert state.front is None
+  weightings_key, _, _ = step_keys(state.key, np.int32(4))
+  plain = config_lib.distribution(make_config()).sample(weightings_key, 2)
+  np.testing.assert_array_equal(rollout.weighting.weights, plain.weights)
