@@ -18,7 +18,6 @@ from moft_test import (
   reference,
   train,
 )
-from resume_test import assert_same_run
 
 import clp_jax
 from clp_jax import config as config_lib
@@ -110,7 +109,7 @@ def test_adapters_soft_tokens_and_prompts_resume_bit_for_bit(sft_run, tmp_path):
       )
     )
     assert status == 0, err
-  assert_same_run(whole, parts, 4)
+  runs.assert_same_run(whole, parts, 4)
   status, out, err = runs.clp("evaluate", "--workdir", whole)
   assert status == 0, err
   policy = clp_jax.Policy.load(str(whole))
