@@ -257,3 +257,34 @@ def mix_rows(
     )
 
   return jax.tree_util.tree_map_with_path(leaf, params, steerable)
+
+
+def row_coefficients(params: Params) -> jax.Array | None:
+  """[B, M], those that `mix_rows` was given; None if it made nothing here."""
+  for leaf in jax.tree.leaves(params, is_leaf=_is_mixture):
+    if _is_mixture(leaf):
+      c = leaf.coefficients
+      return c if c.ndim == 2 else c[0]
+  return None
+
+
+def mix_one(params: Params, coefficients: jax.Array) -> Params:
+  """One policy out of what `mix_rows` made, as `mix` gives it.
+
+  Args:
+    params: from `mix_rows`.
+    coefficients: [M] float32.
+  """
+
+  def leaf(p):
+    if not _is_mixture(p):
+      return p
+    if p.coefficients.ndim == 3:  # a stack of layers
+      return jax.vmap(combine, in_axes=(0, None))(p.sets, coefficients)
+    return combine(p.sets, coefficients)
+
+  return jax.tree.map(leaf, params, is_leaf=_is_mixture)
+
+
+def _is_mixture(leaf: Any) -> bool:
+  return isinstance(leaf, RowMixture)

@@ -212,7 +212,9 @@ class Policy:
       encoder_input_tokens: [B, S] int32.
       num_samples: N, a prompt.
     """
-    start: Any = decoding.start
+    start: Any = functools.partial(
+      decoding.start, at_once=self.mesh.shape["data"]
+    )
     if isinstance(steered, mixture.Mixture):
       start = mixture.start
     return start(

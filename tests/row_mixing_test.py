@@ -104,6 +104,28 @@ def test_rows_are_those_of_their_merged_policies(name, kind):
   assert len(np.unique(together.tokens)) > 4
 
 
+@pytest.mark.parametrize("name", ("v1_0 scanned", "v1_1"))
+def test_long_prompts_are_encoded_by_their_merged_encoders(name, monkeypatch):
+  config = CONFIGS[name]
+  params, steerable = sets_of(config, "full")
+  rows = conditioning.mix_rows(params, steerable, some_coefficients())
+  tokens = np.array([3, 4, 5, 6])
+
+  def logits(at_once):
+    def first(params):
+      next_logits, cache = decoding.start(
+        t5.T5(config), params, SOURCE, max_length=2, at_once=at_once
+      )
+      return next_logits(tokens, cache, jnp.int32(0))[0]
+
+    return jit(first)(rows)
+
+  together = logits(at_once=1)
+  monkeypatch.setattr(decoding, "LONG_PROMPT", 9)
+  np.testing.assert_allclose(logits(at_once=2), together, atol=1e-4)
+  assert np.std(together, axis=0).max() > 0.1
+
+
 def test_a_vertex_is_that_set_and_equal_sets_are_the_base():
   params, steerable = sets_of(V1_1, "full")
   base = decoding_test.random_params(V1_1, 1)

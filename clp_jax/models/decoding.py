@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clp_jax import sharding
-from clp_jax.conditioning import RowMixture
+from clp_jax.conditioning import RowMixture, mix_one, row_coefficients
 from clp_jax.models import t5
 from clp_jax.models.layers import PAD_ID
 
@@ -36,6 +36,9 @@ NextLogits = Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
 
 EOS_ID = 1
 BLOCK = 128  # tokens; the width of a TPU's vector lane
+# Tokens of a prompt from which on, where rows differ in their policies, mixing
+# the encoder for each costs less than applying all sets to every token.
+LONG_PROMPT = 128
 
 
 class Samples(NamedTuple):
@@ -317,6 +320,7 @@ def start(
   *,
   num_samples: int = 1,
   max_length: int,
+  at_once: int = 1,
 ) -> tuple[NextLogits, Cache]:
   """Does once what decoding needs from the prompts.
 
@@ -326,19 +330,23 @@ def start(
     encoder_input_tokens: [B, S] int; 0 is padding.
     num_samples: N.
     max_length: T, positions of the cache.
+    at_once: see `read_prompts`.
 
   Returns:
     A function that gives the logits of a position, and the cache it starts
     with: what `sample_from` takes.
   """
-  prompts = read_prompts(model, params, encoder_input_tokens)
+  prompts = read_prompts(model, params, encoder_input_tokens, at_once)
   rows = encoder_input_tokens.shape[0] * num_samples
   cache = t5.init_cache(model.config, rows, max_length)
   return logits_after(model, params, prompts), cache
 
 
 def read_prompts(
-  model: t5.T5, params: Params, encoder_input_tokens: jax.Array
+  model: t5.T5,
+  params: Params,
+  encoder_input_tokens: jax.Array,
+  at_once: int = 1,
 ) -> Prompts:
   """Encodes prompts and projects every layer's cross-attention, once.
 
@@ -346,15 +354,45 @@ def read_prompts(
     model: the T5.
     params: its parameters.
     encoder_input_tokens: [B, S] int; 0 is padding.
+    at_once: long prompts of rows with policies of their own are encoded so many
+      together, each with its mixed encoder: the data axis's size, a divisor of
+      B, keeps all devices busy.
 
   Returns:
     What `logits_after` takes, in this program or in a later one.
   """
-  variables = {"params": _in_compute_dtype(model.config, params)}
   mask = encoder_input_tokens != PAD_ID
-  encoded = model.apply(variables, encoder_input_tokens, mask, method="encode")
-  cross = model.apply(variables, encoded, method="cross_keys_values")
+
+  def project(params, tokens):
+    variables = {"params": _in_compute_dtype(model.config, params)}
+    encoded = model.apply(variables, tokens, tokens != PAD_ID, method="encode")
+    return model.apply(variables, encoded, method="cross_keys_values")
+
+  def project_one(row):
+    coefficients, tokens = row
+    return project(mix_one(params, coefficients), tokens[None])
+
+  coefficients = row_coefficients(params)
+  if coefficients is None or encoder_input_tokens.shape[1] < LONG_PROMPT:
+    return Prompts(project(params, encoder_input_tokens), mask)
+  cross = _map_rows(project_one, (coefficients, encoder_input_tokens), at_once)
+  # [B, 1, H, S, K] of a layer, or [B, L, 1, H, S, K] of a stack of them.
+  cross = jax.tree.map(lambda x: jnp.swapaxes(x, 0, -4)[0], cross)
   return Prompts(cross, mask)
+
+
+def _map_rows(function: Any, rows: Any, at_once: int) -> Any:
+  """function over leading axes [B, ...], one row of each of at_once parts at a
+  time."""
+
+  def by_step(x):
+    return jnp.swapaxes(x.reshape(at_once, -1, *x.shape[1:]), 0, 1)
+
+  def by_row(x):
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+  mapped = jax.lax.map(jax.vmap(function), jax.tree.map(by_step, rows))
+  return jax.tree.map(by_row, mapped)
 
 
 def logits_after(model: t5.T5, params: Params, prompts: Prompts) -> NextLogits:
