@@ -23,8 +23,36 @@ COMMANDS = {
   "compare": "compare the fronts of several runs, with intervals",
   "generate": "summarise documents at any weighting",
   "serve": "steer a run in the browser, or through an OpenAI-like API",
+  "judge": "let a language model compare the summaries of two runs",
   "export": "write one policy of a run as an ordinary T5 checkpoint",
 }
+
+
+WALK = """\
+a walk, each step an example:
+  train on the built-in world, with baselines, a table and report.html
+    clp demo --workdir runs/demo
+  steer what it has made: one JSON object a line in and out, or in a browser
+    echo '{"document": "Averlin sold the mill. It followed talks."}' |
+      clp generate --workdir runs/demo --weights nli=0.7,rouge=0.3
+    clp serve --workdir runs/demo
+  measure its front again, more finely
+    clp evaluate --workdir runs/demo --grid 21
+  train a variant: any field of the config is a flag
+    clp train --config configs/demo.py --config.steering=logits \\
+      --workdir runs/logits
+  compare runs, by their rewards and by a judge
+    clp evaluate --workdir runs/logits
+    clp compare runs/demo runs/logits --output runs/compared
+    clp judge runs/demo runs/logits --output runs/judged \\
+      --endpoint http://127.0.0.1:8000/v1 --model NAME
+  take one weighting away as an ordinary T5
+    clp export --workdir runs/demo --weights nli=0.7,rouge=0.3 \\
+      --format hf --output runs/exported
+
+configs/jsonl.py is for documents of your own; clp COMMAND --help has the rest.
+Every command that trains is resumed by starting it again.
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog="clp",
     description="Conditional Language Policy: one model, steered between "
     "rewards by a weighting.",
-    epilog='example: clp demo, then: echo \'{"document": "..."}\' | clp '
-    "generate --workdir runs/demo --weights nli=0.7,rouge=0.3",
+    epilog=WALK,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
   commands = parser.add_subparsers(

@@ -1,0 +1,228 @@
+"""`clp judge`: a judge compares the summaries of two runs, pair by pair.
+
+It reads evaluation/samples.jsonl of the two runs, or JSON lines as `clp
+generate` writes them, or, with --prompts, lets the runs write fresh summaries
+of held-out documents. Every answer is kept in
+OUTPUT/answers.jsonl; the same command goes on from there. docs/judge.md has the
+question and the format of the answers.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+
+from clp_jax.cli import arguments
+from clp_jax.config import ConfigError
+from clp_jax.run_folder import RunError
+
+EXAMPLE = (
+  "clp judge runs/demo runs/demo/soups --endpoint http://127.0.0.1:8000/v1 "
+  "--model my-model --output runs/judged"
+)
+KEY_VARIABLE = "CLP_JUDGE_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the command's arguments."""
+  parser.add_argument(
+    "runs",
+    nargs=2,
+    metavar="RUN",
+    help="a run's folder, or a JSONL file with document and summary; the win "
+    "rate is the first one's",
+  )
+  parser.add_argument(
+    "--output", required=True, metavar="DIR", help="for answers and result"
+  )
+  model = parser.add_argument_group("a language model behind HTTP")
+  model.add_argument(
+    "--endpoint",
+    metavar="URL",
+    help="the API's base, such as https://api.openai.com/v1 or "
+    "https://generativelanguage.googleapis.com/v1beta",
+  )
+  model.add_argument("--model", metavar="NAME", help="the model's name there")
+  model.add_argument(
+    "--api", default="openai", choices=("openai", "gemini"), help="its form"
+  )
+  model.add_argument(
+    "--key-variable",
+    default=KEY_VARIABLE,
+    metavar="NAME",
+    help="environment variable that holds the API key; none is sent where it "
+    f"is not set (default: {KEY_VARIABLE})",
+  )
+  model.add_argument(
+    "--prompt",
+    metavar="FILE",
+    help="another question, with {data} where the texts go",
+  )
+  model.add_argument(
+    "--timeout", type=float, default=60.0, help="seconds (default: 60)"
+  )
+  model.add_argument(
+    "--attempts",
+    type=arguments.positive,
+    default=6,
+    help="of a request, before the judge counts as down (default: 6)",
+  )
+  model.add_argument(
+    "--parallel",
+    type=arguments.positive,
+    default=4,
+    help="requests at a time (default: 4)",
+  )
+  model.add_argument(
+    "--max-tokens",
+    type=arguments.positive,
+    default=512,
+    help="of an answer (default: 512)",
+  )
+  local = parser.add_argument_group("or a local T5 entailment model")
+  local.add_argument(
+    "--entailment",
+    metavar="DIR",
+    help="its folder; it prefers the summary that the document entails more",
+  )
+  local.add_argument(
+    "--margin",
+    type=float,
+    default=0.05,
+    help="probabilities no further apart tie (default: 0.05)",
+  )
+  fresh = parser.add_argument_group("fresh summaries instead of samples.jsonl")
+  fresh.add_argument(
+    "--prompts", type=arguments.positive, help="held-out documents"
+  )
+  fresh.add_argument(
+    "--weights",
+    type=arguments.parse_weights,
+    metavar="NAME=W,...",
+    help="the weighting of both runs",
+  )
+  fresh.add_argument(
+    "--alpha", type=float, help="KL weight, for runs trained on a range of it"
+  )
+  fresh.add_argument(
+    "--temperature", type=float, default=1.0, help="0 is greedy (default: 1)"
+  )
+  fresh.add_argument(
+    "--seed", type=int, default=0, help="of the sampling (default: 0)"
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Runs the command."""
+  from clp_jax.evaluation import judge as judge_lib
+  from clp_jax.run_folder import write_json
+
+  if args.prompts is None and (args.weights, args.alpha) != (None, None):
+    raise ConfigError(
+      "--weights and --alpha are of fresh summaries; give --prompts too."
+    )
+  judge = _judge(args)  # before anything is generated
+  a, b = (_samples(path, args) for path in args.runs)
+  try:
+    compared = judge_lib.pairs(a, b)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+  output = pathlib.Path(args.output)
+  output.mkdir(parents=True, exist_ok=True)
+  result = judge_lib.judge_pairs(judge, compared, output / "answers.jsonl")
+  write_json(
+    output / "judge.json",
+    {"runs": args.runs, "judge": dict(judge.identity)} | result,
+  )
+  judge_lib.print_result(args.runs, result)
+  print(output / "judge.json")
+
+
+def _judge(args: argparse.Namespace):
+  if (args.endpoint is None) == (args.entailment is None):
+    raise ConfigError(
+      "name one judge: --endpoint URL --model NAME, or --entailment DIR."
+    )
+  from clp_jax.evaluation import judge as judge_lib
+  from clp_jax.evaluation import judge_endpoint
+
+  try:
+    if args.entailment is not None:
+      from clp_jax import sharding
+      from clp_jax.rewards import entailment
+
+      score = entailment.build(sharding.make_mesh(), args.entailment)
+      identity = {"model": os.path.abspath(args.entailment)}
+      return judge_lib.entailment_judge(
+        score, margin=args.margin, identity=identity
+      )
+    if args.model is None:
+      raise ConfigError("--endpoint needs --model NAME.")
+    key = os.environ.get(args.key_variable)
+    if key is None and args.key_variable != KEY_VARIABLE:
+      raise ConfigError(f"--key-variable {args.key_variable} is not set.")
+    endpoint = judge_endpoint.Endpoint(
+      url=args.endpoint,
+      model=args.model,
+      api=args.api,
+      key=key,
+      timeout=args.timeout,
+      attempts=args.attempts,
+      parallel=args.parallel,
+      max_tokens=args.max_tokens,
+    )
+    template = judge_lib.PROMPT
+    if args.prompt is not None:
+      template = pathlib.Path(args.prompt).read_text(encoding="utf-8")
+    return judge_endpoint.endpoint_judge(endpoint, template)
+  except (OSError, UnicodeDecodeError) as error:
+    raise ConfigError(f"--prompt {args.prompt}: {error}") from error
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+
+
+def _samples(path: str, args: argparse.Namespace) -> list[dict]:
+  """Rows with document and summary."""
+  if args.prompts is not None:
+    return _fresh(path, args)
+  from etils import epath
+
+  file = epath.Path(path)
+  if file.is_dir():
+    file = file / "evaluation" / "samples.jsonl"
+  if not file.exists():
+    raise RunError(
+      f"there is no {file}; `clp evaluate --workdir {path}` writes it."
+    )
+  rows = []
+  for number, line in enumerate(file.read_text().split("\n"), 1):
+    if not line.strip():
+      continue
+    try:
+      rows.append(json.loads(line))
+    except ValueError as error:
+      raise RunError(f"{file}, line {number}: not JSON: {error}.") from error
+  return rows
+
+
+def _fresh(path: str, args: argparse.Namespace) -> list[dict]:
+  """Summaries of the first held-out documents."""
+  from clp_jax.batches import eval_batch
+  from clp_jax.policy import Policy
+
+  policy = Policy.load(path)
+  batch = eval_batch(policy.config, policy.vocabulary, args.prompts)
+  try:
+    summaries = policy.generate(
+      batch.documents,
+      args.weights,
+      args.alpha,
+      temperature=args.temperature,
+      seed=args.seed,
+    )
+  except ValueError as error:
+    raise ConfigError(f"{path}: {error}") from error
+  return [
+    {"document": document, "summary": summary, "weights": args.weights}
+    for document, summary in zip(batch.documents, summaries, strict=True)
+  ]
