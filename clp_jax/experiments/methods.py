@@ -44,7 +44,15 @@ METHODS: dict[str, Method] = {
     {"steering": "full", "conditioning.kl_set": "frozen"},
     rewards=False,
   ),
-  "ppo": Method("full-CLP, PPO", {"steering": "full", "algorithm": "ppo"}),
+  "ppo": Method(
+    "full-CLP, PPO",
+    # Four updates a step: half of REINFORCE's rate.
+    {
+      "steering": "full",
+      "algorithm": "ppo",
+      "optimizer.learning_rate": 5e-4,
+    },
+  ),
   "clp-full-learned": Method(
     "full-CLP, learned baseline",
     {"steering": "full", "reinforce.baseline": "learned"},
