@@ -634,7 +634,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
 
 def test_the_documented_commands_are_understood(tmp_path):
   text = (pathlib.Path(__file__).parents[1] / "docs" / "judge.md").read_text()
-  found = re.findall(r"^    (clp judge .*(?:\\\n.*)*)", text, re.MULTILINE)
+  found = re.findall(r"^    (clp judge (?:.*\\\n)*.*)", text, re.MULTILINE)
   first, fresh = (shlex.split(c.replace("\\\n", " "))[1:] for c in found)
   files = {
     "runs/demo": samples_file(tmp_path / "a.jsonl", "w"),
