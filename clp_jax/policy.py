@@ -185,12 +185,15 @@ class Policy:
     Raises:
       ValueError: see `coefficients`; also where logits are mixed.
     """
+    self._check_is_one_model()
+    return self.steered(weights, alpha)
+
+  def _check_is_one_model(self) -> None:
     if self.mixes_logits:
       raise ValueError(
         "this run mixes the logits of several models at every token; no one "
         "model's parameters do that. It can be generated from and evaluated."
       )
-    return self.steered(weights, alpha)
 
   def steered(
     self, weights: Weights | None = None, alpha: float | None = None
@@ -427,6 +430,7 @@ class Policy:
 
   def check_is_t5(self) -> None:
     """Raises ValueError if a policy is more than other programs' T5s are."""
+    self._check_is_one_model()
     if self.bank.soft_tokens:
       raise ValueError(
         f"this run's policies have {self.bank.soft_tokens} soft tokens before "

@@ -345,8 +345,8 @@ def test_verdicts_follow_from_the_figures():
   assert verdict(soups, unclear) == "does not hold"
   assert verdict(soups, {}) == "not tested"
   times = [
-    {"method": "full-CLP", "median": 1.0},
-    {"method": "DeRa", "median": 1.9},
+    {"method": "full-CLP", "over_first": 1.0},
+    {"method": "DeRa", "over_first": 1.9},
   ]
   cost = {"times": times, "attention_share": {"base": 0.3}}
   assert verdict("half of DeRa", {}, cost) == "holds here"

@@ -43,6 +43,9 @@ class Time(NamedTuple):
   median: float
   low: float  # the fastest and the slowest repetition
   high: float
+  # Median of the ratio to the first method in the same turn: what else the
+  # machine does comes and goes more slowly than turns do.
+  over_first: float
 
 
 def count(params: Params) -> int:
@@ -158,7 +161,16 @@ def decode_times(
         seconds = time.perf_counter() - start
         found[name].append(1000 * seconds / target_length)
   return [
-    Time(name, models, statistics.median(t), min(t), max(t))
+    Time(
+      name,
+      models,
+      statistics.median(t),
+      min(t),
+      max(t),
+      statistics.median(
+        x / y for x, y in zip(t, found[cases[0][0]], strict=True)
+      ),
+    )
     for name, models, _ in cases
     for t in [found[name]]
   ]
