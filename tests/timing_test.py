@@ -1,8 +1,13 @@
 """What benchmarks measure and report."""
 
+import json
+import pathlib
+import shlex
+import sys
+
 import pytest
 
-from benchmarks import models, timing
+from benchmarks import models, rollout, timing
 from clp_jax.models import t5
 from clp_jax.models.presets import PRESETS
 
@@ -51,6 +56,24 @@ def test_decoding_reads_kernels_and_caches_at_every_token():
   cross = 8 * 2 * 512 * 384
   kernels = sum(leaf.size for leaf in decoder) + cross
   assert one - (two - one) == 16 * 4 * kernels
+
+
+@pytest.mark.slow
+def test_the_documented_command_prints_its_table(monkeypatch, capsys):
+  page = pathlib.Path(__file__).parents[1] / "docs" / "speed.md"
+  (command,) = [
+    line.strip()
+    for line in page.read_text().splitlines()
+    if line.startswith("    ") and "--size tiny" in line
+  ]
+  python, m, module, *arguments = shlex.split(command)
+  assert (python, m, module) == ("python", "-m", "benchmarks.rollout")
+  arguments += ["--no-peer", "--json"]
+  monkeypatch.setattr(sys, "argv", [module, *arguments])
+  rollout.main()
+  (row,) = json.loads(capsys.readouterr().out)["rows"]
+  assert (row["what"], row["batch"], row["n"]) == ("clp_jax", 8, 2)
+  assert row["tokens/s"] == pytest.approx(8 * 8 / row["median s"])
 
 
 def _kernels(tree, without="nothing"):
