@@ -64,6 +64,7 @@ def address(tmp_path_factory):
 def page(request, browser, address):
   width, height = SIZES[request.param]
   context = browser.new_context(viewport={"width": width, "height": height})
+  context.set_default_timeout(120_000)  # ms; a machine may be busy
   opened = context.new_page()
   problems, elsewhere = [], []
   opened.on("pageerror", lambda error: problems.append(str(error)))
@@ -105,7 +106,7 @@ def document_box(page):
 
 def wait_until(page, condition):
   """Playwright's own waiting evaluates strings, which the page forbids."""
-  end = time.monotonic() + 30
+  end = time.monotonic() + 120
   while not page.evaluate(condition):
     assert time.monotonic() < end, condition
     page.wait_for_timeout(50)
