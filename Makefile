@@ -7,7 +7,7 @@
 # Variables to override, as in `make demo DEMO_ARGS='--seed 1'`:
 PYTHON ?=
 DEMO_ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 # Where parity takes torch from: the registry's Linux wheels bring CUDA.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 

@@ -151,7 +151,7 @@ def test_help_shows_an_example(command):
     ("train.stepz", "1", "unknown config field"),
     ("weightings.weights", "(0.5,0.6)", "sum to 1"),
     ("weightings.alpha", "1.5", "alpha"),
-    ("steering", "mlp", "full, attention, logits, none"),
+    ("steering", "mlp", "full, attention, logits, "),
     ("rollout.prompts", "9", "not a multiple"),
     ("rollout.samples", "1", "rollout.samples >= 2"),
     ("optimizer.learning_rate", "nan", "must be > 0"),

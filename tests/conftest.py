@@ -44,6 +44,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("clp_jax")
 
 
+# Files of minutes, which would leave one worker idle if they came last.
+_LONG = ("resume_test.py", "moft_test.py", "processes_test.py")
+
+
+def pytest_collection_modifyitems(items):
+  """Long files first; the Makefile has xdist keep this order."""
+  items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 @pytest.fixture(scope="session")
 def sft_run(tmp_path_factory):
   """Folder of a supervised run of a few steps on the built-in world."""

@@ -278,7 +278,11 @@ def test_microbatches_add_up_to_the_whole_batch():
 
 @pytest.mark.parametrize(
   "replica, data, model, fsdp",
-  [(1, 8, 1, False), (1, 4, 2, True), (2, 2, 2, True)],
+  [
+    (1, 8, 1, False),
+    (1, 4, 2, True),
+    pytest.param(2, 2, 2, True, marks=pytest.mark.slow),
+  ],
 )
 def test_devices_do_not_change_training(replica, data, model, fsdp):
   one, history, _ = plain_run()

@@ -1,6 +1,5 @@
 """What `clp plan` counts, against counts by hand, and what it says."""
 
-import builtins
 import dataclasses
 import json
 
@@ -289,14 +288,7 @@ def test_an_unknown_topology_is_refused(name):
 
 
 def test_without_libtpu_the_remedy_is_named(monkeypatch):
-  real = builtins.__import__
-
-  def without(name, *args, **kwargs):
-    if name == "libtpu":
-      raise ImportError(name)
-    return real(name, *args, **kwargs)
-
-  monkeypatch.setattr(builtins, "__import__", without)
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(ConfigError, match=r"pip install 'clp_jax\[plan\]'"):
     chips.devices(chips.find_slice("v5e:2x2"))
 

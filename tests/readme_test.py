@@ -91,6 +91,7 @@ def folder(tmp_path, monkeypatch):
   return tmp_path
 
 
+@pytest.mark.slow
 def test_your_own_model_data_and_rewards(folder):
   commands = shell_commands(section("Your own model, data and rewards"))
   assert len(commands) == 7

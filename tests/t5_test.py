@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import pathlib
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 
+from clp_jax import sharding
 from clp_jax.models import decoding, layers, t5
 from clp_jax.models.presets import PRESETS
 
@@ -376,21 +376,18 @@ class TestParameters:
     assert embedding.shape == (242, 64)
 
   def test_activations_follow_the_rules_of_the_mesh(self):
-    mesh = jax.sharding.Mesh(
-      np.array(jax.devices()[:4]).reshape(2, 2),
-      ("data", "model"),
-      axis_types=(jax.sharding.AxisType.Auto,) * 2,
-    )
-    rules = (("batch", "data"), ("mlp", "model"), ("heads", "model"))
-    source, target = random_tokens(2, 6), random_tokens(2, 4)
+    mesh = sharding.make_mesh(4, 2)
+    source, target = random_tokens(4, 6), random_tokens(4, 4)
     params = random_params(V1_1)
     expected = logits_of(V1_1, params, source, target)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
-      run = jit(lambda p: t5.T5(V1_1).apply({"params": p}, source, target))
-      text = run.lower(params).as_text()
-      actual = run(params)
-    assert "sharding_constraint" in text
-    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+    def run(params):
+      return t5.T5(V1_1).apply({"params": params}, source, target)
+
+    assert "sharding_constraint" not in jit(run).lower(params).as_text()
+    pinned = jit(sharding.on_mesh(mesh, run))
+    assert "sharding_constraint" in pinned.lower(params).as_text()
+    np.testing.assert_allclose(pinned(params), expected, atol=1e-5)
 
 
 class TestPrecisionAndDropout:

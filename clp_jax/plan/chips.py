@@ -9,7 +9,7 @@ and v6e a 2D one of 4. A dimension of a slice closes to a ring when it is a
 multiple of 4 chips (v4, v5p) or all of a pod's 16 (v5e, v6e).
 """
 
-import contextlib
+import importlib.util
 import math
 import os
 import re
@@ -91,13 +91,11 @@ def devices(slice_: Slice) -> Sequence[jax.Device]:
   Raises:
     ConfigError: libtpu is absent, or knows no such slice.
   """
-  with contextlib.suppress(ImportError):
-    import libtpu  # noqa: F401
-
-    return _devices(slice_)
-  raise ConfigError(
-    "compiling for a TPU needs libtpu; pip install 'clp_jax[plan]'."
-  )
+  if importlib.util.find_spec("libtpu") is None:
+    raise ConfigError(
+      "compiling for a TPU needs libtpu; pip install 'clp_jax[plan]'."
+    )
+  return _devices(slice_)
 
 
 def _devices(slice_: Slice) -> Sequence[jax.Device]:
