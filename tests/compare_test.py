@@ -319,6 +319,12 @@ def test_the_command_writes_every_file(tmp_path):
   assert (
     "rouge = 0.2, nli = 0.1" in text and "Differences from full-CLP" in text
   )
+  # Off a terminal, 80 columns show every figure whole.
+  *shown, _, _, _ = out.splitlines()
+  assert max(map(len, shown)) <= 80
+  table = [line for line in text.splitlines() if line.startswith("| ")]
+  for cell in " | ".join(table).split(" | "):
+    assert cell.strip("| -") in "\n".join(shown), cell
   rows = list(
     csv.DictReader(io.StringIO((output / "comparison.csv").read_text()))
   )

@@ -209,21 +209,50 @@ def save(
 
 
 def print_tables(found: Comparison) -> None:
-  """Prints the tables to stdout; 80 columns where that is no terminal."""
+  """Prints the tables to stdout, for 80 columns where that is no terminal.
+
+  A table that is too wide is turned: a line a figure, so that nothing is cut.
+  """
   console = Console()
+  unbounded = console.options.update(max_width=1000)
   for title, rows in tables(found).items():
-    table = Table(
-      title=title,
-      title_justify="left",
-      box=rich.box.SIMPLE_HEAD,
-      pad_edge=False,
-    )
-    for i, column in enumerate(rows[0]):
-      table.add_column(column, justify="right" if i else "left")
-    for row in rows:
-      table.add_row(*(Text(cell) for cell in row.values()))
+    table = _one_row_each(title, rows)
+    if console.measure(table, options=unbounded).maximum > console.width:
+      table = _one_line_each(title, rows)
     console.print(table)
   console.print(note(found), highlight=False)
+
+
+def _one_row_each(title: str, rows: Sequence[Row]) -> Table:
+  """A row a method."""
+  table = _table(title)
+  for i, column in enumerate(rows[0]):
+    table.add_column(column, justify="right" if i else "left", no_wrap=True)
+  for row in rows:
+    table.add_row(*(Text(cell) for cell in row.values()))
+  return table
+
+
+def _one_line_each(title: str, rows: Sequence[Row]) -> Table:
+  """A line a figure, those of one kind together."""
+  first, *columns = rows[0]
+  table = _table(title)
+  for name in ("", first, ""):
+    table.add_column(name)
+  for column in columns:
+    for i, row in enumerate(rows):
+      cells = ("" if i else column, row[first], row[column])
+      table.add_row(*map(Text, cells), end_section=i == len(rows) - 1)
+  return table
+
+
+def _table(title: str) -> Table:
+  return Table(
+    title=title,
+    title_justify="left",
+    box=rich.box.SIMPLE_HEAD,
+    pad_edge=False,
+  )
 
 
 def samples_of(found: Comparison) -> list[dict[str, Any]]:

@@ -202,16 +202,24 @@ def _table(table: Table) -> str:
 def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
   """An HTML table that scrolls by itself where it is too wide."""
   columns = list(dict.fromkeys(column for row in rows for column in row))
-  head = "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
+  cells = [[_shown(row.get(column, "")) for column in columns] for row in rows]
+  # A column of numbers is aligned at its right, its name too.
+  aligned = [
+    " class=number"
+    if all(_is_number(row[i]) for row in cells if row[i])
+    else ""
+    for i in range(len(columns))
+  ]
+  head = "".join(
+    f'<th scope="col"{number}>{escape(column)}</th>'
+    for column, number in zip(columns, aligned, strict=True)
+  )
   lines = []
-  for row in rows:
-    values = [_shown(row.get(column, "")) for column in columns]
-    first = f'<th scope="row">{escape(values[0])}</th>' if values else ""
-    rest = "".join(
-      f"<td{' class=number' if _is_number(value) else ''}>{escape(value)}</td>"
-      for value in values[1:]
-    )
-    lines.append(f"<tr>{first}{rest}</tr>")
+  for first, *rest in cells:
+    line = f'<th scope="row">{escape(first)}</th>'
+    for value, number in zip(rest, aligned[1:], strict=True):
+      line += f"<td{number}>{_cell(value) if number else escape(value)}</td>"
+    lines.append(f"<tr>{line}</tr>")
   return (
     '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>'
     f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -375,8 +383,16 @@ def _shown(value: Any) -> str:
   return str(value)
 
 
+def _cell(number: str) -> str:
+  """A figure, its interval on a line of its own: tables are wide enough."""
+  figure, bracket, interval = number.partition(" [")
+  if not bracket:
+    return escape(number)
+  return f"{escape(figure)} <small>[{escape(interval)}</small>"
+
+
 def _is_number(text: str) -> bool:
-  return text[:1].isdigit() or text[:2].strip("-.").isdigit() or text == "-"
+  return text[:1].isdigit() or text[:2].strip("+-.").isdigit() or text == "-"
 
 
 def _toggles(fronts: int) -> str:
@@ -452,7 +468,8 @@ th,td{padding:.3rem .7rem .3rem 0;text-align:left;vertical-align:top;
 border-bottom:1px solid var(--line);overflow-wrap:normal}
 thead th{color:var(--soft);font-weight:600;white-space:nowrap}
 tbody th{font-weight:500}
-.number{text-align:right;white-space:nowrap}
+thead .number,td.number{text-align:right;white-space:nowrap}
+.number small{display:block;font-size:.8rem}
 details{margin:.5rem 0}
 summary{cursor:pointer;padding:.25rem 0}
 pre{background:var(--box);border:1px solid var(--line);border-radius:.4rem;

@@ -224,9 +224,12 @@ def _labels(
     at_x = x_scale(_of(front.points[i], x).mean)
     at_y = y_scale(_of(front.points[i], y).mean)
     to_left = at_x > _WIDTH * 0.72
+    # In the corner where fronts end, there is more room below.
+    below = to_left and at_y > _HEIGHT * 0.67
     parts.append(
       f'<text class="label s0" x="{at_x + (-9 if to_left else 9):.1f}" '
-      f'y="{at_y - 8:.1f}" text-anchor="{"end" if to_left else "start"}">'
+      f'y="{at_y + (17 if below else -8):.1f}" '
+      f'text-anchor="{"end" if to_left else "start"}">'
       f"{escape(label)}</text>"
     )
   return "".join(parts)

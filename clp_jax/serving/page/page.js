@@ -95,8 +95,8 @@ function withWeight(weights, index, value) {
 
 function shown(weights) {
   return state.model.objectives
-    .map((name, i) => `${name} ${weights[i].toFixed(2)}`)
-    .join("  ");
+    .map((name, i) => `${name}\u00a0${weights[i].toFixed(2)}`)
+    .join(", ");
 }
 
 function alphaOf(position) {
