@@ -14,15 +14,16 @@ import numpy as np
 import optax
 import pytest
 
-from clp_jax import conditioning
-from clp_jax.algorithms import reinforce
+from clp_jax import conditioning, sharding
+from clp_jax import critic as critic_lib
+from clp_jax.algorithms import ppo, reinforce
 from clp_jax.bank import Bank
 from clp_jax.models import t5
 from clp_jax.rewards.normalisation import RewardStats
 from clp_jax.rollout import Rollout
 from clp_jax.scalarisation import Scalarisation
+from clp_jax.train import actor_critic, moft
 from clp_jax.train import experience as experience_lib
-from clp_jax.train import moft
 from clp_jax.train.state import init_state
 from clp_jax.weightings import Weighting, coefficients, simplex_grid
 
@@ -441,4 +442,50 @@ def test_leave_one_out_does_not_bias_the_gradient(exact):
   frequency = np.repeat(len(pairs) * chance, 2, axis=1)
   update = reinforce_update(exact, "leave_one_out")
   gradient = trainer_gradient(exact, update, pairs.reshape(-1), frequency)
+  assert_ascends(gradient, exact)
+
+
+def test_the_first_step_of_ppo_follows_the_exact_gradient(exact):
+  """Every ratio is 1, and the critic's values are still 0."""
+  settings = ppo.Settings(
+    leave_one_out=False,
+    epochs=1,
+    minibatches=1,
+    clip=0.2,
+    value_clip=0.2,
+    discount=1.0,
+    gae_lambda=1.0,
+    whiten=False,
+    target_kl=0.01,
+  )
+  critic_optimizer = optax.sgd(optax.constant_schedule(0.1))
+  critic_params = critic_lib.init_params(
+    jax.random.key(5), MODEL.emb_dim, hidden=4, num_values=3
+  )
+
+  def update(optimizer, num_samples, state, experience):
+    state, _ = actor_critic.update(
+      state,
+      experience,
+      exact.reference,
+      bank=exact.bank,
+      coefficients=exact.coefficients,
+      optimizer=optimizer,
+      critic_optimizer=critic_optimizer,
+      settings=settings,
+      values_kl=True,
+      objectives=("a", "b"),
+      num_samples=num_samples,
+      temperature=TEMPERATURE,
+      microbatches=1,
+      rows=sharding.row_sharding(sharding.make_mesh(1, 1, jax.devices()[:1])),
+    )
+    return state
+
+  critic = critic_lib.CriticState(
+    critic_params, critic_optimizer.init(critic_params)
+  )
+  gradient = trainer_gradient(
+    exact, update, np.arange(13), 13 * exact.probs, critic
+  )
   assert_ascends(gradient, exact)
