@@ -178,7 +178,11 @@ def plain_gradient():
   "gae_lambda, changes",
   [
     (0.8, {"ppo.gae_lambda": 0.8, "ppo.epochs": 1, "ppo.minibatches": 1}),
-    (1.0, {"algorithm": "reinforce", "reinforce.baseline": "learned"}),
+    pytest.param(
+      1.0,
+      {"algorithm": "reinforce", "reinforce.baseline": "learned"},
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_one_update_is_reinforce_with_the_critics_advantages(

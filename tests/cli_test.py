@@ -1,7 +1,6 @@
 """The command: what it does, and what it says to what can't work."""
 
 import json
-import pathlib
 import re
 import shlex
 import shutil
@@ -11,15 +10,6 @@ import pytest
 import runs
 
 import clp_jax
-
-
-@pytest.fixture(scope="module")
-def run_folder(sft_run):
-  workdir = pathlib.Path(sft_run).parent / "cli"
-  status, out, err = runs.clp(*runs.train_arguments(workdir, sft_run))
-  assert status == 0, err
-  assert out.strip() == str(workdir)
-  return workdir
 
 
 def fails(status, message, *arguments):
@@ -35,13 +25,13 @@ def fails(status, message, *arguments):
 # What it does.
 
 
-def test_evaluate_writes_the_contracts_files(run_folder):
+def test_evaluate_writes_the_contracts_files(clp_run):
   status, out, err = runs.clp(
-    *("evaluate", "--workdir", run_folder, "--grid", 3, "--prompts", 6)
+    *("evaluate", "--workdir", clp_run, "--grid", 3, "--prompts", 6)
   )
   assert status == 0, err
   assert "hypervolume" in out and "full-CLP" in out
-  folder = run_folder / "evaluation"
+  folder = clp_run / "evaluation"
   front = json.loads((folder / "front.json").read_text())
   assert front["objectives"] == ["rouge", "nli"]
   assert front["step"] == 4 and front["prompts"] == 6
@@ -75,17 +65,15 @@ def test_folders_may_be_relative(sft_run, tmp_path, monkeypatch):
   assert clp_jax.Policy.load("run").reference is not None
 
 
-def test_the_same_evaluation_gives_the_same_numbers(run_folder):
+def test_the_same_evaluation_gives_the_same_numbers(clp_run):
   fronts = []
   for _ in range(2):
-    runs.clp(*("evaluate", "--workdir", run_folder, "--prompts", 4))
-    fronts.append((run_folder / "evaluation" / "front.json").read_text())
+    runs.clp(*("evaluate", "--workdir", clp_run, "--prompts", 4))
+    fronts.append((clp_run / "evaluation" / "front.json").read_text())
   assert fronts[0] == fronts[1]
 
 
-def test_generate_answers_each_line_with_its_own_weighting(
-  run_folder, tmp_path
-):
+def test_generate_answers_each_line_with_its_own_weighting(clp_run, tmp_path):
   rows = [
     {"document": "Brivane opened the museum.", "id": 3},
     {"document": "Brivane opened the museum.", "weights": {"rouge": 1}},
@@ -93,13 +81,13 @@ def test_generate_answers_each_line_with_its_own_weighting(
   file = tmp_path / "in.jsonl"
   file.write_text("\n\n".join(json.dumps(row) for row in rows))
   arguments = (
-    *("generate", "--workdir", run_folder, "--input", file),
+    *("generate", "--workdir", clp_run, "--input", file),
     *("--weights", "nli=0.7,rouge=0.3", "--seed", 5),
   )
   status, out, err = runs.clp(*arguments)
   assert status == 0, err
   answers = [json.loads(line) for line in out.splitlines()]
-  policy = clp_jax.Policy.load(str(run_folder))
+  policy = clp_jax.Policy.load(str(clp_run))
   expected = policy.generate(
     [row["document"] for row in rows],
     [{"nli": 0.7, "rouge": 0.3}, {"rouge": 1.0}],
@@ -109,14 +97,14 @@ def test_generate_answers_each_line_with_its_own_weighting(
     assert answer == row | {"summary": summary}
 
 
-def test_metrics_have_the_contracts_keys(run_folder):
-  row = runs.metrics(run_folder)[0]
+def test_metrics_have_the_contracts_keys(clp_run):
+  row = runs.metrics(clp_run)[0]
   assert {
     *("step", "loss", "return", "kl", "entropy", "length", "gradient_norm"),
     *("reward/rouge", "reward/nli"),
   } <= set(row)
   assert abs(row["kl"]) < 1e-4  # the first policy is the reference
-  assert any((run_folder / "metrics").iterdir())
+  assert any((clp_run / "metrics").iterdir())
 
 
 def test_help_is_a_walk_through_commands_that_exist():
@@ -180,23 +168,21 @@ def test_missing_config_file_and_arguments(tmp_path):
   fails(2, "unknown", "evaluate", "--workdir", tmp_path, "--prompt", 3)
 
 
-def test_a_folder_of_another_run_is_refused_and_kept(run_folder, sft_run):
-  before = runs.checkpoint_steps(run_folder)
+def test_a_folder_of_another_run_is_refused_and_kept(clp_run, sft_run):
+  before = runs.checkpoint_steps(clp_run)
   fails(
     2,
     "optimizer.learning_rate = 0.001 there, 0.5 here",
-    *runs.train_arguments(
-      run_folder, sft_run, **{"optimizer.learning_rate": 0.5}
-    ),
+    *runs.train_arguments(clp_run, sft_run, **{"optimizer.learning_rate": 0.5}),
   )
-  assert runs.checkpoint_steps(run_folder) == before
+  assert runs.checkpoint_steps(clp_run) == before
 
 
 @pytest.mark.parametrize(
   "body, message",
   [
     ("[float('nan')] * len(c)", "nan"),
-    ("[0.5]", "shape"),
+    pytest.param("[0.5]", "shape", marks=pytest.mark.slow),
   ],
 )
 def test_a_broken_reward_stops_the_run_and_keeps_its_checkpoints(
@@ -217,14 +203,14 @@ def test_a_broken_reward_stops_the_run_and_keeps_its_checkpoints(
   assert runs.checkpoint_steps(workdir) == [2]
 
 
-def test_a_checkpoint_of_another_shape_is_refused(run_folder, tmp_path):
+def test_a_checkpoint_of_another_shape_is_refused(clp_run, tmp_path):
   workdir = tmp_path / "run"
-  shutil.copytree(run_folder, workdir)
+  shutil.copytree(clp_run, workdir)
   model = json.loads((workdir / "model.json").read_text())
   (workdir / "model.json").write_text(json.dumps(model | {"mlp_dim": 48}))
   message = "wi_0/kernel, and the run's model needs shape (2, 64, 48)"
   fails(1, message, "evaluate", "--workdir", workdir)
-  assert runs.checkpoint_steps(workdir) == runs.checkpoint_steps(run_folder)
+  assert runs.checkpoint_steps(workdir) == runs.checkpoint_steps(clp_run)
 
 
 def test_folders_without_a_run_are_refused(tmp_path):
@@ -242,8 +228,8 @@ def test_folders_without_a_run_are_refused(tmp_path):
     ("nli=x", "name=weight"),
   ],
 )
-def test_bad_weights_are_refused(run_folder, weights, message):
-  fails(2, message, "generate", "--workdir", run_folder, "--weights", weights)
+def test_bad_weights_are_refused(clp_run, weights, message):
+  fails(2, message, "generate", "--workdir", clp_run, "--weights", weights)
 
 
 @pytest.mark.parametrize(
@@ -257,22 +243,22 @@ def test_bad_weights_are_refused(run_folder, weights, message):
     ('{"document": "x", "alpha": 0.7}', "line 2: this run was trained"),
   ],
 )
-def test_bad_lines_are_named(run_folder, tmp_path, line, message):
+def test_bad_lines_are_named(clp_run, tmp_path, line, message):
   file = tmp_path / "in.jsonl"
   file.write_text('{"document": "x"}\n' + line + "\n")
   fails(
     1,
     message,
-    *("generate", "--workdir", run_folder, "--weights", "nli=1"),
+    *("generate", "--workdir", clp_run, "--weights", "nli=1"),
     *("--input", file),
   )
 
 
-def test_missing_step_lists_the_steps(run_folder):
-  fails(1, "it has 2, 4", "evaluate", "--workdir", run_folder, "--step", 3)
+def test_missing_step_lists_the_steps(clp_run):
+  fails(1, "it has 2, 4", "evaluate", "--workdir", clp_run, "--step", 3)
 
 
-def test_too_many_prompts_and_a_grid_of_one_are_refused(run_folder):
-  folder = ("evaluate", "--workdir", run_folder)
+def test_too_many_prompts_and_a_grid_of_one_are_refused(clp_run):
+  folder = ("evaluate", "--workdir", clp_run)
   fails(2, "1000 examples", *folder, "--prompts", 5000)
   fails(2, "at least 2 points", *folder, "--grid", 1)

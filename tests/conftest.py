@@ -65,3 +65,15 @@ def sft_run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "sft"
   sft.train(config, str(workdir))
   return str(workdir)
+
+
+@pytest.fixture(scope="session")
+def clp_run(sft_run):
+  """Folder of a run of 4 steps from there; whoever changes it takes a copy."""
+  import runs
+
+  workdir = pathlib.Path(sft_run).parent / "clp"
+  status, out, err = runs.clp(*runs.train_arguments(workdir, sft_run))
+  assert status == 0, err
+  assert out.strip() == str(workdir)
+  return workdir

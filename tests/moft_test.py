@@ -69,11 +69,12 @@ def mesh_of(data=1, model=1, replica=1):
   return sharding.make_mesh(data, model, devices, replica)
 
 
-def train(config, mesh, steps, rewards_fn=rewards_of, key=7):
+def train(config, mesh, steps, rewards_fn=rewards_of, programs=None):
   """Runs `steps` steps; returns (state, metrics per step, programs)."""
-  programs = moft.make_programs(config, MODEL, mesh, ALLOWED)
+  if programs is None:
+    programs = moft.make_programs(config, MODEL, mesh, ALLOWED)
   placed = sharding.put(reference(), programs.reference_shardings)
-  state = programs.init(placed, jax.random.key(key))
+  state = programs.init(placed, jax.random.key(7))
   history = []
   for step in range(steps):
     prompts = sharding.to_devices(mesh, prompts_of(step), PROMPTS)
@@ -99,7 +100,9 @@ def assert_trees_close(a, b, **tolerance):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.7])
+@pytest.mark.parametrize(
+  "temperature", [0.6, pytest.param(1.7, marks=pytest.mark.slow)]
+)
 def test_kl_is_zero_at_step_0_at_any_temperature(temperature):
   config = make_config(**{"rollout.temperature": temperature})
   programs = moft.make_programs(config, MODEL, mesh_of(), ALLOWED)
@@ -128,14 +131,14 @@ def test_kl_is_zero_at_step_0_at_any_temperature(temperature):
 
 
 def test_samples_depend_on_the_step_and_weightings_vary():
-  config = make_config()
-  programs = moft.make_programs(config, MODEL, mesh_of(), ALLOWED)
-  state = programs.init(reference(), jax.random.key(1))
+  _, _, programs = plain_run()
+  placed = sharding.put(reference(), programs.reference_shardings)
+  state = programs.init(placed, jax.random.key(1))
   first, second, again = (
     programs.rollout(
       state.params,
-      reference(),
-      prompts_of(0),
+      placed,
+      sharding.to_devices(mesh_of(), prompts_of(0), PROMPTS),
       state.key,
       np.int32(step),
       state.front,
@@ -149,7 +152,9 @@ def test_samples_depend_on_the_step_and_weightings_vary():
   assert not np.allclose(weights, second.weighting.weights)
 
 
-@pytest.mark.parametrize("kind", ["full", "attention"])
+@pytest.mark.parametrize(
+  "kind", [pytest.param("full", marks=pytest.mark.slow), "attention"]
+)
 def test_update_equals_a_plain_computation(kind):
   """Gradient, return and metrics against loops over policies and samples."""
   config = make_config(steering=kind)
@@ -279,7 +284,7 @@ def test_microbatches_add_up_to_the_whole_batch():
 @pytest.mark.parametrize(
   "replica, data, model, fsdp",
   [
-    (1, 8, 1, False),
+    pytest.param(1, 8, 1, False, marks=pytest.mark.slow),
     (1, 4, 2, True),
     pytest.param(2, 2, 2, True, marks=pytest.mark.slow),
   ],
@@ -315,7 +320,7 @@ def test_normalised_rewards_do_not_depend_on_their_scale():
   config = make_config()
   for name in config.objectives:
     config.rewards[name].normalise = "running"
-  plain, _, _ = train(config, mesh_of(), 3)
-  other, _, _ = train(config, mesh_of(), 3, scaled)
+  plain, _, programs = train(config, mesh_of(), 3)
+  other, _, _ = train(config, mesh_of(), 3, scaled, programs)
   assert_trees_close(plain.params, other.params, atol=1e-3)
   np.testing.assert_array_equal(plain.reward_stats.count, [48, 48])

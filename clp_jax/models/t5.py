@@ -634,6 +634,12 @@ def init_params(config: T5Config, key: jax.Array) -> Params:
 
 def abstract_params(config: T5Config) -> Params:
   """The tree of `init_params` with a jax.ShapeDtypeStruct for each array."""
+  return jax.tree.map(lambda leaf: leaf, _abstract_params(config))
+
+
+@functools.lru_cache
+def _abstract_params(config: T5Config) -> Params:
+  # Building the modules takes half a second, and a run asks many times.
   return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
@@ -649,12 +655,23 @@ def logical_axes(config: T5Config) -> Axes:
   Returns:
     A nested dict of tuples of str.
   """
+  return jax.tree.map(
+    lambda axes: axes, _logical_axes(config), is_leaf=_are_names
+  )
+
+
+@functools.lru_cache
+def _logical_axes(config: T5Config) -> Axes:
   boxed = jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0)))
   return jax.tree.map(
     lambda box: tuple(box.names),
     boxed,
     is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
   )
+
+
+def _are_names(x: Any) -> bool:
+  return isinstance(x, tuple)
 
 
 def _stack(*leaves: Any) -> Any:

@@ -23,6 +23,13 @@ from clp_jax.train.state import TrainState
 
 Tree = Any
 
+# Every replica of an array writes a part of it, and to cut it Orbax compiles a
+# program for each shape and device: seconds, for leaves that take none. Orbax
+# has an option for it, but none of the ways to pass it keeps the rest of the
+# handler that it has made; a release that renames this is only slower.
+_handler: Any = ocp.type_handlers.get_type_handler(jax.Array)
+_handler._min_slice_bytes_for_replica_parallel = 1 << 20
+
 
 class Checkpoints:
   """Owner of a run's checkpoints while it trains."""
