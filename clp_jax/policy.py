@@ -137,9 +137,8 @@ class Policy:
       return np.ones([1], np.float32)
     array, alpha = self.weighting(weights, alpha)
     q = config_lib.distribution(self.config)
-    return np.asarray(
-      q.coefficients(Weighting(jnp.asarray(array), jnp.float32(alpha)))
-    )
+    on_host: Any = (array, np.asarray(alpha, np.float32))
+    return np.asarray(q.coefficients(Weighting(*on_host)))
 
   def weighting(
     self, weights: Weights | None, alpha: float | None = None

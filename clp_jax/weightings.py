@@ -13,7 +13,7 @@ weight with which mixing logits gives alpha's optimum exactly.
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,14 +110,15 @@ class Distribution:
   def coefficients(self, weighting: Weighting) -> jax.Array:
     """[G, M] coefficients of the parameter sets for the weightings.
 
-    For an alpha below a realigned range they are not convex.
+    For an alpha below a realigned range they are not convex. NumPy arrays stay
+    on the host, where nothing has to wait for a device that is busy.
     """
     if self.alpha_range is None:
       return coefficients(weighting.weights)
     if self.kl_coefficient == "alpha":
       return coefficients(weighting.weights, weighting.alpha)
     weight = realignment(weighting.alpha, self.alpha_range[0])[..., None]
-    return jnp.concatenate(
+    return _numpy_of(weight).concatenate(
       [weight * coefficients(weighting.weights), 1 - weight], axis=-1
     )
 
@@ -138,8 +139,9 @@ def realignment(alpha: jax.Array, trained_alpha: float) -> jax.Array:
 
   Source: Liu et al. 2024 (arXiv 2402.02992), for this V.
   """
-  alpha = jnp.asarray(alpha, jnp.float32)
-  trained = jnp.float32(trained_alpha)
+  numpy = _numpy_of(alpha)
+  alpha = numpy.asarray(alpha, numpy.float32)
+  trained = numpy.float32(trained_alpha)
   # Divided in one order: exactly 1 where the two are equal.
   return ((1 - alpha) / alpha) / ((1 - trained) / trained)
 
@@ -165,16 +167,21 @@ def coefficients(weights, alpha=None) -> jax.Array:
       raise ValueError(f"weights must be a vector on the simplex, got {host}.")
     for row in host.reshape(-1, host.shape[-1]):
       check_weights(row, host.shape[-1])
-  weights = jnp.asarray(weights, jnp.float32)
+  numpy = _numpy_of(weights)
+  weights = numpy.asarray(weights, numpy.float32)
   if alpha is None:
     return weights
   if not isinstance(alpha, jax.core.Tracer):
     for value in np.asarray(alpha, np.float32).reshape(-1):
       check_alpha(float(value))
-  alpha = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), weights.shape[:-1])[
-    ..., None
-  ]
-  return jnp.concatenate([(1 - alpha) * weights, alpha], axis=-1)
+  alpha = numpy.asarray(alpha, numpy.float32)
+  alpha = numpy.broadcast_to(alpha, weights.shape[:-1])[..., None]
+  return numpy.concatenate([(1 - alpha) * weights, alpha], axis=-1)
+
+
+def _numpy_of(array) -> Any:
+  """NumPy for what is on the host, else JAX's."""
+  return np if isinstance(array, np.ndarray | np.generic) else jnp
 
 
 def check_weights(weights: np.ndarray, num_rewards: int) -> None:

@@ -635,6 +635,23 @@ class TestDocumentation:
 
 
 @pytest.mark.slow
+def test_it_listens_when_it_says_so_and_hears_a_signal_at_once(policy):
+  for ask in (True, False):
+    process = runs.start(
+      ["serve", "--workdir", policy.workdir, "--port", 0, "--rows", 8]
+    )
+    try:
+      address = process.stdout.readline().split()[-1]
+      if ask:
+        assert httpx.get(f"{address}health", timeout=60).status_code == 200
+      process.terminate()
+      assert process.wait(60) == 0
+    finally:
+      process.kill()
+      process.communicate()
+
+
+@pytest.mark.slow
 def test_killed_under_load_it_restarts_clean(policy):
   """The command itself, with its own process."""
 

@@ -65,9 +65,15 @@ def serve(
       key=key,
       loopback=is_loopback(host),
     )
-    # uvicorn ends in good order, and raises the signal again afterwards.
+
+    def stop(*_: Any) -> None:
+      server.should_exit = True
+
+    # For a signal that comes before uvicorn has its own handlers, and the same
+    # one again, which uvicorn raises when it has ended in good order.
     for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, lambda *_: None)
+      signal.signal(number, stop)
+    listener.listen()  # who reads the address may come at once
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}/"
     print(f"serving {workdir} on {address}", flush=True)
