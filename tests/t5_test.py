@@ -468,3 +468,16 @@ def test_a_config_that_makes_no_model_is_an_error(field, value, message):
 def test_a_config_from_json_can_be_hashed():
   config = t5.T5Config(mlp_activations=["relu"])
   assert hash(config) == hash(t5.T5Config(mlp_activations=("relu",)))
+
+
+def test_matmul_has_the_gradient_of_a_product():
+  random = np.random.default_rng(0)
+  x, kernel, g = (
+    random.standard_normal(shape).astype(np.float32)
+    for shape in ((3, 5, 4), (4, 6), (3, 5, 6))
+  )
+  y, backward = jax.vjp(layers.matmul, x, kernel)
+  np.testing.assert_allclose(y, x @ kernel, rtol=1e-5)
+  dx, dkernel = backward(g)
+  np.testing.assert_allclose(dx, g @ kernel.T, atol=1e-5)
+  np.testing.assert_allclose(dkernel, np.einsum("abd,abf->df", x, g), atol=1e-5)
