@@ -51,7 +51,7 @@ parity: $(VENV)/.installed-test $(VENV)/.installed-parity
 	$(BIN)/python -m pytest -m parity $(PYTEST_ARGS)
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/pdoc clp_jax --output-directory build/docs
+	$(BIN)/python docs/render.py build/docs
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

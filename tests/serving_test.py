@@ -635,6 +635,23 @@ class TestDocumentation:
 
 
 @pytest.mark.slow
+def test_its_benchmark_finds_nothing_wrong(policy):
+  (command,) = re.findall(r"^    python (-m benchmarks.*)$", DOCS, re.M)
+  arguments = command.replace("runs/demo", str(policy.workdir)).split()
+  done = subprocess.run(
+    [sys.executable, *arguments, "--seconds", "3", "--clients", "8", "--json"],
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert found["requests"] > 8 and found["answers that differ"] == 0
+
+
+@pytest.mark.slow
 def test_it_listens_when_it_says_so_and_hears_a_signal_at_once(policy):
   for ask in (True, False):
     process = runs.start(

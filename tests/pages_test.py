@@ -1,0 +1,67 @@
+"""Commands of README.md and docs/, against the commands' own arguments.
+
+What they do is for the tests of their subjects, which run them. Here all of
+them are read: a flag or field that was renamed shows at once.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import runs
+
+from clp_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(text):
+  """The indented `clp` commands of a page, as lists of arguments."""
+  text = re.sub("```.*?```", "", text, flags=re.S)
+  lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+  script = "\n".join(lines).replace("\\\n", " ")
+  for command in re.findall(r"(?:^|[ /])clp ([a-z].*)$", script, re.MULTILINE):
+    yield shlex.split(command.split(" | ")[0].rstrip("&"), comments=True)
+
+
+def test_every_command_of_the_pages_exists_with_its_flags():
+  found = [(page.name, c) for page in PAGES for c in commands(page.read_text())]
+  assert len(found) > 25
+  fields = set(config_lib.get_config().to_dict())
+  options = {}
+  for page, (command, *rest) in found:
+    if command not in options:
+      status, options[command], _ = runs.clp(command, "--help")
+      assert status == 0, (page, command)
+    for word in rest:
+      name = word.partition("=")[0]
+      if name.startswith("--config."):
+        assert name.split(".")[1] in fields, (page, word)
+      elif name.startswith("--"):
+        assert re.search(rf"^  {name}\b", options[command], re.M), (page, word)
+
+
+@pytest.mark.slow
+def test_api_pages_show_the_public_names_and_every_module(tmp_path):
+  pytest.importorskip("pdoc")
+  done = subprocess.run(
+    [sys.executable, ROOT / "docs" / "render.py", tmp_path],
+    capture_output=True,
+    text=True,
+    check=True,
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+  assert "Warn" not in done.stderr, done.stderr
+  front = (tmp_path / "clp_jax.html").read_text()
+  for name in ("Policy", "T5Config", "mix", "expand", "coefficients"):
+    assert f'id="{name}"' in front
+  for file in (ROOT / "clp_jax").rglob("*.py"):
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    if not parts[-1].startswith("__"):
+      assert tmp_path.joinpath(*parts).with_suffix(".html").exists(), file
