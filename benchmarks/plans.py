@@ -56,7 +56,6 @@ SETTINGS = (
       *THREE,
       "--config.rewards.tldr.model=xxl",
       "--config.steering=attention",
-      "--config.rollout.prompts=128",
     ),
   ),
 )

@@ -80,8 +80,7 @@ def train_batches(
     ConfigError: when the data can't be had or is empty.
   """
   task = load_task(config, vocabulary)
-  first, last = sharding.process_rows(mesh, batch_size)
-  rows = last - first
+  index, count = sharding.process_share(mesh, batch_size)
   with config_lib.as_config_error():
     batches = tasks.train_batches(
       task,
@@ -91,8 +90,8 @@ def train_batches(
       target_length=config.data.target_length,
       seed=config.seed,
       start=start,
-      process_index=first // rows,
-      process_count=batch_size // rows,
+      process_index=index,
+      process_count=count,
     )
   return _logged(batches, config.data.source_length)
 

@@ -145,7 +145,7 @@ def score_groups(
   Returns:
     TokenScores whose arrays have the leading axes [G, R/G, T].
   """
-  return jax.vmap(
+  return sharding.map_groups(
     lambda policy, prompts, responses: decoding.score_tokens(
       T5(bank.model_config),
       policy,
@@ -155,7 +155,6 @@ def score_groups(
       temperature=temperature,
     ),
     in_axes=(conditioning.batched_axes(bank.steerable), 0, 0),
-    spmd_axis_name=sharding.group_axis(),
   )(
     decoding.spread_policies(
       bank.model_config,

@@ -42,7 +42,8 @@ GROUP = "group"
 RULES: dict[str, tuple[str, ...]] = {
   # Of activations.
   "weighting": (GROUP,),
-  "batch": ("replica", "data"),
+  "batch": ("replica", GROUP, "data"),
+  "group_batch": ("replica", "data"),  # rows of one weighting
   "length": (),
   # Of parameters and activations.
   "vocab": ("model",),
@@ -139,6 +140,7 @@ class _Placement(NamedTuple):
 
   mesh: Mesh
   fsdp: bool
+  in_group: bool = False  # the rows are those of one weighting
 
 
 _placement: contextvars.ContextVar[_Placement | None] = contextvars.ContextVar(
@@ -154,10 +156,13 @@ def on_mesh(mesh: Mesh, function: Callable, *, fsdp: bool = False) -> Callable:
     function: to be jitted.
     fsdp: whether parameters come cut over the data axis.
   """
+  return _traced_at(_Placement(mesh, fsdp), function)
 
+
+def _traced_at(placement: _Placement, function: Callable) -> Callable:
   @functools.wraps(function)
   def traced(*args, **kwargs):
-    token = _placement.set(_Placement(mesh, fsdp))
+    token = _placement.set(placement)
     try:
       return function(*args, **kwargs)
     finally:
@@ -166,11 +171,21 @@ def on_mesh(mesh: Mesh, function: Callable, *, fsdp: bool = False) -> Callable:
   return traced
 
 
-def group_axis() -> str | None:
-  """vmap's spmd_axis_name over the weightings of a step."""
+def map_groups(function: Callable, in_axes: Any) -> Callable:
+  """jax.vmap over the weightings of a step, each at its group of shards.
+
+  Args:
+    function: of one weighting; its "batch" is that weighting's rows.
+    in_axes: as jax.vmap's.
+  """
   placement = _placement.get()
-  folded = placement is not None and GROUP in placement.mesh.axis_names
-  return GROUP if folded else None
+  if placement is None or GROUP not in placement.mesh.axis_names:
+    return jax.vmap(function, in_axes=in_axes)
+  return jax.vmap(
+    _traced_at(placement._replace(in_group=True), function),
+    in_axes=in_axes,
+    spmd_axis_name=GROUP,
+  )
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:
@@ -184,6 +199,8 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
   placement = _placement.get()
   if placement is None:
     return x
+  if placement.in_group:
+    names = tuple("group_batch" if n == "batch" else n for n in names)
   spec = partition_spec(placement.mesh, names, x.shape, RULES)
   return jax.lax.with_sharding_constraint(
     x, NamedSharding(placement.mesh, spec)
@@ -212,7 +229,7 @@ def spread(policies: Tree, logical_axes: Tree, dtypes: Tree, *, whole: bool):
   def leaf(names, policy, dtype):
     if placement is None:
       return policy.astype(dtype)
-    mesh, fsdp = placement
+    mesh, fsdp = placement.mesh, placement.fsdp
     grouped = policy.ndim == len(names) + 1
     at_rest = RULES | (FSDP_RULES if fsdp else {})
     if not grouped:
@@ -366,6 +383,16 @@ def process_rows(mesh: Mesh, num_rows: int) -> tuple[int, int]:
       "by process along the data axis."
     )
   return start, stop
+
+
+def process_share(mesh: Mesh, num_rows: int) -> tuple[int, int]:
+  """Which of how many equal parts of the rows this process holds.
+
+  Processes whose devices share a place on the data axis, because the model axis
+  spans them, hold the same part.
+  """
+  start, stop = process_rows(mesh, num_rows)
+  return start // (stop - start), num_rows // (stop - start)
 
 
 def to_devices(mesh: Mesh, rows: np.ndarray, num_rows: int) -> jax.Array:

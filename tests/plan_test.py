@@ -67,6 +67,40 @@ ENTRY %main (start: (s32[], bf16[5,8,16], bf16[4,8])) -> STATE {
 )
 
 
+NESTED = """\
+HloModule nested
+
+%layer (p0: bf16[5,8,16], p1: s32[]) -> bf16[8,16] {
+  %p0 = bf16[5,8,16]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = bf16[1,8,16]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero)
+  ROOT %flat = bf16[8,16]{1,0} bitcast(%one)
+}
+
+%multiply (p2: bf16[4,8], p3: bf16[5,8,16], p4: s32[]) -> bf16[4,16] {
+  %p2 = bf16[4,8]{1,0} parameter(0)
+  %p3 = bf16[5,8,16]{2,1,0} parameter(1)
+  %p4 = s32[] parameter(2)
+  %inner = bf16[8,16]{1,0} fusion(%p3, %p4), kind=kLoop, calls=%layer
+  ROOT %product = bf16[4,16]{1,0} convolution(%p2, %inner), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[4,8], all: bf16[5,8,16], i: s32[]) -> bf16[4,16] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %all = bf16[5,8,16]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %y = bf16[4,16]{1,0} fusion(%x, %all, %i), kind=kOutput, calls=%multiply
+}
+"""
+
+
+def test_a_slice_in_a_fusion_of_a_fusion_reads_one_layer():
+  costs = hlo.count(hlo.parse(NESTED))
+  assert costs.flops == 2 * 4 * 8 * 16
+  assert costs.bytes == 2 * (4 * 8 + 8 * 16 + 4 * 16) + 4
+
+
 def test_a_loop_counts_as_often_as_it_runs():
   costs = hlo.count(hlo.parse(LOOPS))
   assert costs.flops == 5 * 2 * 4 * 8 * 16
@@ -392,8 +426,33 @@ def test_memory_does_not_grow_with_the_weightings_of_a_step():
   assert sizes[8] < 1.5 * sizes[1], sizes
 
 
+@pytest.mark.slow
+def test_no_device_computes_what_another_one_does():
+  """FLOPs of the rollout, whose reference knows of no weightings, and of the
+  update, which makes nothing twice without remat."""
+  config = config_lib.get_config()
+  config.rollout.prompts, config.rollout.samples = 16, 2
+  config.rollout.weightings = 4
+  config.data.source_length, config.data.target_length = 32, 4
+  config.objectives = ("rouge", "length")
+  config.rewards.length = config_lib.reward("length")
+  config.mesh.fsdp = True
+  model = dataclasses.replace(MODEL, emb_dim=64, head_dim=32, mlp_dim=128)
+  rollout, update = step_programs(config, model, sharding.make_mesh(4, 2))
+  forward = flops.forward(model, 16, 32, 32, 4)
+  for compiled, passes in ((rollout, 2), (update, 3)):
+    costs = hlo.count(hlo.parse(compiled.as_text()))
+    assert passes * forward <= 8 * costs.flops < 1.2 * passes * forward
+
+
 def update_memory(config, model, mesh):
   """Bytes a device beside arguments and results, of the update's program."""
+  _, update = step_programs(config, model, mesh)
+  return update.memory_analysis().temp_size_in_bytes
+
+
+def step_programs(config, model, mesh):
+  """(rollout, update), compiled on shapes alone."""
   from clp_jax.train import moft
 
   allowed = np.arange(model.vocab_size) > 0
@@ -410,5 +469,8 @@ def update_memory(config, model, mesh):
     made.rollout, state.params, reference, prompts, key, number, state.front
   )
   rewards = jax.ShapeDtypeStruct((rows, 2), jnp.float32)
-  compiled = made.update.lower(state, rollout, rewards, reference).compile()
-  return compiled.memory_analysis().temp_size_in_bytes
+  lowered = made.rollout.lower(
+    state.params, reference, prompts, key, number, state.front
+  )
+  update = made.update.lower(state, rollout, rewards, reference)
+  return lowered.compile(), update.compile()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from processes_test import start_training
 
 from clp_jax import config as config_lib
 from clp_jax import interop, run_folder, sharding
@@ -362,9 +363,9 @@ class TestPairs:
     rows = jsonl.read_rows(str(path), ("document", "chosen", "rejected"))
     inputs = model.Inputs(judge[1], preference.TEMPLATE, 24, None)
 
-    def batches(count, start=0, seed=5):
+    def batches(count, start=0, seed=5, share=(0, 1)):
       stream = reward_model.pair_batches(
-        rows, inputs, batch_size=3, seed=seed, start=start
+        rows, inputs, batch_size=3, seed=seed, start=start, share=share
       )
       return [next(stream) for _ in range(count)]
 
@@ -372,6 +373,9 @@ class TestPairs:
     assert whole[0].shape == (3, 2, 24)
     for start in (1, 2, 5):
       np.testing.assert_array_equal(batches(1, start)[0], whole[start])
+    parts = [batches(7, share=(part, 3)) for part in range(3)]
+    for one, *cut in zip(whole, *parts, strict=True):
+      np.testing.assert_array_equal(np.concatenate(cut), one)
     pairs = reward_model.tokenise(inputs, [rows[i] for i in range(7)])
     keys = [pair.tobytes() for pair in pairs]
     drawn = [keys.index(pair.tobytes()) for b in whole for pair in b]
@@ -387,7 +391,7 @@ class TestPairs:
     margins = np.asarray([2.0, -1.0, 0.0, 0.5, 3.0])
     scores = np.stack([margins + 7, np.full(5, 7)], 1).reshape(-1)
     report = reward_model.evaluate(
-      rows, inputs, lambda tokens: scores[: len(tokens)], step=9
+      rows, inputs, lambda tokens: scores[: len(tokens)], step=9, share=(0, 1)
     )
     assert report.accuracy == 3.5 / 5 and report.pairs == 5 and report.step == 9
     np.testing.assert_allclose(report.loss, np.log1p(np.exp(-margins)).mean())
@@ -403,8 +407,8 @@ def pairs_folder(tmp_path_factory):
   return folder
 
 
-def train_reward(folder, workdir, **fields):
-  """Runs `clp train-reward` on those pairs: (status, stdout, stderr)."""
+def reward_arguments(folder, workdir, **fields):
+  """Arguments of `clp train-reward` on those pairs."""
   settings = {
     "data.train": folder / "train.jsonl",
     "data.eval": folder / "held_out.jsonl",
@@ -416,10 +420,15 @@ def train_reward(folder, workdir, **fields):
     "reward_model.learning_rate": 5e-3,
     "reward_model.warmup_steps": 2,
   } | fields
-  return runs.clp(
+  return [
     *("train-reward", "--config", REWARD_CONFIG, "--workdir", workdir),
     *(f"--config.{name}={value}" for name, value in settings.items()),
-  )
+  ]
+
+
+def train_reward(folder, workdir, **fields):
+  """Runs `clp train-reward` on those pairs: (status, stdout, stderr)."""
+  return runs.clp(*reward_arguments(folder, workdir, **fields))
 
 
 @pytest.fixture(scope="module")
@@ -452,6 +461,32 @@ class TestCommand:
     assert runs.metrics(parts) == runs.metrics(trained[0])
     name = "evaluation/accuracy.json"
     assert (parts / name).read_text() == (trained[0] / name).read_text()
+
+  @pytest.mark.slow
+  @pytest.mark.parametrize(
+    "mesh",
+    [{"mesh.fsdp": True}, {"mesh.data": 1, "mesh.model": 4}],
+    ids=["data 4, fsdp", "a model axis over both processes"],
+  )
+  def test_2_processes_train_and_evaluate_as_1_does(
+    self, mesh, trained, pairs_folder, tmp_path
+  ):
+    workdir = tmp_path / "two"
+    arguments = reward_arguments(pairs_folder, workdir, **mesh)
+    pair = start_training(arguments, workdir, rows=1, devices=2)
+    for process in pair:
+      runs.finish(process)
+    for x, y in zip(
+      runs.metrics(trained[0]), runs.metrics(workdir), strict=True
+    ):
+      for name in x:
+        np.testing.assert_allclose(x[name], y[name], rtol=1e-3, atol=1e-4)
+    one, two = (
+      json.loads((folder / "evaluation" / "accuracy.json").read_text())
+      for folder in (trained[0], workdir)
+    )
+    for name, value in one.items():
+      np.testing.assert_allclose(two[name], value, rtol=1e-4)
 
   def test_its_model_is_a_reward(self, trained, pairs_folder):
     workdir, _ = trained

@@ -136,9 +136,13 @@ def test_constraints_hold_on_a_mesh_and_are_nothing_elsewhere():
 
   x = np.ones([4, 6], np.float32)
   assert jax.jit(double)(x).sharding.is_fully_replicated
+  # Rows of all weightings are cut over their groups too.
   pinned = jax.jit(sharding.on_mesh(mesh, double))(x)
-  assert pinned.sharding.shard_shape(x.shape) == (2, 3)
-  by_group = jax.vmap(double, spmd_axis_name="group")
+  assert pinned.sharding.shard_shape(x.shape) == (1, 3)
+
+  def by_group(x):
+    return sharding.map_groups(double, 0)(x)
+
   x = np.ones([2, 4, 5], np.float32)  # 5 is not divided by the model axis
   pinned = jax.jit(sharding.on_mesh(mesh, by_group))(x)
   assert pinned.sharding.shard_shape(x.shape) == (1, 2, 5)

@@ -206,6 +206,63 @@ class TestSamplesOfAPrompt:
       logits_of(V1_1, random_params(V1_1), ragged_source(), random_tokens(4, 5))
 
 
+class TestManyQueries:
+  def arguments(self, batch=2, heads=3, queries=150, keys=7, width=4):
+    rng = np.random.default_rng(0)
+
+    def array(*shape):
+      return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    query = array(batch, heads, queries, width)
+    rest = [array(batch, heads, keys, width) for _ in range(2)]
+    mask = np.arange(keys) < np.asarray([keys, 3])[:, None]
+    bias = array(1, heads, queries, keys)
+    return query, *rest, mask[:, None, None], bias
+
+  @pytest.mark.parametrize("has_bias", [True, False])
+  def test_blocks_of_queries_give_the_same_attention_and_gradients(
+    self, has_bias, monkeypatch
+  ):
+    """Whole blocks and a rest, ragged keys, dropout of a row."""
+    query, keys, values, mask, bias = self.arguments()
+    kept = np.random.default_rng(1).random((2, 3, 1, 1, 7)) < 0.8
+
+    def results(many, size):
+      monkeypatch.setattr(layers, "MANY_QUERIES", many)
+      monkeypatch.setattr(layers, "QUERIES", size)
+
+      def value(query, keys, values, bias):
+        attended = layers.attend(
+          *(query, keys, values, mask, bias if has_bias else None, kept),
+          keep_rate=0.8,
+        )
+        return jnp.sin(attended).sum(), attended
+
+      gradient = jax.value_and_grad(value, argnums=(0, 1, 2, 3), has_aux=True)
+      (_, attended), gradients = jit(gradient)(query, keys, values, bias)
+      return attended, *gradients
+
+    for whole, cut in zip(results(999, 1), results(150, 64), strict=True):
+      assert np.abs(whole).max() > 0.1 or not has_bias
+      np.testing.assert_allclose(cut, whole, rtol=1e-5, atol=1e-5)
+
+  def test_logits_of_all_queries_are_never_there_at_once(self, monkeypatch):
+    query, keys, values, _, _ = self.arguments(1, 1, queries=1024, keys=512)
+
+    def memory(many):
+      monkeypatch.setattr(layers, "MANY_QUERIES", many)
+
+      def value(*arrays):
+        mask = np.ones([1, 1, 1, 512], bool)
+        return layers.attend(*arrays, mask, None, None, keep_rate=1.0).sum()
+
+      gradient = jit(jax.grad(value, argnums=(0, 1, 2)))
+      compiled = gradient.lower(query, keys, values).compile()
+      return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(256) < 1024 * 512 * 4 < memory(9999)
+
+
 class TestScannedLayers:
   @pytest.mark.parametrize(
     "config, remat", ((V1_0, "full"), (V1_1, "minimal")), ids=("v1_0", "v1_1")

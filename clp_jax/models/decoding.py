@@ -215,11 +215,7 @@ def sample_groups(
       eos_id=eos_id,
     )
 
-  samples = jax.vmap(
-    sample_group,
-    in_axes=(params_axes, 0, 0, 0, 0),
-    spmd_axis_name=sharding.group_axis(),
-  )(
+  samples = sharding.map_groups(sample_group, (params_axes, 0, 0, 0, 0))(
     params,
     by_group(encoder_input_tokens),
     by_group(keys),

@@ -23,6 +23,9 @@ from clp_jax.sharding import constrain
 PAD_ID = 0  # padding in the encoder, and the decoder's first input
 NORM_EPSILON = 1e-6
 MASKED = -1e10  # finite, so that a row with nothing to attend to is not NaN
+# From so many queries on, attention takes blocks of so many at a time.
+MANY_QUERIES = 256
+QUERIES = 128  # the width of a TPU's matrix unit
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(nn.gelu, approximate=True),
@@ -60,7 +63,7 @@ class T5Config:
     scan_layers: stack the layers' parameters and loop over them, which keeps
       the compile time of a deep model that of one layer.
     remat: what the backward pass computes again: "none" of it, "minimal" all
-      but the outputs of linear maps, "full" whole layers.
+      but the outputs of linear maps and attention, "full" whole layers.
     soft_tokens: learned embeddings that stand before the encoder's input; 0 in
       an ordinary T5.
   """
@@ -361,6 +364,81 @@ class RelativeBias(nn.Module):
     return jnp.take(table, buckets, axis=1)[None]
 
 
+def attend(
+  query: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  mask: jax.Array,
+  bias: jax.Array | None,
+  kept: jax.Array | None,
+  *,
+  keep_rate: float,
+) -> jax.Array:
+  """Means of the values, weighted by the softmax of query times key.
+
+  Many queries are worked on a block at a time, and again in the backward pass:
+  the logits of a block stay in an accelerator's fast memory, where all of them
+  would be written to its main memory and read several times.
+
+  Args:
+    query: [B, H, Q, K], the queries of N rows, row by row.
+    keys: [B, H, S, K].
+    values: [B, H, S, K].
+    mask: [B or 1, 1, Q or 1, S] bool, True where a query may look.
+    bias: [B or 1, H, Q, S] float32, or None.
+    kept: [B, H, N, 1, S] bool, what dropout leaves of the weights; None for
+      all.
+    keep_rate: share of them that it leaves.
+
+  Returns:
+    [B, H, Q, K], of the queries' dtype.
+  """
+  length = query.shape[2]
+  one_row = kept is None or kept.shape[2] == 1
+  if length < MANY_QUERIES or mask.shape[2] > 1 or not one_row:
+    return _attend(query, keys, values, mask, bias, kept, keep_rate)
+
+  # Their gradients are summed over the blocks, in this precision.
+  wide_keys, wide_values = (x.astype(jnp.float32) for x in (keys, values))
+
+  @jax.checkpoint
+  def block(queries):
+    query, bias = queries
+    narrow_keys, narrow_values = (
+      x.astype(query.dtype) for x in (wide_keys, wide_values)
+    )
+    return _attend(
+      query, narrow_keys, narrow_values, mask, bias, kept, keep_rate
+    )
+
+  def cut(x):
+    """[b, H, n * QUERIES, ...] -> [n, b, H, QUERIES, ...]."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, QUERIES, x.shape[3]), 2, 0)
+
+  whole = length - length % QUERIES
+  first = jax.tree.map(lambda x: cut(x[:, :, :whole]), (query, bias))
+  attended = jnp.moveaxis(jax.lax.map(block, first), 0, 2)
+  attended = attended.reshape(*query.shape[:2], whole, -1)
+  if whole < length:
+    rest = jax.tree.map(lambda x: x[:, :, whole:], (query, bias))
+    attended = jnp.concatenate([attended, block(rest)], axis=2)
+  return attended
+
+
+def _attend(query, keys, values, mask, bias, kept, keep_rate):
+  logits = jnp.einsum(
+    "bhqk,bhsk->bhqs", query, keys, preferred_element_type=jnp.float32
+  )
+  if bias is not None:
+    logits = logits + bias
+  logits = jnp.where(mask, logits, MASKED)
+  probs = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+  if kept is not None:
+    by_row = probs.reshape(*kept.shape[:3], -1, kept.shape[-1])
+    probs = jnp.where(kept, by_row / keep_rate, 0).reshape(probs.shape)
+  return jnp.einsum("bhqs,bhsk->bhqk", probs, values)
+
+
 class Attention(nn.Module):
   """Multi-head attention of N query rows to each row of keys and values."""
 
@@ -424,23 +502,23 @@ class Attention(nn.Module):
     # The N rows of a prompt are queries to the same keys: no copy of the keys.
     samples = rows // prompts
     query = query.reshape(prompts, samples * length, heads, -1)
-    logits = jnp.einsum(
-      "bhqk,bhsk->bhqs",
+    if bias is not None and bias.shape[0] > 1:  # rows differ: N share one
+      bias = jnp.repeat(bias, prompts // bias.shape[0], axis=0)
+    kept = None
+    if not deterministic and self.dropout.rate > 0:
+      # Dropout is the same at all queries of a row, not of a prompt.
+      shape = (prompts, heads, samples, 1, keys.shape[2])
+      kept = self.dropout(jnp.ones(shape), deterministic=False) > 0
+    attended = attend(
       jnp.swapaxes(query, 1, 2),
       keys,
-      preferred_element_type=jnp.float32,
+      values,
+      mask[:, None],
+      bias,
+      kept,
+      keep_rate=1 - self.dropout.rate,
     )
-    if bias is not None:
-      if bias.shape[0] > 1:  # rows differ: N of them share one
-        bias = jnp.repeat(bias, prompts // bias.shape[0], axis=0)
-      logits = logits + bias
-    logits = jnp.where(mask[:, None], logits, MASKED)
-    probs = jax.nn.softmax(logits, axis=-1).astype(self.config.compute_dtype)
-    # Dropout is the same at all queries of a row, not of a prompt.
-    by_row = probs.reshape(prompts, heads, samples, length, -1)
-    dropped = self.dropout(by_row, deterministic=deterministic)
-    probs = dropped.reshape(probs.shape)
-    attended = jnp.swapaxes(jnp.einsum("bhqs,bhsk->bhqk", probs, values), 1, 2)
+    attended = checkpoint_name(jnp.swapaxes(attended, 1, 2), "attended")
     return self.out(attended.reshape(rows, length, -1))
 
 

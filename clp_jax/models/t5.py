@@ -241,7 +241,9 @@ def _through_layers(
   if remat and config.remat != "none":
     policy = None
     if config.remat == "minimal":
-      policy = jax.checkpoint_policies.save_only_these_names("linear")
+      policy = jax.checkpoint_policies.save_only_these_names(
+        "linear", "attended"
+      )
     body = nn.remat(body, policy=policy, prevent_cse=not config.scan_layers)
   if config.scan_layers:
     scan = nn.scan(

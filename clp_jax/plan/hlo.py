@@ -524,7 +524,7 @@ def _bytes(
     callee = instruction.callee("calls")
     if callee is None:
       return float(instruction.bytes + sum(o.bytes for o in operands))
-    return _fusion_bytes(program.computations[callee], instruction, operands)
+    return _fusion_bytes(program, instruction, operands)
   if opcode == "dynamic-update-slice":
     return 2.0 * operands[1].bytes
   if opcode in _SLICES:
@@ -539,38 +539,14 @@ def _bytes(
 
 
 def _fusion_bytes(
-  inner: Computation, fusion: Instruction, operands: list[Instruction]
+  program: Program, fusion: Instruction, operands: list[Instruction]
 ) -> float:
-  users: dict[str, list[Instruction]] = collections.defaultdict(list)
-  parameters: dict[int, Instruction] = {}
-  for instruction in inner.instructions.values():
-    if instruction.opcode == "parameter":
-      parameters[int(instruction.argument)] = instruction
-    for name in instruction.operands:
-      users[name].append(instruction)
-
-  def through(name: str) -> Iterator[tuple[str, Instruction]]:
-    """Users of a value, those of its bitcasts in place of the bitcasts."""
-    for user in users[name]:
-      if user.opcode == "bitcast" and not user.root:
-        yield from through(user.name)
-      else:
-        yield name, user
-
+  inner = program.computations[fusion.callee("calls") or ""]
   total = 0.0
-  for number, operand in enumerate(operands):
-    if operand.bytes == 0 or number not in parameters:
-      continue
-    read = 0.0
-    for name, user in through(parameters[number].name):
-      if user.opcode in _SLICES and user.operands[0] == name:
-        read += sum(leaf.bytes for leaf in user.leaves)
-      elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-        pass  # in place: only the update is written
-      else:
-        read = operand.bytes
-        break
-    total += min(read, operand.bytes)
+  for parameter in inner.instructions.values():
+    if parameter.opcode == "parameter":
+      operand = operands[int(parameter.argument)]
+      total += min(_read(program, inner, parameter.name), operand.bytes)
   roots = [inner.root]
   if inner.root.opcode == "tuple":
     roots = [inner.instructions[name] for name in inner.root.operands]
@@ -578,13 +554,52 @@ def _fusion_bytes(
   for i, root in enumerate(roots):
     if len(roots) == len(leaves) and not leaves[i].main_memory:
       continue
-    while root.opcode == "bitcast" and root.operands:
-      root = inner.instructions[root.operands[0]]
-    if root.opcode == "dynamic-update-slice":
-      update = inner.instructions[root.operands[1]]
-      total += sum(leaf.bytes for leaf in update.leaves)
+    update = _updated(program, inner, root)
+    if update is not None:
+      total += update
     elif len(roots) == len(leaves):
       total += leaves[i].bytes
     else:
       total += root.bytes
   return total
+
+
+def _read(program: Program, inner: Computation, name: str) -> float:
+  """Bytes of a value that a fusion, and those in it, read: inf for all."""
+  total = 0.0
+  for user in inner.instructions.values():
+    if name not in user.operands:
+      continue
+    nested = program.computations.get(user.callee("calls") or "")
+    if user.opcode == "bitcast" and not user.root:
+      total += _read(program, inner, user.name)
+    elif user.opcode in _SLICES and user.operands[0] == name:
+      total += sum(leaf.bytes for leaf in user.leaves)
+    elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+      pass  # in place: only the update is written
+    elif user.opcode == "fusion" and nested is not None:
+      total += sum(
+        _read(program, nested, parameter.name)
+        for parameter in nested.instructions.values()
+        if parameter.opcode == "parameter"
+        and user.operands[int(parameter.argument)] == name
+      )
+    else:
+      return math.inf
+  return total
+
+
+def _updated(
+  program: Program, inner: Computation, root: Instruction
+) -> float | None:
+  """Bytes that a fusion writes in place; None when it writes all it returns."""
+  while root.opcode == "bitcast" and root.operands:
+    root = inner.instructions[root.operands[0]]
+  nested = program.computations.get(root.callee("calls") or "")
+  if root.opcode == "fusion" and nested is not None:
+    return _updated(program, nested, nested.root)
+  if root.opcode != "dynamic-update-slice":
+    return None
+  return float(
+    sum(leaf.bytes for leaf in inner.instructions[root.operands[1]].leaves)
+  )

@@ -69,7 +69,8 @@ def _parts(batch: Any, parts: int) -> Any:
     groups, rows = x.shape[:2]
     split = x.reshape(groups, parts, rows // parts, *x.shape[2:])
     # Each part over all devices; its rows lay on a few of them.
-    names = ("length", "weighting", "batch") + ("length",) * (x.ndim - 2)
+    names = ("length", "weighting", "group_batch")
+    names += ("length",) * (x.ndim - 2)
     return sharding.constrain(jnp.moveaxis(split, 1, 0), *names)
 
   return jax.tree.map(part_first, batch)

@@ -10,6 +10,7 @@ Pairs are numbered as prompts are: batch k is a function of (file, seed, k).
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -119,21 +120,24 @@ def pair_batches(
   batch_size: int,
   seed: int,
   start: int,
+  share: tuple[int, int],
 ) -> Iterator[np.ndarray]:
   """This process's rows of global batches start, start + 1, ...
 
   Args:
     pairs: rows of (document, chosen, rejected).
     inputs: that tokenises them.
-    batch_size: P, of the global batch; a multiple of the number of processes.
+    batch_size: P, of the global batch.
     seed: of the order of pairs; each epoch has its own.
     start: number of the first batch.
+    share: (part, parts): which part of a batch this process reads.
 
   Returns:
     An endless iterator over [p, 2, S] int32, chosen first.
   """
-  own = batch_size // jax.process_count()
-  first = start * batch_size + own * jax.process_index()
+  part, parts = share
+  own = batch_size // parts
+  first = start * batch_size + own * part
   order, epoch_of_order = np.zeros([0], int), -1
   while True:
     chosen = []
@@ -207,6 +211,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
   )
   state_at = state_shardings(mesh, optimizer, abstract, params_at)
   rows, whole = sharding.row_sharding(mesh), sharding.replicated(mesh)
+  share = sharding.process_share(mesh, settings.batch)
   model = t5.T5(
     dataclasses.replace(model_config, dropout_rate=settings.dropout)
   )
@@ -222,8 +227,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
     init, in_shardings=(params_at["t5"], whole), out_shardings=state_at
   )
   update_step = jax.jit(
-    lambda state, tokens: update(
-      state, tokens, model=model, token=token, optimizer=optimizer
+    sharding.on_mesh(
+      mesh,
+      functools.partial(update, model=model, token=token, optimizer=optimizer),
+      fsdp=config.mesh.fsdp,
     ),
     in_shardings=(state_at, rows),
     out_shardings=(state_at, whole),
@@ -238,7 +245,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
     state, metrics = update_step(
       state, sharding.to_devices(mesh, batch, settings.batch)
     )
-    tokens = int((batch > 0).sum()) * jax.process_count()
+    tokens = int((batch > 0).sum()) * share[1]
     return loop.Step(state, metrics, tokens=tokens)
 
   state = loop.run(
@@ -254,6 +261,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
       batch_size=settings.batch,
       seed=config.seed,
       start=first,
+      share=share,
     ),
     step_fn=step_fn,
     steps=settings.steps,
@@ -269,7 +277,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
     mesh,
     2 * settings.batch,
   )
-  report = evaluate(held_out, inputs, scorer, int(state.step))
+  report = evaluate(held_out, inputs, scorer, int(state.step), share)
   if jax.process_index() == 0:
     folder = epath.Path(workdir) / "evaluation"
     folder.mkdir(exist_ok=True)
@@ -301,7 +309,11 @@ def load_pairs(
 
 
 def evaluate(
-  pairs: jsonl.Rows, inputs: models.Inputs, scorer: Any, step: int
+  pairs: jsonl.Rows,
+  inputs: models.Inputs,
+  scorer: Any,
+  step: int,
+  share: tuple[int, int],
 ) -> Report:
   """Compares the scores of chosen and rejected responses.
 
@@ -310,23 +322,27 @@ def evaluate(
     inputs: that tokenises them.
     scorer: from `rewards.model.make_scorer`.
     step: updates that the model has seen.
+    share: (part, parts): which part of the pairs this process scores.
 
   Returns:
     The report, the same on every process.
   """
+  part, parts = share
   chunk = 1024  # texts in memory at once
   sums = np.zeros([3])
-  own = range(jax.process_index(), len(pairs), jax.process_count())
+  own = range(part, len(pairs), parts)
   # As many calls on every process, though one may have a pair less.
-  for i in range(0, -(-len(pairs) // jax.process_count()), chunk):
-    part = [pairs[k] for k in own[i : i + chunk]]
-    tokens = tokenise(inputs, part)
+  for i in range(0, -(-len(pairs) // parts), chunk):
+    some = [pairs[k] for k in own[i : i + chunk]]
+    tokens = tokenise(inputs, some)
     scores = scorer(tokens.reshape(-1, inputs.length)).reshape(-1, 2)
     margin = (scores[:, 0] - scores[:, 1]).astype(np.float64)
     losses = np.logaddexp(0, -margin)
-    sums += [_right(margin).sum(), losses.sum(), len(part)]
+    sums += [_right(margin).sum(), losses.sum(), len(some)]
   if jax.process_count() > 1:
+    # As many processes have scored each part: the model axis may span some.
     sums = np.asarray(multihost_utils.process_allgather(sums)).sum(0)
+    sums *= parts / jax.process_count()
   right, loss, count = sums.tolist()
   accuracy = right / count
   return Report(

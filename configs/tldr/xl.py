@@ -11,8 +11,8 @@ the format of TRUE. The third reward, a preference model of `clp train-reward`:
     --config.objectives="('nli', 'rouge', 'tldr')" \
     --config.rewards.tldr.model=PATH_OF_A_train-reward_RUN
 
-Differs from base.py in that matrices are cut over 4 devices (mesh.model) and
-layers are computed again in the backward pass.
+Differs from base.py in that matrices are cut over 4 devices (mesh.model) and a
+step has more prompts.
 clp_jax/paper.py says what of these settings is the paper's and what is ours.
 """
 
