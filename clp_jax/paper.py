@@ -78,7 +78,7 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.model.init = config_dict.placeholder(str)
   config.model.dtype = "bfloat16"
   config.model.scan_layers = True
-  # What it saves fits at all sizes; "full" would compute, gather and sum again.
+  # "full" would compute again what the devices must send one another for it.
   config.model.remat = "minimal"
   config.mesh.model = settings.model_axis
   config.mesh.fsdp = True
