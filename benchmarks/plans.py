@@ -24,7 +24,13 @@ class Setting(NamedTuple):
   topology: str
   judge: str  # the preset of the entailment model
   options: tuple[str, ...] = ()
-  programs: tuple[str, ...] = ("sft", "rollout", "reward nli", "update")
+  programs: tuple[str, ...] = (
+    "sft",
+    "rollout",
+    "reference",
+    "reward nli",
+    "update",
+  )
 
 
 SETTINGS = (

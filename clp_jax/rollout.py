@@ -3,8 +3,9 @@
 1. Mix the G policies of the step's weightings.
 2. Cut the B prompts into G groups; group g is answered by policy g, N samples
    a prompt, each row with its own key.
-3. Score the responses under the frozen reference.
-The rewards join later, in the update: some are computed on the host.
+3. Score the responses under the frozen reference: a program of its own, which
+   runs while the host computes rewards.
+The rewards join later, in the update.
 """
 
 from typing import Any
@@ -36,9 +37,10 @@ class Rollout:
   tokens: jax.Array  # [R, T] int32, PAD after EOS
   mask: jax.Array  # [R, T] bool, True up to and including EOS
   logp: jax.Array  # [R, T] float32, nats, under the sampling policy
-  ref_logp: jax.Array  # [R, T] float32, nats, under the reference
   weighting: Weighting  # G weightings
   coefficients: jax.Array  # [G, M] float32
+  # [R, T] float32, nats, under the reference; None until it has scored them.
+  ref_logp: jax.Array | None = None
 
 
 def sample_rollout(
@@ -56,11 +58,11 @@ def sample_rollout(
   temperature: float,
   allowed: np.ndarray,
 ) -> Rollout:
-  """Steps 1 to 3 of the module.
+  """Steps 1 and 2 of the module.
 
   Args:
     params: what the bank trains.
-    reference: an ordinary T5's parameters.
+    reference: an ordinary T5's parameters; what the bank freezes.
     encoder_input_tokens: [B, S] int32 prompts.
     weighting: G weightings; G divides B.
     samples_key: key of the samples.
@@ -77,9 +79,8 @@ def sample_rollout(
     A Rollout.
   """
   coefficients = distribution.coefficients(weighting)
-  documents = encoder_input_tokens
   if prompts is not None:
-    encoder_input_tokens = prompts.prepend(documents, weighting)
+    encoder_input_tokens = prompts.prepend(encoder_input_tokens, weighting)
   policies = decoding.spread_policies(
     bank.model_config,
     bank.mix(params, reference, coefficients),
@@ -98,23 +99,49 @@ def sample_rollout(
     logp_temperature=temperature,
     allowed=allowed,
   )
-  ref_logp, _ = decoding.token_logp(
-    T5(bank.reference_config),
-    reference,
-    documents,
-    samples.tokens,
-    num_samples=num_samples,
-    temperature=temperature,
-  )
   return Rollout(
     encoder_input_tokens=encoder_input_tokens,
     tokens=samples.tokens,
     mask=samples.mask,
     logp=samples.logp,
-    ref_logp=jnp.where(samples.mask, ref_logp, 0),
     weighting=weighting,
     coefficients=coefficients,
   )
+
+
+def score_reference(
+  bank: Bank,
+  reference: Params,
+  encoder_input_tokens: jax.Array,
+  tokens: jax.Array,
+  mask: jax.Array,
+  *,
+  num_samples: int,
+  temperature: float,
+) -> jax.Array:
+  """Step 3 of the module: a Rollout's ref_logp.
+
+  Args:
+    bank: whose reference it is.
+    reference: an ordinary T5's parameters.
+    encoder_input_tokens: [B, S] int32 documents, without prompts.
+    tokens: [R, T] int32 of the Rollout.
+    mask: [R, T] bool of the Rollout.
+    num_samples: N.
+    temperature: of the policy and the reference alike.
+
+  Returns:
+    [R, T] float32, nats; 0 where the mask is False.
+  """
+  logp, _ = decoding.token_logp(
+    T5(bank.reference_config),
+    reference,
+    encoder_input_tokens,
+    tokens,
+    num_samples=num_samples,
+    temperature=temperature,
+  )
+  return jnp.where(mask, logp, 0)
 
 
 def score_groups(

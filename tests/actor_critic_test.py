@@ -74,13 +74,8 @@ def sampled():
   state = dataclasses.replace(
     state, params=perturbed(state.params), critic=critic
   )
-  rollout = programs.rollout(
-    state.params,
-    moft_test.reference(),
-    moft_test.prompts_of(5),
-    state.key,
-    np.int32(4),
-    state.front,
+  rollout = programs.roll_out(
+    state, moft_test.reference(), moft_test.prompts_of(5), np.int32(4)
   )
   return state, rollout, moft_test.rewards_of(rollout)
 
@@ -333,14 +328,7 @@ def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(tmp_path):
   def advance(state, steps):
     for step in steps:
       prompts = sharding.to_devices(mesh, moft_test.prompts_of(step), PROMPTS)
-      rollout = programs.rollout(
-        state.params,
-        reference,
-        prompts,
-        state.key,
-        np.int32(step),
-        state.front,
-      )
+      rollout = programs.roll_out(state, reference, prompts, np.int32(step))
       rewards = moft_test.rewards_of(rollout)
       state, metrics = programs.update(
         state, rollout, sharding.to_devices(mesh, rewards, ROWS), reference

@@ -78,9 +78,7 @@ def train(config, mesh, steps, rewards_fn=rewards_of, programs=None):
   history = []
   for step in range(steps):
     prompts = sharding.to_devices(mesh, prompts_of(step), PROMPTS)
-    rollout = programs.rollout(
-      state.params, placed, prompts, state.key, np.int32(step), state.front
-    )
+    rollout = programs.roll_out(state, placed, prompts, np.int32(step))
     rewards = rewards_fn(rollout)
     state, metrics = programs.update(
       state, rollout, sharding.to_devices(mesh, rewards, len(rewards)), placed
@@ -107,14 +105,7 @@ def test_kl_is_zero_at_step_0_at_any_temperature(temperature):
   config = make_config(**{"rollout.temperature": temperature})
   programs = moft.make_programs(config, MODEL, mesh_of(), ALLOWED)
   state = programs.init(reference(), jax.random.key(1))
-  rollout = programs.rollout(
-    state.params,
-    reference(),
-    prompts_of(0),
-    state.key,
-    np.int32(0),
-    state.front,
-  )
+  rollout = programs.roll_out(state, reference(), prompts_of(0), np.int32(0))
   assert np.asarray(rollout.mask).sum() > PROMPTS  # more than ends
   np.testing.assert_allclose(rollout.logp, rollout.ref_logp, atol=1e-5)
   # And the temperature is in both: they are those of the tempered model.
@@ -135,13 +126,11 @@ def test_samples_depend_on_the_step_and_weightings_vary():
   placed = sharding.put(reference(), programs.reference_shardings)
   state = programs.init(placed, jax.random.key(1))
   first, second, again = (
-    programs.rollout(
-      state.params,
+    programs.roll_out(
+      state,
       placed,
       sharding.to_devices(mesh_of(), prompts_of(0), PROMPTS),
-      state.key,
       np.int32(step),
-      state.front,
     )
     for step in (0, 1, 0)
   )
@@ -171,14 +160,7 @@ def test_update_equals_a_plain_computation(kind):
       state.params,
     ),
   )
-  rollout = programs.rollout(
-    state.params,
-    reference(),
-    prompts_of(5),
-    state.key,
-    np.int32(4),
-    state.front,
-  )
+  rollout = programs.roll_out(state, reference(), prompts_of(5), np.int32(4))
   rewards = rewards_of(rollout)
   steerable = conditioning.steerable_leaves(reference(), kind)
   weights = np.asarray(rollout.weighting.weights)
@@ -269,6 +251,7 @@ def test_a_new_weighting_never_traces_again():
   weights = [h["reward/a"].sum for h in history]
   assert len(set(map(float, weights))) == 2  # two different steps
   assert programs.rollout._cache_size() == 1
+  assert programs.reference._cache_size() == 1
   assert programs.update._cache_size() == 1
 
 

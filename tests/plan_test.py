@@ -392,9 +392,14 @@ def test_the_demo_is_planned_from_the_shell():
     *("--topology", "v5e:2x2", "--mesh", "data=2,model=2", "--json")
   )
   assert status == 0, err
-  assert "compiling update for v5e:2x2 (3 of 3" in err
+  assert "compiling update for v5e:2x2 (4 of 4" in err
   result = json.loads(out)
-  assert [p["name"] for p in result["programs"]] == ["sft", "rollout", "update"]
+  assert [p["name"] for p in result["programs"]] == [
+    "sft",
+    "rollout",
+    "reference",
+    "update",
+  ]
   assert result["fits"] and 0 < result["step"]["utilisation"] < 1
 
 
@@ -465,9 +470,7 @@ def step_programs(config, model, mesh):
     (config.rollout.prompts, config.data.source_length), jnp.int32
   )
   number = jax.ShapeDtypeStruct((), jnp.int32)
-  rollout = jax.eval_shape(
-    made.rollout, state.params, reference, prompts, key, number, state.front
-  )
+  rollout = jax.eval_shape(made.roll_out, state, reference, prompts, number)
   rewards = jax.ShapeDtypeStruct((rows, 2), jnp.float32)
   lowered = made.rollout.lower(
     state.params, reference, prompts, key, number, state.front

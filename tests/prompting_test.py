@@ -154,14 +154,7 @@ def test_a_rollout_prompts_its_policies_and_not_the_reference():
   )
   state = programs.init(reference(), jax.random.key(1))
   rollouts = [
-    programs.rollout(
-      state.params,
-      reference(),
-      prompts_of(0),
-      state.key,
-      np.int32(step),
-      state.front,
-    )
+    programs.roll_out(state, reference(), prompts_of(0), np.int32(step))
     for step in range(3)
   ]
   assert programs.rollout._cache_size() == 1  # weightings are data

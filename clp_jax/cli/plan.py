@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--only",
     action="append",
     metavar="PROGRAM",
-    help="sft, rollout, update or 'reward NAME'; may be given again",
+    help="sft, rollout, reference, update or 'reward NAME'; may be given again",
   )
   parser.add_argument(
     "--json", action="store_true", help="print JSON instead of tables"

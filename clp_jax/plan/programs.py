@@ -4,6 +4,7 @@ They come from the functions that training itself calls: `sft.make_programs`,
 `moft.make_programs` and the rewards' `row_program`.
 """
 
+import dataclasses
 import functools
 import re
 import time
@@ -34,7 +35,7 @@ class Job(NamedTuple):
   """A program before it is compiled.
 
   Attributes:
-    name: "sft", "rollout", "reward NAME" or "update".
+    name: "sft", "rollout", "reference", "reward NAME" or "update".
     program: jitted.
     arguments: abstract.
     calls: a training step makes.
@@ -158,14 +159,25 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
     programs.rollout,
     arguments,
     1,
-    # The policies sample as many tokens as the reference then scores.
-    2 * flops.forward(*sizes, *lengths),
+    flops.forward(*sizes, *lengths),
     held,
     _cache_bytes(config, model_config, mesh),
   )
+  sampled = jax.eval_shape(programs.rollout, *arguments)
+  scored = (reference, prompts, sampled.tokens, sampled.mask)
+  yield Job(
+    "reference",
+    programs.reference,
+    scored,
+    1,
+    flops.forward(*sizes, *lengths),
+    held,
+  )
   for judge in judges:
     yield judge._replace(held=held)
-  sampled = jax.eval_shape(programs.rollout, *arguments)
+  sampled = dataclasses.replace(
+    sampled, ref_logp=jax.eval_shape(programs.reference, *scored)
+  )
   rewards = jax.ShapeDtypeStruct((rows, len(config.objectives)), jnp.float32)
   yield Job(
     "update",

@@ -69,6 +69,7 @@ def gather(
 
   normalised, running = normalisation
   raw, mask = by_group(rewards), by_group(rollout.mask)
+  assert rollout.ref_logp is not None  # scored by now
   assert state.reward_stats is not None  # None is supervised training's
   stats = state.reward_stats.update(raw, jnp.asarray(running))
   rewards = normalise(raw, stats, jnp.asarray(normalised))

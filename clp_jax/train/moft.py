@@ -1,9 +1,10 @@
 """Multi-objective finetuning: the training loop of CLP.
 
 A step, for G weightings drawn from Q:
-1. mix G policies from the parameter sets, sample N responses for each prompt
-   and score them under the reference (one program: rollout.py);
-2. compute the rewards R_1..R_m of every response (on the host);
+1. mix G policies from the parameter sets and sample N responses for each prompt
+   (one program: rollout.py);
+2. compute the rewards R_1..R_m of every response (on the host), while the
+   devices score them under the reference (one program: rollout.py);
 3. scalarise by each group's weighting and learn from it; the gradient flows
    through the mixing into all sets (one program: `update` takes one optimizer
    step of REINFORCE; actor_critic.py has PPO and the learned baseline).
@@ -40,7 +41,12 @@ from clp_jax.models import t5
 from clp_jax.prompting import Prompts
 from clp_jax.rewards import base as rewards_lib
 from clp_jax.rewards.normalisation import RewardStats
-from clp_jax.rollout import Rollout, sample_rollout, score_groups
+from clp_jax.rollout import (
+  Rollout,
+  sample_rollout,
+  score_groups,
+  score_reference,
+)
 from clp_jax.train import actor_critic, loop, sft
 from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import experience as experience_lib
@@ -63,15 +69,40 @@ CRITIC_FOLD = 2**32 - 1
 
 
 class Programs(NamedTuple):
-  """The two jitted programs of a step and the shardings of the state."""
+  """The three jitted programs of a step and the shardings of the state."""
 
   # (params, reference, prompts, key, step, front) -> Rollout
   rollout: Callable[..., Rollout]
+  # (reference, prompts, tokens, mask) -> ref_logp
+  reference: Callable[..., jax.Array]
   # (state, rollout, rewards, reference) -> (state, metrics)
   update: Callable[..., tuple[TrainState, dict]]
   init: Callable[..., TrainState]  # (reference, key) -> state
   state_shardings: TrainState
   reference_shardings: Params
+
+  def roll_out(
+    self,
+    state: TrainState,
+    reference: Params,
+    prompts: jax.Array,
+    step: np.int32,
+  ) -> Rollout:
+    """Starts the first two programs; the samples are ready before the scores.
+
+    Args:
+      state: whose parameters, key and front are read.
+      reference: an ordinary T5's parameters.
+      prompts: [B, S] int32 documents.
+      step: that the randomness is of.
+    """
+    rollout = self.rollout(
+      state.params, reference, prompts, state.key, step, state.front
+    )
+    return dataclasses.replace(
+      rollout,
+      ref_logp=self.reference(reference, prompts, rollout.tokens, rollout.mask),
+    )
 
 
 def make_programs(
@@ -185,6 +216,17 @@ def make_programs(
       allowed=allowed,
     )
 
+  def score(reference, documents, tokens, mask):
+    return score_reference(
+      bank,
+      reference,
+      documents,
+      tokens,
+      mask,
+      num_samples=config.rollout.samples,
+      temperature=config.rollout.temperature,
+    )
+
   def update_step(state, rollout, rewards, reference):
     experience = experience_lib.gather(
       state,
@@ -222,7 +264,6 @@ def make_programs(
     tokens=rows,
     mask=rows,
     logp=rows,
-    ref_logp=rows,
     weighting=whole,
     coefficients=whole,
   )
@@ -239,9 +280,19 @@ def make_programs(
       ),
       out_shardings=rollout_at,
     ),
+    reference=jax.jit(
+      on_mesh(score),
+      in_shardings=(reference_at, rows, rows, rows),
+      out_shardings=rows,
+    ),
     update=jax.jit(
       on_mesh(update_step),
-      in_shardings=(state_at, rollout_at, rows, reference_at),
+      in_shardings=(
+        state_at,
+        dataclasses.replace(rollout_at, ref_logp=rows),
+        rows,
+        reference_at,
+      ),
       out_shardings=(state_at, whole),
       donate_argnums=0,
     ),
@@ -406,14 +457,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     prompts = sharding.to_devices(
       mesh, batch.encoder_input_tokens, config.rollout.prompts
     )
-    return programs.rollout(
-      state.params,
-      reference,
-      prompts,
-      state.key,
-      np.int32(step),
-      state.front,
-    )
+    return programs.roll_out(state, reference, prompts, np.int32(step))
 
   def step_fn(state, step, batch, want_texts):
     rollout = roll_out(state, step, batch)
