@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shlex
+import socket
 import subprocess
 import sys
 
@@ -66,3 +67,32 @@ def test_api_pages_show_the_public_names_and_every_module(tmp_path):
     parts = file.relative_to(ROOT).with_suffix("").parts
     if not parts[-1].startswith("__"):
       assert tmp_path.joinpath(*parts).with_suffix(".html").exists(), file
+
+
+@pytest.mark.slow
+def test_two_processes_on_a_laptop_train(sft_run, tmp_path):
+  """The loop of docs/pods.md, on smaller settings and a port that is free."""
+  page = (ROOT / "docs" / "pods.md").read_text()
+  lines = [line[4:] for line in page.splitlines() if line.startswith("    ")]
+  script = "\n".join(lines[lines.index("for i in 0 1; do") - 1 :])
+  assert script.startswith("export XLA_FLAGS=") and script.endswith("wait")
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    script = script.replace("8476", str(probe.getsockname()[1]))
+  small = shlex.join(runs.overrides(sft_run, **{"train.steps": 2}))
+  script = script.replace("--coordinator", f"{small} --coordinator")
+  script = script.replace("configs/", f"{ROOT}/configs/")
+  clp = tmp_path / "bin" / "clp"
+  clp.parent.mkdir()
+  clp.write_text(f'#!/bin/sh\nexec {sys.executable} -m clp_jax "$@"\n')
+  clp.chmod(0o755)
+  done = subprocess.run(
+    ["bash", "-euc", script],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    timeout=600,
+    env=os.environ
+    | {"PYTHONPATH": str(ROOT), "PATH": f"{clp.parent}:{os.environ['PATH']}"},
+  )
+  assert runs.checkpoint_steps(tmp_path / "runs" / "two") == [2], done.stderr

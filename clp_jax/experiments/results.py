@@ -131,8 +131,9 @@ def verdicts(
       Verdict(
         claim,
         "holds here",
-        "on finite response sets with closed-form optima, in the tests; not a "
-        "statement about trained networks",
+        "on finite response sets with closed-form optima, which the tests "
+        "check: [theory.md](theory.md) has the figures; not a statement about "
+        "trained networks",
       )
     )
   rows.append(
@@ -371,4 +372,9 @@ def _ppo(found: Json | None) -> Verdict:
     difference["low"] is not None and difference["low"] < 0 < difference["high"]
   ):
     verdict += ", within the interval"
-  return Verdict(claim, verdict, f"hypervolume {_interval(difference)}")
+  return Verdict(
+    claim,
+    verdict,
+    f"hypervolume {_interval(difference)}; what was tried is in "
+    "[BUILD_NOTES.md](../BUILD_NOTES.md)",
+  )
