@@ -61,7 +61,7 @@ clean:
 # Stamps. Each is touched last, so that it stands for a finished installation.
 $(VENV)/.installed-run: setup.cfg pyproject.toml
 	@$(environment)
-	@$(call install,-e .)
+	@$(call install,-e '.[serve]')
 	@touch $@
 
 $(VENV)/.installed-parity: setup.cfg pyproject.toml

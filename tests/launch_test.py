@@ -110,6 +110,9 @@ class Launcher:
         stdout=out,
         stderr=err,
         start_new_session=True,
+        # A suite that was started in the background ignores it, and a shell
+        # can't trap what was ignored before it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
       )
 
   def wait_for(self, text):

@@ -211,7 +211,7 @@ class TestMakefile:
     status, output, calls = self._make(checkout, ".venv/.installed-run")
     assert status == 0, output
     assert [call.split()[0] for call in calls] == ["venv", "pip"]
-    assert calls[1].endswith("--python .venv/bin/python -e .")
+    assert calls[1].endswith("--python .venv/bin/python -e .[serve]")
     assert self._make(checkout, ".venv/.installed-run")[2] == []
 
   def test_installs_again_after_the_metadata_changed(self, checkout):
