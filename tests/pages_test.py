@@ -96,3 +96,14 @@ def test_two_processes_on_a_laptop_train(sft_run, tmp_path):
     | {"PYTHONPATH": str(ROOT), "PATH": f"{clp.parent}:{os.environ['PATH']}"},
   )
   assert runs.checkpoint_steps(tmp_path / "runs" / "two") == [2], done.stderr
+
+
+@pytest.mark.slow
+def test_the_plan_of_the_pods_page_compiles():
+  """Its cheapest program: all of them take many minutes."""
+  pytest.importorskip("libtpu")
+  text = (ROOT / "docs" / "pods.md").read_text()
+  (command,) = [c for c in commands(text) if c[0] == "plan"]
+  status, out, err = runs.clp(*command, "--only", "reference")
+  assert status == 0, err
+  assert "reference" in out and "v5e:8x16" in out
