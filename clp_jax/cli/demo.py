@@ -2,7 +2,7 @@
 
 import argparse
 
-from clp_jax.cli import arguments
+from clp_jax.cli import arguments, setup
 
 EXAMPLE = "clp demo --workdir runs/demo --seed 0"
 
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Runs the command."""
+  setup.suit_small_models()
   from clp_jax import demo
 
   demo.run(args.workdir, args.seed)

@@ -15,7 +15,8 @@ finetuning: the same code with nothing to mix.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -472,9 +473,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
 
   def start():
     state = programs.init(reference, key)
-    return estimate_normalisation(
-      config, state, batches_from(0), roll_out, scorer
-    )
+    return estimate_normalisation(config, state, batches_from, roll_out, scorer)
 
   return loop.run(
     workdir,
@@ -546,7 +545,7 @@ class Scorer:
 def estimate_normalisation(
   config: ml_collections.ConfigDict,
   state: TrainState,
-  batches: Any,
+  batches_from: Callable[[int], Iterator[tasks.Batch]],
   roll_out: Callable,
   scorer: Scorer,
 ) -> TrainState:
@@ -560,8 +559,10 @@ def estimate_normalisation(
   if not fixed.any():
     return state
   update_stats = jax.jit(RewardStats.update, donate_argnums=0)
-  for i in range(config.train.normalisation_batches):
-    batch = next(batches)
+  batches = itertools.islice(
+    batches_from(0), config.train.normalisation_batches
+  )
+  for i, batch in enumerate(batches):
     # Steps that training never reaches, so that no randomness is shared.
     rollout = roll_out(state, np.iinfo(np.int32).max - i, batch)
     scored = scorer(rollout, batch, 0)
