@@ -68,7 +68,7 @@ def suit_small_models() -> None:
   os.environ["XLA_FLAGS"] = flags.strip()
   if "host_platform_device_count" in flags:
     return
-  if jax.config.read("jax_num_cpu_devices") == -1:
+  if jax.config.values["jax_num_cpu_devices"] == -1:
     jax.config.update("jax_num_cpu_devices", 2)
 
 
