@@ -90,7 +90,6 @@ def main() -> None:
   parser.add_argument("--workdir", default="runs/seeds")
   args = parser.parse_args()
   setup.configure()
-  setup.suit_small_models()  # as `clp demo` does
   columns = (
     "seed | method | hypervolume | spread | rank corr. | utility | "
     "mean stderr of a reward | KL at the ends | dominates of full | "

@@ -2,7 +2,7 @@
 
 import argparse
 
-from clp_jax.cli import arguments, setup
+from clp_jax.cli import arguments
 
 EXAMPLE = "clp demo --workdir runs/demo --seed 0"
 
@@ -17,7 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Runs the command."""
-  setup.suit_small_models()
   from clp_jax import demo
 
   demo.run(args.workdir, args.seed)
