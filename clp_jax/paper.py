@@ -22,15 +22,18 @@ class Size(NamedTuple):
 
   model_axis: int  # devices that share each matrix
   prompts: int  # of a step
+  weightings: int  # of a step
 
 
 # The slices that BUILD_NOTES.md plans have more chips the larger the model, and
-# what they send one another hardly grows with the prompts.
+# what they send one another hardly grows with the prompts. With a weighting for
+# each shard of the data no two shards share a mixed policy, which they would
+# hold cut and gather in every layer.
 SIZES = {
-  "base": Size(model_axis=1, prompts=64),
-  "large": Size(model_axis=1, prompts=64),
-  "xl": Size(model_axis=4, prompts=128),
-  "xxl": Size(model_axis=4, prompts=128),
+  "base": Size(model_axis=1, prompts=64, weightings=8),
+  "large": Size(model_axis=1, prompts=192, weightings=32),
+  "xl": Size(model_axis=4, prompts=128, weightings=32),
+  "xxl": Size(model_axis=4, prompts=128, weightings=64),
 }
 # Tokens: articles of XSum are longer than posts.
 SOURCE_LENGTHS = {"xsum": 1024, "tldr": 512}
@@ -93,7 +96,7 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.weightings.alpha = 0.01
   config.rollout.prompts = settings.prompts
   config.rollout.samples = 4
-  config.rollout.weightings = 16
+  config.rollout.weightings = settings.weightings
   config.optimizer.name = "adafactor"
   config.optimizer.learning_rate = 1e-4
   config.optimizer.warmup_steps = 200

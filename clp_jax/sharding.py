@@ -244,11 +244,12 @@ def spread(policies: Tree, logical_axes: Tree, dtypes: Tree, *, whole: bool):
       # Twice, or the compiler might cast after sending.
       policy = pin(policy, at_rest | {"weighting": ()})
       policy = pin(policy.astype(dtype), at_rest | {"weighting": ()})
+      # A step of its own before what is cut is gathered: asked for both at
+      # once, the compiler sends every policy everywhere.
+      policy = pin(policy, RULES | {"embed": ("data",)})
     else:
       policy = policy.astype(dtype)
-    return pin(
-      policy, RULES | ({} if whole or not fsdp else {"embed": ("data",)})
-    )
+    return pin(policy, RULES) if whole or not fsdp else policy
 
   return jax.tree.map(
     leaf, logical_axes, policies, dtypes, is_leaf=lambda x: isinstance(x, tuple)

@@ -1,6 +1,9 @@
 """Where parameters and rows lie on the mesh."""
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -146,6 +149,30 @@ def test_constraints_hold_on_a_mesh_and_are_nothing_elsewhere():
   x = np.ones([2, 4, 5], np.float32)  # 5 is not divided by the model axis
   pinned = jax.jit(sharding.on_mesh(mesh, by_group))(x)
   assert pinned.sharding.shard_shape(x.shape) == (1, 2, 5)
+
+
+def test_whole_policies_are_gathered_only_where_they_are_used():
+  mesh = sharding.fold_groups(sharding.make_mesh(8), 4)
+  names, shape = ("embed", "mlp"), (4, 16, 6)
+
+  @jax.jit
+  def send(policies):
+    return sharding.on_mesh(
+      mesh,
+      lambda policies: sharding.spread(
+        policies, {"kernel": names}, {"kernel": jnp.float32}, whole=True
+      ),
+      fsdp=True,
+    )({"kernel": policies})
+
+  at_rest = NamedSharding(mesh, PartitionSpec(None, ("group", "data")))
+  policies = jax.device_put(np.random.default_rng(0).random(shape), at_rest)
+  sent = send(policies)["kernel"]
+  np.testing.assert_array_equal(sent, policies)
+  assert sent.sharding.shard_shape(shape) == (1, 16, 6)
+  text = send.lower(policies).compile().as_text()
+  gathered = re.findall(r"= \w+\[(\d+),.* all-gather\(", text)
+  assert gathered and set(gathered) == {"1"}  # a chip's own policy
 
 
 def test_factored_moments_are_cut_as_their_parameter_is():

@@ -370,9 +370,6 @@ def attend(
   values: jax.Array,
   mask: jax.Array,
   bias: jax.Array | None,
-  kept: jax.Array | None,
-  *,
-  keep_rate: float,
 ) -> jax.Array:
   """Means of the values, weighted by the softmax of query times key.
 
@@ -386,17 +383,13 @@ def attend(
     values: [B, H, S, K].
     mask: [B or 1, 1, Q or 1, S] bool, True where a query may look.
     bias: [B or 1, H, Q, S] float32, or None.
-    kept: [B, H, N, 1, S] bool, what dropout leaves of the weights; None for
-      all.
-    keep_rate: share of them that it leaves.
 
   Returns:
     [B, H, Q, K], of the queries' dtype.
   """
   length = query.shape[2]
-  one_row = kept is None or kept.shape[2] == 1
-  if length < MANY_QUERIES or mask.shape[2] > 1 or not one_row:
-    return _attend(query, keys, values, mask, bias, kept, keep_rate)
+  if length < MANY_QUERIES or mask.shape[2] > 1:
+    return _attend(query, keys, values, mask, bias)
 
   # Their gradients are summed over the blocks, in this precision.
   wide_keys, wide_values = (x.astype(jnp.float32) for x in (keys, values))
@@ -407,9 +400,7 @@ def attend(
     narrow_keys, narrow_values = (
       x.astype(query.dtype) for x in (wide_keys, wide_values)
     )
-    return _attend(
-      query, narrow_keys, narrow_values, mask, bias, kept, keep_rate
-    )
+    return _attend(query, narrow_keys, narrow_values, mask, bias)
 
   def cut(x):
     """[b, H, n * QUERIES, ...] -> [n, b, H, QUERIES, ...]."""
@@ -425,7 +416,7 @@ def attend(
   return attended
 
 
-def _attend(query, keys, values, mask, bias, kept, keep_rate):
+def _attend(query, keys, values, mask, bias):
   logits = jnp.einsum(
     "bhqk,bhsk->bhqs", query, keys, preferred_element_type=jnp.float32
   )
@@ -433,9 +424,6 @@ def _attend(query, keys, values, mask, bias, kept, keep_rate):
     logits = logits + bias
   logits = jnp.where(mask, logits, MASKED)
   probs = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-  if kept is not None:
-    by_row = probs.reshape(*kept.shape[:3], -1, kept.shape[-1])
-    probs = jnp.where(kept, by_row / keep_rate, 0).reshape(probs.shape)
   return jnp.einsum("bhqs,bhsk->bhqk", probs, values)
 
 
@@ -458,7 +446,7 @@ class Attention(nn.Module):
     self.key = linear(heads_width, axes, kernel_init=init)
     self.value = linear(heads_width, axes, kernel_init=init)
     self.out = linear(cfg.emb_dim, ("joined_kv", "embed"), kernel_init=init)
-    self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+    self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-1,))
 
   def _split(self, x: jax.Array) -> jax.Array:
     """[..., H * K] -> [..., H, K]."""
@@ -496,6 +484,14 @@ class Attention(nn.Module):
     """
     keys, values = keys_values
     rows, length, _ = x.shape
+    if not deterministic and self.dropout.rate > 0:
+      # Dropout is the same at all queries of a row. So instead of their weights
+      # it drops values, of the row's own.
+      copies = rows // keys.shape[0]
+      keys, values = (jnp.repeat(a, copies, axis=0) for a in keys_values)
+      if mask.shape[0] > 1:
+        mask = jnp.repeat(mask, copies, axis=0)
+      values = self.dropout(values, deterministic=False)
     prompts, heads = keys.shape[:2]
     query = self._split(self.query(x))
     query = constrain(query, "batch", "length", "heads", "kv")
@@ -504,19 +500,12 @@ class Attention(nn.Module):
     query = query.reshape(prompts, samples * length, heads, -1)
     if bias is not None and bias.shape[0] > 1:  # rows differ: N share one
       bias = jnp.repeat(bias, prompts // bias.shape[0], axis=0)
-    kept = None
-    if not deterministic and self.dropout.rate > 0:
-      # Dropout is the same at all queries of a row, not of a prompt.
-      shape = (prompts, heads, samples, 1, keys.shape[2])
-      kept = self.dropout(jnp.ones(shape), deterministic=False) > 0
     attended = attend(
       jnp.swapaxes(query, 1, 2),
       keys,
       values,
       mask[:, None],
       bias,
-      kept,
-      keep_rate=1 - self.dropout.rate,
     )
     attended = checkpoint_name(jnp.swapaxes(attended, 1, 2), "attended")
     return self.out(attended.reshape(rows, length, -1))
