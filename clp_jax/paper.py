@@ -28,12 +28,13 @@ class Size(NamedTuple):
 # The slices that BUILD_NOTES.md plans have more chips the larger the model, and
 # what they send one another hardly grows with the prompts. With a weighting for
 # each shard of the data no two shards share a mixed policy, which they would
-# hold cut and gather in every layer.
+# hold cut and gather in every layer; for "xxl", with its 64 shards, sending that
+# many policies takes longer than gathering.
 SIZES = {
   "base": Size(model_axis=1, prompts=64, weightings=8),
   "large": Size(model_axis=1, prompts=192, weightings=32),
   "xl": Size(model_axis=4, prompts=128, weightings=32),
-  "xxl": Size(model_axis=4, prompts=128, weightings=64),
+  "xxl": Size(model_axis=4, prompts=256, weightings=16),
 }
 # Tokens: articles of XSum are longer than posts.
 SOURCE_LENGTHS = {"xsum": 1024, "tldr": 512}

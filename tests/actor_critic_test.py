@@ -95,7 +95,7 @@ def update(programs, mesh=None, state=None, rollout=None, rewards=None):
     state = dataclasses.replace(state, key=None)
     state = dataclasses.replace(
       sharding.put(state, shardings),
-      key=jax.device_put(key, sharding.replicated(mesh)),
+      key=jax.device_put(key, programs.state_shardings.key),
     )
   copy = jax.tree.map(jnp.copy, state)  # the program gives its buffers away
   state, metrics = programs.update(
