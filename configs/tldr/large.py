@@ -11,7 +11,8 @@ the format of TRUE. The third reward, a preference model of `clp train-reward`:
     --config.objectives="('nli', 'rouge', 'tldr')" \
     --config.rewards.tldr.model=PATH_OF_A_train-reward_RUN
 
-Differs from base.py in nothing but the model it is given.
+Differs from base.py in the model it is given, and a step has more prompts and
+weightings.
 clp_jax/paper.py says what of these settings is the paper's and what is ours.
 """
 

@@ -12,7 +12,7 @@ the format of TRUE. The third reward, a preference model of `clp train-reward`:
     --config.rewards.tldr.model=PATH_OF_A_train-reward_RUN
 
 Differs from base.py in that matrices are cut over 4 devices (mesh.model) and a
-step has more prompts.
+step has more prompts and weightings.
 clp_jax/paper.py says what of these settings is the paper's and what is ours.
 """
 
