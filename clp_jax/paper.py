@@ -28,7 +28,7 @@ class Size(NamedTuple):
 # The slices that BUILD_NOTES.md plans have more chips the larger the model, and
 # what they send one another hardly grows with the prompts. With a weighting for
 # each shard of the data no two shards share a mixed policy, which they would
-# hold cut and gather in every layer; for "xxl", with its 64 shards, sending that
+# hold cut and gather in every layer; for "xxl", with its 64 shards, sending so
 # many policies takes longer than gathering.
 SIZES = {
   "base": Size(model_axis=1, prompts=64, weightings=8),
