@@ -489,6 +489,42 @@ class TestPrecisionAndDropout:
     assert set(np.unique(dropped)) == {0.0, 2.0}
     assert not np.array_equal(dropped[0], dropped[1])
 
+  def test_attention_drops_keys_for_all_queries_of_a_row(self):
+    """Equal weights and one-hot values show what is left of each key."""
+    heads, keys = 2, 6
+    width = 2 * keys
+    config = dataclasses.replace(
+      V1_1,
+      num_heads=heads,
+      head_dim=width,
+      emb_dim=heads * width,
+      dropout_rate=0.5,
+    )
+    attention = layers.Attention(config)
+    twice = np.tile(np.eye(keys), 2)  # each key in both halves of the width
+    values = np.broadcast_to(twice, (3, heads, keys, width))
+    arguments = (
+      np.ones((6, 4, heads * width), np.float32),  # two rows of each prompt
+      (jnp.zeros((3, heads, keys, width)), jnp.asarray(values, jnp.float32)),
+      np.ones((3, 1, keys), bool),
+      None,
+    )
+    params = {
+      "query": {"kernel": jnp.zeros((heads * width, heads * width))},
+      "out": {"kernel": jnp.eye(heads * width)},
+    }
+    left = attention.apply(
+      {"params": params},
+      *arguments,
+      deterministic=False,
+      rngs={"dropout": jax.random.key(0)},
+    )
+    np.testing.assert_array_equal(left, left[:, :1] * np.ones((1, 4, 1)))
+    factors = np.round(keys * np.asarray(left[:, 0]), 5).reshape(12, 2, keys)
+    assert set(np.unique(factors)) == {0.0, 2.0}
+    np.testing.assert_array_equal(factors[:, 0], factors[:, 1])
+    assert len(np.unique(factors[:, 0], axis=0)) > 6
+
 
 def test_shift_right_starts_with_zero_and_drops_the_last():
   target = np.array([[5, 6, 1], [7, 1, 0]])
