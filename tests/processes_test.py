@@ -146,24 +146,29 @@ def test_a_process_reads_the_rows_that_its_devices_hold(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_one_full_disk_of_2_ends_both_and_loses_nothing(sft_run, tmp_path):
+@pytest.mark.parametrize("full", [0, 1])
+def test_one_full_disk_of_2_ends_both_and_loses_nothing(
+  full, sft_run, tmp_path
+):
+  """With FSDP, so that the second process has something to write."""
   workdir = tmp_path / "run"
 
   def arguments(steps):
-    return runs.train_arguments(workdir, sft_run, **{"train.steps": steps})
+    fields = {"train.steps": steps, "mesh.fsdp": True}
+    return runs.train_arguments(workdir, sft_run, **fields)
 
   status, _, err = runs.clp(*arguments(2))
   assert status == 0, err
   before = runs.load(workdir, 2)
-  pair = runs.start_pair(
-    arguments(4), heartbeat=20, file_limits=(None, 100_000)
-  )
+  limits = [None, None]
+  limits[full] = 100_000
+  pair = runs.start_pair(arguments(4), heartbeat=20, file_limits=limits)
   try:
-    _, err = runs.finish(pair[1], status=1)
+    _, err = runs.finish(pair[full], status=1)
     assert "can't save to" in err.splitlines()[-1]
     assert "Free space" in err.splitlines()[-1]
-    _, err = pair[0].communicate(timeout=300)
-    assert pair[0].returncode in (1, -signal.SIGABRT), err
+    _, err = pair[1 - full].communicate(timeout=300)
+    assert pair[1 - full].returncode in (1, -signal.SIGABRT), err
   finally:
     end(pair)
   assert runs.checkpoint_steps(workdir) == [2]

@@ -10,6 +10,7 @@ step that was interrupted is never picked up.
 """
 
 import logging
+import sys
 from typing import Any
 
 import jax
@@ -47,6 +48,7 @@ class Checkpoints:
         options=ocp.CheckpointManagerOptions(
           preservation_policy=ocp.checkpoint_managers.LatestN(keep),
           enable_async_checkpointing=True,
+          async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
         ),
       )
     except OSError as error:
@@ -197,6 +199,21 @@ class Checkpoints:
       "it writable, then start the same command again: it resumes from the "
       "newest complete checkpoint."
     )
+
+
+def _meet(*, key: str, timeout_ms: int) -> None:
+  """Waits for the job's other processes, unless this one has failed.
+
+  Orbax meets them after a failed save too. They wait elsewhere, for this very
+  save, so that all would sit for 20 minutes and then tell of the waiting.
+
+  Raises:
+    Exception: that which is being handled, when there is one.
+  """
+  failure = sys.exc_info()[1]
+  if failure is not None:
+    raise failure
+  ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _split(state: TrainState) -> tuple[Tree, Tree]:
