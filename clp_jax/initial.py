@@ -1,6 +1,7 @@
 """The model a run starts from: a preset, a run's folder or a T5 checkpoint."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -45,8 +46,13 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
     model_config = _computation(_preset(config, vocabulary), config)
     # Its own fold of the seed: the run's key must not depend on the model.
     key = jax.random.fold_in(jax.random.key(config.seed), 0x1217)
-    # One program, which compiles faster than one for each kind of leaf.
-    draw = jax.jit(t5.init_params, static_argnums=0)
+    # One program, which compiles faster than one for each kind of leaf, and
+    # gives arrays of all processes, which is what Orbax can save.
+    draw = jax.jit(
+      t5.init_params,
+      static_argnums=0,
+      out_shardings=_shardings(config, model_config),
+    )
     params = draw(model_config, key)
     content = vocabulary.sp_model
   elif _is_run(init):
@@ -170,22 +176,24 @@ def _load_checkpoint(
   config: ml_collections.ConfigDict,
 ) -> tuple[t5.T5Config, Params]:
   """A T5 of another program, in float32, cut over the mesh as it is read."""
-
-  def shardings(model_config: t5.T5Config) -> Any:
-    return sharding.param_shardings(
-      config_lib.make_mesh(config),
-      t5.logical_axes(model_config),
-      t5.abstract_params(model_config),
-      fsdp=config.mesh.fsdp,
-    )
-
   with config_lib.as_config_error():
     return interop.load_t5(
       config.model.init,
-      shardings,
+      functools.partial(_shardings, config),
       dtype="float32",
       scan_layers=config.model.scan_layers,
     )
+
+
+def _shardings(
+  config: ml_collections.ConfigDict, model_config: t5.T5Config
+) -> Any:
+  return sharding.param_shardings(
+    config_lib.make_mesh(config),
+    t5.logical_axes(model_config),
+    t5.abstract_params(model_config),
+    fsdp=config.mesh.fsdp,
+  )
 
 
 def _computation(

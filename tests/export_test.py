@@ -117,6 +117,23 @@ class TestModelInit:
     embedding = load_initial(config).params["token_embedder"]["embedding"]
     assert embedding.sharding.shard_shape(embedding.shape) == (24, 3)
 
+  def test_draws_straight_onto_the_mesh(self, tmp_path):
+    """Of all processes, as only such arrays can be saved; equal on any mesh."""
+    (tmp_path / "words.model").write_bytes(VOCABULARY)
+    config = config_for("tiny", vocabulary=str(tmp_path / "words.model"))
+    whole = load_initial(config).params
+    config.mesh.data, config.mesh.model, config.mesh.fsdp = 4, 2, True
+    cut = load_initial(config).params
+    small_t5.assert_same(cut, whole)
+    for leaf in jax.tree.leaves(whole) + jax.tree.leaves(cut):
+      assert leaf.sharding.device_set == set(jax.devices())
+    embedding = cut["token_embedder"]["embedding"]
+    rows, width = embedding.shape
+    assert embedding.sharding.shard_shape(embedding.shape) == (
+      rows // 2,
+      width // 4,
+    )
+
   def test_a_vocabulary_that_is_named_comes_first(self, initial, tmp_path):
     other = word_model([f"other{i}" for i in range(9)], ["."])
     (tmp_path / "other.model").write_bytes(other)
