@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from clp_jax.cli import memory
+
 # Command -> (module, help). A module is imported when its command runs, so
 # that `clp --help` needs neither JAX nor TensorFlow.
 COMMANDS = {
@@ -63,7 +65,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs a command line and returns its exit status."""
+  """Runs a command line, or this program's, and returns its exit status."""
+  own = argv is None
   argv = sys.argv[1:] if argv is None else list(argv)
   parser = _Parser(
     prog="clp",
@@ -96,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   if rest and not hasattr(arguments, "config"):
     parser.error(f"unknown arguments: {' '.join(rest)}")
   arguments.rest = rest
+  if own:
+    memory.use_huge_pages()
   return _run(arguments)
 
 

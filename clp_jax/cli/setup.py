@@ -1,11 +1,12 @@
 """What every command sets up before its work: logs and compiled programs."""
 
-import ctypes
 import logging
 import os
 import sys
 
 import jax
+
+from clp_jax.cli import memory
 
 
 def configure() -> None:
@@ -20,7 +21,7 @@ def configure() -> None:
   for library in quiet.split():
     logging.getLogger(library).setLevel(logging.CRITICAL)
   sys.unraisablehook = _all_but_closed_loops
-  _keep_freed_memory()
+  memory.keep_freed()
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     jax.config.update(
@@ -28,22 +29,6 @@ def configure() -> None:
     )
   # Small programs as well: a demo run is made of them.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _keep_freed_memory() -> None:
-  """Lets glibc keep what a step frees for the next step.
-
-  A program on the CPU takes megabytes for its temporaries and frees them when
-  it ends; glibc returns them to the kernel, which then has to clear and map new
-  pages every step: a fifth of the time of a small model's training step.
-  """
-  try:
-    mallopt = ctypes.CDLL(None).mallopt
-  except (AttributeError, OSError, TypeError):  # another C library
-    return
-  trim_threshold, top_pad = -1, -2  # malloc.h
-  mallopt(trim_threshold, 2**31 - 1)
-  mallopt(top_pad, 2**26)
 
 
 def _all_but_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
