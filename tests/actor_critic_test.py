@@ -218,7 +218,7 @@ def test_one_update_is_reinforce_with_the_critics_advantages(
     0.5 * ((target - value) ** 2).sum() / mask.sum(),
     rtol=1e-4,
   )
-  for i, name in enumerate(("a", "b", "kl")):
+  for i, name in enumerate(("0", "1", "kl")):
     expected = 1 - (target - value)[:, i].var() / target[:, i].var()
     np.testing.assert_allclose(
       metrics[f"critic/explained_variance/{name}"], expected, atol=1e-3

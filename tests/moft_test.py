@@ -209,7 +209,7 @@ def test_update_equals_a_plain_computation(kind):
   mean = metrics["return"].sum / metrics["return"].count
   np.testing.assert_allclose(mean, returns.mean(), atol=1e-5)
   np.testing.assert_allclose(
-    metrics["reward/b"].sum / rows, rewards[:, 1].mean(), atol=1e-6
+    metrics["reward/1"].sum / rows, rewards[:, 1].mean(), atol=1e-6
   )
   # Adam's first step has the gradient's sign and the rate's size.
   clipped = min(1.0, 1.0 / norm)
@@ -248,7 +248,7 @@ def test_one_hot_weighting_equals_a_single_objective_run():
 
 def test_a_new_weighting_never_traces_again():
   _, history, programs = plain_run()
-  weights = [h["reward/a"].sum for h in history]
+  weights = [h["reward/0"].sum for h in history]
   assert len(set(map(float, weights))) == 2  # two different steps
   assert programs.rollout._cache_size() == 1
   assert programs.reference._cache_size() == 1

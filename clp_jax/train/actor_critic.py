@@ -53,7 +53,6 @@ def update(
   critic_optimizer: optax.GradientTransformation,
   settings: ppo.Settings,
   values_kl: bool,
-  objectives: tuple[str, ...],
   num_samples: int,
   temperature: float,
   microbatches: int,
@@ -71,7 +70,6 @@ def update(
     critic_optimizer: that made `state.critic.opt_state`.
     settings: of PPO.
     values_kl: the critic has a value for the KL: it can have a weight.
-    objectives: the m names, for the metrics.
     num_samples: N.
     temperature: of the policy, as in the rollout.
     microbatches: parts of a minibatch whose gradients are accumulated.
@@ -217,16 +215,17 @@ def update(
     ),
     minibatches(key, settings, *experience.encoder_input_tokens.shape[:2]),
   )
-  metrics = experience_lib.metrics(experience, objectives) | {
+  metrics = experience_lib.metrics(experience) | {
     "loss": last.metrics["loss"],
     "gradient_norm": last.metrics["gradient_norm"],
     "entropy": mean_of(sampled["entropy"], mask),
     "critic/loss": last.metrics["value_loss"],
   }
   explained = ppo.explained_variance(sampled["values"], targets, mask)
-  valued = (*objectives, "kl") if values_kl else objectives
-  for i, name in enumerate(valued):
-    metrics[f"critic/explained_variance/{name}"] = explained[i]
+  for i in range(experience.rewards.shape[-1]):
+    metrics[f"critic/explained_variance/{i}"] = explained[i]
+  if values_kl:
+    metrics["critic/explained_variance/kl"] = explained[-1]
   if settings != ppo.REINFORCE:
     metrics |= {
       "ppo/clip_fraction": last.metrics["clipped"],

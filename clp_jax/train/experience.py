@@ -1,5 +1,7 @@
 """What an update learns from: a rollout and its rewards, by weighting."""
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from clp_jax.rewards.normalisation import RewardStats, normalise
 from clp_jax.rollout import Rollout
 from clp_jax.scalarisation import Scalarisation
 from clp_jax.train.state import TrainState
+
+Metric = Mean | jax.Array
 
 
 @struct.dataclass
@@ -94,16 +98,34 @@ def gather(
   )
 
 
-def metrics(
-  experience: Experience, objectives: tuple[str, ...]
-) -> dict[str, Mean | jax.Array]:
-  """What every algorithm logs of a step's responses."""
-  found: dict[str, Mean | jax.Array] = {
+def metrics(experience: Experience) -> dict[str, Metric]:
+  """What every algorithm logs of a step's responses; see `with_names`."""
+  found: dict[str, Metric] = {
     "return": mean_of(experience.objective),
     "kl": mean_of(experience.kl.sum(-1)),
     "length": mean_of(experience.mask.sum(-1)),
     "alpha": mean_of(experience.alpha),
   }
-  for i, name in enumerate(objectives):
-    found[f"reward/{name}"] = mean_of(experience.raw_rewards[..., i])
+  for i in range(experience.raw_rewards.shape[-1]):
+    found[f"reward/{i}"] = mean_of(experience.raw_rewards[..., i])
   return found
+
+
+def with_names(
+  metrics: Mapping[str, Metric], objectives: Sequence[str]
+) -> dict[str, Metric]:
+  """Puts names where a program's metrics have the objectives' numbers.
+
+  A name in a program would be compiled into it: runs of other objectives could
+  not take it from JAX's cache.
+
+  Args:
+    metrics: keys that belong to an objective end in "/<number>".
+    objectives: the m names.
+  """
+
+  def named(key: str) -> str:
+    path, _, last = key.rpartition("/")
+    return f"{path}/{objectives[int(last)]}" if last.isdigit() else key
+
+  return {named(key): value for key, value in metrics.items()}

@@ -254,7 +254,6 @@ def make_programs(
       bank=bank,
       coefficients=rollout.coefficients,
       optimizer=optimizer,
-      objectives=tuple(config.objectives),
       num_samples=config.rollout.samples,
       temperature=config.rollout.temperature,
       microbatches=config.train.microbatches,
@@ -313,7 +312,6 @@ def update(
   bank: Bank,
   coefficients: jax.Array,
   optimizer: optax.GradientTransformation,
-  objectives: tuple[str, ...],
   baseline: str,
   num_samples: int,
   temperature: float,
@@ -328,7 +326,6 @@ def update(
     bank: that makes the policies.
     coefficients: [G, M] float32, of the parameter sets.
     optimizer: that made `state.opt_state`.
-    objectives: the m names, for the metrics.
     baseline: one of `reinforce.BASELINES`.
     num_samples: N.
     temperature: of the policy, as in the rollout.
@@ -367,7 +364,7 @@ def update(
     microbatches,
   )
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-  metrics = experience_lib.metrics(experience, objectives) | {
+  metrics = experience_lib.metrics(experience) | {
     "loss": loss,
     "entropy": entropy,
     "gradient_norm": optax.tree.norm(gradient),
@@ -466,7 +463,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     state, metrics = programs.update(state, rollout, scored.rewards, reference)
     return loop.Step(
       state,
-      metrics,
+      experience_lib.with_names(metrics, config.objectives),
       tokens=scored.num_tokens,
       texts=scored.texts(batch) if want_texts else None,
     )
