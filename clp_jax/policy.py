@@ -262,7 +262,7 @@ class Policy:
     responses = [""] * len(texts)
     for coefficients, rows in self._batches(len(texts), weights, alpha):
       samples = self.sample(
-        tokens[rows],
+        _shorten(tokens[rows]),
         coefficients,
         keys[np.asarray(rows)],
         temperature=temperature,
@@ -307,8 +307,8 @@ class Policy:
       scores[rows] = np.asarray(
         self._score(
           *self._policy(coefficients, len(rows)),
-          self._pad(tokens[rows]),
-          self._pad(targets[rows]),
+          self._pad(_shorten(tokens[rows])),
+          self._pad(_shorten(targets[rows])),
         )
       )[: len(rows)]
     return scores
@@ -615,6 +615,19 @@ class Policy:
       return jnp.where(targets > 0, logp, 0).sum(-1)
 
     return score
+
+
+def _shorten(tokens: np.ndarray) -> np.ndarray:
+  """Cuts columns that are padding in all rows.
+
+  Down to a power of two, of a block of attention at the least, so that few
+  widths have to be compiled.
+
+  Args:
+    tokens: [B, S] int32, 0 pads.
+  """
+  longest = np.flatnonzero(tokens.any(axis=0)).max(initial=0) + 1
+  return tokens[:, : max(decoding.BLOCK, 1 << int(longest - 1).bit_length())]
 
 
 def _per_row(name, num, value, kind):

@@ -9,6 +9,7 @@ import runs
 
 import clp_jax
 from clp_jax.data import tasks
+from clp_jax.models import decoding
 
 TEXTS = [
   "Brivane opened the museum. It happened in Merrowby.",
@@ -65,6 +66,36 @@ def test_each_text_can_have_its_own_weighting(policy):
     )
     assert alone == together[i]
   assert policy.generate(TEXTS, weights, alphas, seed=4) != together
+
+
+def test_short_texts_are_not_padded_to_the_longest_allowed(policy, monkeypatch):
+  """Of 600 tokens 128 are left; up to 56, the run's own, nothing is cut."""
+  weights, responses = {"nli": 0.25, "rouge": 0.75}, ["Wexcombe sold", "A", ""]
+  expected = (
+    policy.generate(TEXTS, weights, 0.1, temperature=0),
+    policy.score(TEXTS, responses, weights, 0.1),
+  )
+  widths = []
+  start = decoding.start
+
+  def watched(model, params, tokens, **options):
+    widths.append(tokens.shape[1])
+    return start(model, params, tokens, **options)
+
+  monkeypatch.setattr(decoding, "start", watched)
+  long = clp_jax.Policy.load(policy.workdir)
+  long.config.data.source_length = 600
+  assert long.tokenize(TEXTS).shape == (3, 600)
+  assert long.generate(TEXTS, weights, 0.1, temperature=0) == expected[0]
+  assert widths == [128]
+  wordy = [" ".join(["Wexcombe"] * 200), *TEXTS]
+  long.generate(wordy, weights, 0.1, temperature=0)
+  assert 128 < len(long.vocabulary.encode(wordy[0])) <= 256
+  assert widths == [128, 256]
+  long.config.data.target_length = 300
+  np.testing.assert_allclose(
+    long.score(TEXTS, responses, weights, 0.1), expected[1], rtol=1e-5
+  )
 
 
 def test_greedy_decoding_needs_no_randomness(policy):
