@@ -76,7 +76,7 @@ def _check_same(workdir: str, old: dict, new: dict) -> None:
     f"{name} = {old.get(name, 'absent')!r} there, "
     f"{new.get(name, 'absent')!r} here"
     for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name)
+    if not _equal(old.get(name), new.get(name))
     and name not in _FREE
     and not name.startswith(_FREE_PREFIXES)
   ]
@@ -86,6 +86,12 @@ def _check_same(workdir: str, old: dict, new: dict) -> None:
       f"{workdir} holds another run's config ({shown}); choose another "
       "--workdir or the same config."
     )
+
+
+def _equal(old: Any, new: Any) -> bool:
+  """Whether two values are one, or two spellings of one path."""
+  both = isinstance(old, str) and isinstance(new, str)
+  return old == new or (both and folder(old) == folder(new))
 
 
 def load_config(workdir: str) -> ml_collections.ConfigDict:

@@ -152,3 +152,18 @@ def test_a_run_of_an_older_version_gets_the_fields_it_lacks(tmp_path):
   file.write_text(json.dumps(values))
   with pytest.raises(config_lib.ConfigError, match="conditioning.kl_set"):
     run_folder.start(str(tmp_path), config)
+
+
+def test_a_path_may_be_spelled_another_way(tmp_path, monkeypatch):
+  from clp_jax import config as config_lib
+  from clp_jax import demo, run_folder
+
+  config = demo.get_config()
+  config.model.init = str(tmp_path / "sft")
+  run_folder.start(str(tmp_path / "run"), config)
+  monkeypatch.chdir(tmp_path)
+  config.model.init = "sft"
+  run_folder.start("run", config)  # resumed
+  config.model.init = "other"
+  with pytest.raises(config_lib.ConfigError, match="model.init = 'sft' there"):
+    run_folder.start("run", config)
