@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from clp_jax import config as config_lib
 from clp_jax import sharding
 from clp_jax.data import jsonl, tasks
+from clp_jax.data.vocabulary import for_seqio
 
 
 def load_task(config: ml_collections.ConfigDict, vocabulary: Any) -> Any:
@@ -31,10 +32,10 @@ def load_task(config: ml_collections.ConfigDict, vocabulary: Any) -> Any:
         evaluation=data.eval,
         document_field=data.document_field,
         reference_field=data.reference_field,
-        vocabulary=vocabulary,
+        vocabulary=for_seqio(vocabulary),
       )
     else:
-      task = tasks.get_task(data.task, vocabulary)
+      task = tasks.get_task(data.task, for_seqio(vocabulary))
       if data.use_cached:
         task = tasks.from_cache(task, tuple(data.cache_dirs))
     if data.template is not None:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from clp_jax import conditioning, interop, run_folder, sharding, weightings
 from clp_jax import config as config_lib
 from clp_jax.bank import Bank
+from clp_jax.data.vocabulary import Vocabulary, allowed_tokens
 from clp_jax.models import decoding, mixture, t5
 from clp_jax.prompting import Prompts
 from clp_jax.rollout import row_keys
@@ -43,7 +44,7 @@ class Policy:
     sets: what the run trains (bank.py): for the kinds of CLP steerable leaves
       [M, ...], shared leaves [...].
     step: updates that the sets have seen.
-    vocabulary: seqio SentencePieceVocabulary.
+    vocabulary: its SentencePiece model.
     mesh: where all of it lies.
     workdir: the run's folder.
   """
@@ -52,7 +53,7 @@ class Policy:
   bank: Bank
   sets: Params
   step: int
-  vocabulary: Any
+  vocabulary: Vocabulary
   mesh: Mesh
   workdir: str
 
@@ -70,9 +71,6 @@ class Policy:
     Raises:
       RunError: when there is no such run or step, or it can't be read.
     """
-    # Lazily: seqio's vocabularies import TensorFlow.
-    from clp_jax.data.vocabulary import load_vocabulary
-
     config = run_folder.load_config(workdir)
     model_config = run_folder.load_model_config(workdir)
     mesh = sharding.make_mesh() if mesh is None else mesh
@@ -87,7 +85,11 @@ class Policy:
     sets, step = checkpoints.load_params(
       workdir, checkpoints.abstract_like(abstract, shardings), step
     )
-    vocabulary = load_vocabulary(run_folder.vocabulary_path(workdir))
+    # Not seqio's: answering needs no TensorFlow, whose import takes seconds.
+    vocabulary = Vocabulary(
+      run_folder.vocabulary_path(workdir),
+      run_folder.load_vocabulary_bytes(workdir),
+    )
     return cls(config, bank, sets, step, vocabulary, mesh, workdir)
 
   @property
@@ -539,8 +541,6 @@ class Policy:
   @functools.cached_property
   def allowed(self) -> np.ndarray:
     """[V] bool, the tokens that may be sampled."""
-    from clp_jax.data.vocabulary import allowed_tokens
-
     return allowed_tokens(self.vocabulary, self.model_config.vocab_size)
 
   def _mixed(self, coefficients: np.ndarray) -> Params:

@@ -1,6 +1,8 @@
 """Policy: one steerable model out of a run's folder."""
 
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -96,6 +98,23 @@ def test_short_texts_are_not_padded_to_the_longest_allowed(policy, monkeypatch):
   np.testing.assert_allclose(
     long.score(TEXTS, responses, weights, 0.1), expected[1], rtol=1e-5
   )
+
+
+def test_answers_without_tensorflow(policy):
+  """Whose import is half of what `clp generate` would take."""
+  program = f"""
+import sys
+import clp_jax
+policy = clp_jax.Policy.load({policy.workdir!r})
+(answer,) = policy.generate({TEXTS[:1]}, {{"nli": 1.0}}, 0.1, temperature=0)
+policy.score({TEXTS[:1]}, [answer], {{"nli": 1.0}}, 0.1)
+print(answer, "tensorflow" in sys.modules)
+"""
+  out = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, check=True
+  ).stdout
+  (answer,) = policy.generate(TEXTS[:1], {"nli": 1.0}, 0.1, temperature=0)
+  assert out == f"{answer} False\n"
 
 
 def test_greedy_decoding_needs_no_randomness(policy):

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import io
 import itertools
 import pathlib
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from clp_jax.data import newsroom, newsroom_text, tasks
 from clp_jax.data import vocabulary as vocabularies
@@ -362,8 +364,11 @@ class TestVocabulary:
     for name, content in (("text", b"not a model"), ("empty", b"")):
       path = tmp_path / f"{name}.model"
       path.write_bytes(content)
-      with pytest.raises(ValueError, match=f"{name}.model is not a Sentence"):
+      message = f"{name}.model is not a Sentence"
+      with pytest.raises(ValueError, match=message):
         vocabularies.load_vocabulary(path)
+      with pytest.raises(ValueError, match=message):
+        vocabularies.Vocabulary(str(path), content)
 
   def test_refuses_a_vocabulary_whose_pad_is_not_zero(self, tmp_path):
     from sentencepiece import sentencepiece_model_pb2
@@ -374,8 +379,45 @@ class TestVocabulary:
     model.pieces[0].piece, model.pieces[1].piece = "</s>", "<pad>"
     path = tmp_path / "swapped.model"
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(ValueError, match="has PAD 1 and EOS 0; expected PAD 0"):
+    message = "has PAD 1 and EOS 0; expected PAD 0"
+    with pytest.raises(ValueError, match=message):
       vocabularies.load_vocabulary(path)
+    with pytest.raises(ValueError, match=message):
+      vocabularies.Vocabulary(str(path), path.read_bytes())
+
+  def test_without_seqio_it_gives_the_same_tokens(self, tmp_path):
+    """A model that normalises, with sentinels; text that it does not know."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(["one two three four five six"] * 10),
+      model_writer=model,
+      vocab_size=24,
+      pad_id=0,
+      eos_id=1,
+      unk_id=2,
+      bos_id=-1,
+      user_defined_symbols=["<extra_id_1>", "<extra_id_0>"],
+      hard_vocab_limit=False,
+      minloglevel=2,
+    )
+    path = tmp_path / "spiece.model"
+    path.write_bytes(model.getvalue())
+    with_seqio = vocabularies.load_vocabulary(path)
+    without = vocabularies.Vocabulary(str(path), model.getvalue())
+    for name in ("vocab_size", "eos_id", "unk_id", "sp_model"):
+      assert getattr(without, name) == getattr(with_seqio, name), name
+    texts = ["one  two\n", "ﬁve <extra_id_0>six", "", "été four", "</s> one"]
+    for text in texts:
+      assert without.encode(text) == with_seqio.encode(text)
+    tokens = tasks.tokenize_inputs(with_seqio, texts, 12)
+    np.testing.assert_array_equal(
+      tasks.tokenize_inputs(without, texts, 12), tokens
+    )
+    assert tasks.decode_tokens(without, tokens, tokens != 0) == (
+      tasks.decode_tokens(with_seqio, tokens, tokens != 0)
+    )
+    assert vocabularies.for_seqio(without) == with_seqio
+    assert vocabularies.for_seqio(with_seqio) is with_seqio
 
 
 def run(program, **environment):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 PAD = 0  # everywhere; EOS differs between vocabularies, ask for `eos_id`
@@ -104,6 +105,59 @@ def word_model(words: Sequence[str], punctuation: Sequence[str]) -> bytes:
   return model.SerializeToString(deterministic=True)
 
 
+class Vocabulary:
+  """A SentencePiece model without seqio, whose import takes seconds.
+
+  It has what turns text into tokens and back on the host, under the names of
+  seqio.SentencePieceVocabulary.
+
+  Attributes:
+    path: of the file.
+    sp_model: the file's content.
+    tokenizer: a sentencepiece.SentencePieceProcessor.
+  """
+
+  def __init__(self, path: str, content: bytes):
+    """Parses a model.
+
+    Raises:
+      ValueError: as `load_vocabulary`.
+    """
+    self.path, self.sp_model = path, content
+    self.tokenizer = SentencePieceProcessor()
+    try:
+      self.tokenizer.LoadFromSerializedProto(content)
+    except Exception as error:  # SentencePiece's own, undocumented
+      raise _no_model(path, error) from error
+    _check(self.tokenizer, path)
+
+  @property
+  def eos_id(self) -> int:
+    """The token that ends a text."""
+    return self.tokenizer.eos_id()
+
+  @property
+  def unk_id(self) -> int:
+    """The token of what no piece covers."""
+    return self.tokenizer.unk_id()
+
+  @property
+  def vocab_size(self) -> int:
+    """Pieces."""
+    return self.tokenizer.get_piece_size()
+
+  def encode(self, text: str) -> list[int]:
+    """The tokens of a text, without EOS."""
+    return self.tokenizer.EncodeAsIds(text)
+
+
+def for_seqio(vocabulary: Any) -> Any:
+  """The seqio.SentencePieceVocabulary of a `Vocabulary`, or of itself."""
+  if isinstance(vocabulary, Vocabulary):
+    return load_vocabulary(vocabulary.path)
+  return vocabulary
+
+
 def load_vocabulary(path: str | os.PathLike, extra_ids: int = 0) -> Any:
   """Loads a SentencePiece model.
 
@@ -143,17 +197,24 @@ def loaded(vocabulary: Any) -> Any:
   except (tf.errors.OpError, OSError) as error:
     raise ValueError(f"can't read the vocabulary {path}: {error}") from error
   except Exception as error:  # protobuf's and SentencePiece's own, undocumented
-    raise ValueError(
-      f"{path} is not a SentencePiece model ({error}); give the .model file."
-    ) from error
-  tokenizer = vocabulary.tokenizer
+    raise _no_model(path, error) from error
+  _check(vocabulary.tokenizer, path)
+  return vocabulary
+
+
+def _no_model(path: str, error: Exception) -> ValueError:
+  return ValueError(
+    f"{path} is not a SentencePiece model ({error}); give the .model file."
+  )
+
+
+def _check(tokenizer: SentencePieceProcessor, path: str) -> None:
   if tokenizer.pad_id() != PAD or tokenizer.eos_id() < 0:
     raise ValueError(
       f"the vocabulary {path} has PAD {tokenizer.pad_id()} and EOS "
       f"{tokenizer.eos_id()}; expected PAD {PAD} and an EOS, as T5's has: "
       "train it with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1."
     )
-  return vocabulary
 
 
 def allowed_tokens(vocabulary: Any, vocab_size: int) -> np.ndarray:
