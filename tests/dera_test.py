@@ -1,14 +1,13 @@
 """DeRa, MOD and soups towards the reference, made of trained runs."""
 
 import dataclasses
-import io
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 import runs
-import sentencepiece
+import small_t5
 
 import clp_jax
 from clp_jax import config as config_lib
@@ -190,7 +189,7 @@ def test_parts_that_do_not_fit_are_named(singles, sft_run, tmp_path):
   _write_run(narrow, other, initial, vocabulary, emb_dim=32)
   fails("different shapes .*emb_dim = 32 and 64", reference=narrow)
   renamed = str(tmp_path / "renamed")
-  _write_run(renamed, other, initial, _other_vocabulary(tmp_path))
+  _write_run(renamed, other, initial, small_t5.trained_vocabulary())
   fails("another vocabulary", reference=renamed)
   # One that fits: the supervised run itself.
   dera.make_mixture(config, one, str(tmp_path / "fits"), reference=sft_run)
@@ -203,20 +202,3 @@ def _write_run(workdir, config, initial, vocabulary, **changes):
   run_folder.start(workdir, config)
   run_folder.save_model(workdir, model_config, vocabulary, params)
   checkpoints.save_params(workdir, 0, params)
-
-
-def _other_vocabulary(folder):
-  """Another SentencePiece model of as many pieces or fewer."""
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(["one two three four five six"] * 10),
-    model_writer=model,
-    vocab_size=24,
-    pad_id=0,
-    eos_id=1,
-    unk_id=2,
-    bos_id=-1,
-    hard_vocab_limit=False,
-    minloglevel=2,
-  )
-  return model.getvalue()

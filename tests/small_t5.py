@@ -1,11 +1,13 @@
 """Small T5s with random weights, and what the tests of checkpoints share."""
 
 import dataclasses
+import io
 import json
 import pathlib
 
 import jax
 import numpy as np
+import sentencepiece
 
 from clp_jax.interop import leaves
 from clp_jax.models import t5
@@ -46,6 +48,24 @@ def assert_same(actual, expected):
     got, array = np.asarray(actual[path]), np.asarray(array)
     assert (got.dtype, got.shape) == (array.dtype, array.shape), path
     assert got.tobytes() == array.tobytes(), path
+
+
+def trained_vocabulary(**options):
+  """A SentencePiece model of a few words, which normalises what it reads."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(["one two three four five six"] * 10),
+    model_writer=model,
+    vocab_size=24,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    hard_vocab_limit=False,
+    minloglevel=2,
+    **options,
+  )
+  return model.getvalue()
 
 
 def edit_json(file, drop=(), **fields):

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import io
 import itertools
 import pathlib
 import subprocess
@@ -10,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-import sentencepiece
+import small_t5
 
 from clp_jax.data import newsroom, newsroom_text, tasks
 from clp_jax.data import vocabulary as vocabularies
@@ -387,23 +386,12 @@ class TestVocabulary:
 
   def test_without_seqio_it_gives_the_same_tokens(self, tmp_path):
     """A model that normalises, with sentinels; text that it does not know."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(["one two three four five six"] * 10),
-      model_writer=model,
-      vocab_size=24,
-      pad_id=0,
-      eos_id=1,
-      unk_id=2,
-      bos_id=-1,
-      user_defined_symbols=["<extra_id_1>", "<extra_id_0>"],
-      hard_vocab_limit=False,
-      minloglevel=2,
-    )
+    symbols = ["<extra_id_1>", "<extra_id_0>"]
+    model = small_t5.trained_vocabulary(user_defined_symbols=symbols)
     path = tmp_path / "spiece.model"
-    path.write_bytes(model.getvalue())
+    path.write_bytes(model)
     with_seqio = vocabularies.load_vocabulary(path)
-    without = vocabularies.Vocabulary(str(path), model.getvalue())
+    without = vocabularies.Vocabulary(str(path), model)
     for name in ("vocab_size", "eos_id", "unk_id", "sp_model"):
       assert getattr(without, name) == getattr(with_seqio, name), name
     texts = ["one  two\n", "ﬁve <extra_id_0>six", "", "été four", "</s> one"]
