@@ -625,6 +625,9 @@ def _shorten(tokens: np.ndarray) -> np.ndarray:
 
   Args:
     tokens: [B, S] int32, 0 pads.
+
+  Returns:
+    [B, up to S] int32.
   """
   longest = np.flatnonzero(tokens.any(axis=0)).max(initial=0) + 1
   return tokens[:, : max(decoding.BLOCK, 1 << int(longest - 1).bit_length())]

@@ -66,8 +66,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command line, or this program's, and returns its exit status."""
-  own = argv is None
-  argv = sys.argv[1:] if argv is None else list(argv)
+  if argv is None:
+    memory.use_huge_pages()  # before imports, which it would have to repeat
+    argv = sys.argv[1:]
+  argv = list(argv)
   parser = _Parser(
     prog="clp",
     description="Conditional Language Policy: one model, steered between "
@@ -99,8 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   if rest and not hasattr(arguments, "config"):
     parser.error(f"unknown arguments: {' '.join(rest)}")
   arguments.rest = rest
-  if own:
-    memory.use_huge_pages()
   return _run(arguments)
 
 

@@ -113,7 +113,6 @@ class Vocabulary:
 
   Attributes:
     path: of the file.
-    sp_model: the file's content.
     tokenizer: a sentencepiece.SentencePieceProcessor.
   """
 
@@ -123,7 +122,7 @@ class Vocabulary:
     Raises:
       ValueError: as `load_vocabulary`.
     """
-    self.path, self.sp_model = path, content
+    self.path = path
     self.tokenizer = SentencePieceProcessor()
     try:
       self.tokenizer.LoadFromSerializedProto(content)
@@ -140,11 +139,6 @@ class Vocabulary:
   def unk_id(self) -> int:
     """The token of what no piece covers."""
     return self.tokenizer.unk_id()
-
-  @property
-  def vocab_size(self) -> int:
-    """Pieces."""
-    return self.tokenizer.get_piece_size()
 
   def encode(self, text: str) -> list[int]:
     """The tokens of a text, without EOS."""
