@@ -10,7 +10,14 @@ import runs
 from clp_jax import demo
 from clp_jax.config import ConfigError
 from clp_jax.evaluation import report
-from clp_jax.experiments import costs, methods, plans, results, running
+from clp_jax.experiments import (
+  costs,
+  methods,
+  plans,
+  results,
+  running,
+  verdicts,
+)
 from clp_jax.models import t5
 from clp_jax.models.presets import PRESETS
 from clp_jax.run_folder import RunError
@@ -331,7 +338,7 @@ def _comparison(**differences):
 
 def test_verdicts_follow_from_the_figures():
   def verdict(claim, found, cost=None):
-    (row,) = [r for r in results.verdicts(found, cost) if claim in r.claim]
+    (row,) = [r for r in verdicts.verdicts(found, cost) if claim in r.claim]
     return row.verdict
 
   soups = "dominates Rewarded Soups (two"
