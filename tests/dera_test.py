@@ -1,6 +1,7 @@
 """DeRa, MOD and soups towards the reference, made of trained runs."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -50,6 +51,74 @@ def config_of(*objectives, alpha_range=None):
   config.eval.samples = 1
   config.eval.grid = 3
   return config
+
+
+@pytest.fixture(scope="module")
+def parts(sft_run):
+  """Two runs a reward, which were not trained."""
+  found = []
+  for draw in (0, 2):
+    pair = {}
+    for i, name in enumerate(("nli", "rouge")):
+      pair[name] = str(pathlib.Path(sft_run).parent / f"part_{name}_{draw + i}")
+      fields = {
+        "steering": "none",
+        "objectives": f'("{name}",)',
+        "weightings.alpha": LOW,
+        "rollout.temperature": 0.7,
+      }
+      runs.make_run(pair[name], sft_run, draw=draw + i, **fields)
+    found.append(pair)
+  return found
+
+
+@pytest.mark.parametrize("make", [soups.make_soup, dera.make_mixture])
+def test_a_folder_is_of_the_parts_that_it_was_made_of(parts, tmp_path, make):
+  config = config_of("nli", "rouge")
+  config.rollout.temperature = 0.7
+  first, second = parts
+  workdir = tmp_path / "made"
+  make(config, first, str(workdir))
+  # The reference is the same; of the runs it says which.
+  record = json.loads((workdir / "parts.json").read_text())
+  assert [(p["part"], p["folder"], p["step"]) for p in record] == [
+    ("nli", first["nli"], 4),
+    ("rouge", first["rouge"], 4),
+    ("reference", first["nli"], 0),
+  ]
+  before = {p: p.stat().st_mtime_ns for p in workdir.glob("checkpoints/**/*")}
+  assert before
+  config.eval.samples = 2  # concerns the evaluation alone
+  make(config, first, str(workdir))
+  assert before == {
+    p: p.stat().st_mtime_ns for p in workdir.glob("checkpoints/**/*")
+  }
+  assert run_folder.load_config(str(workdir)).eval.samples == 2
+  mixed = {"nli": first["nli"], "rouge": second["rouge"]}
+  with pytest.raises(config_lib.ConfigError) as refused:
+    make(config, mixed, str(workdir))
+  assert f"rouge {first['rouge']} at step 4" in str(refused.value)
+  assert f"rouge {second['rouge']} at step 4" in str(refused.value)
+  assert first["nli"] not in str(refused.value)
+  assert "choose another folder" in str(refused.value)
+  (workdir / "parts.json").unlink()
+  with pytest.raises(config_lib.ConfigError, match="no parts.json that says"):
+    make(config, first, str(workdir))
+
+
+def test_parts_of_another_optimum_are_refused(parts, tmp_path):
+  for changes, message in (
+    ({}, "rollout.temperature = 0.7, and what is made of it here has 1.0"),
+    ({"weightings.alpha": 0.5}, "weightings.alpha = 0.02, .* has 0.5"),
+    ({"rewards.nli.normalise": "fixed"}, "nli.normalise = none, .* has fixed"),
+  ):
+    config = config_of("nli", "rouge")
+    if changes:
+      config.rollout.temperature = 0.7
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(config_lib.ConfigError, match=message):
+      soups.make_soup(config, parts[0], str(tmp_path / "out"))
+  assert not (tmp_path / "out").exists()
 
 
 def test_mixing_logits_reaches_every_alphas_optimum():

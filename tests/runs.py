@@ -47,14 +47,14 @@ def train_arguments(workdir, sft, **fields):
   ]
 
 
-def make_run(workdir, sft, **fields):
+def make_run(workdir, sft, *, draw=0, **fields):
   """A run's folder whose sets differ at random: trained, but for the time."""
   config = load_config(CONFIG, overrides(sft, **fields))
   moft.prepare(config, str(workdir))
   abstract = t5.abstract_params(run_folder.load_model_config(str(workdir)))
   reference = run_folder.load_reference(str(workdir), abstract)
   bank = config_lib.bank(config, run_folder.load_model_config(str(workdir)))
-  random = np.random.default_rng(0)
+  random = np.random.default_rng(draw)
   sets = jax.tree.map(
     lambda p: p + 0.03 * random.standard_normal(p.shape).astype(np.float32),
     bank.init(reference, jax.random.key(0)),

@@ -40,7 +40,8 @@ def make_mixture(
       None takes theirs.
 
   Raises:
-    ConfigError: when the parts do not fit the objectives or one another, a
-      reference of another vocabulary or shape among them.
+    ConfigError: when the parts do not fit the objectives, one another or the
+      config, a reference of another vocabulary or shape among them; or the
+      folder holds a mixture of others.
   """
   soups.combine(config, runs, workdir, mixing="logits", reference=reference)

@@ -6,16 +6,23 @@ are the finetuned policies, so that everything that works on a trained policy
 is the reference, and the others were finetuned at the least alpha: then the
 soup interpolates between the two, by `weightings.realignment`.
 
+parts.json in its folder says what it was made of: of each run the folder, the
+step and a digest of the parameters.
+
 Source: Rame et al. 2023 (arXiv 2306.04488).
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
+from clp_jax import config as config_lib
 from clp_jax import run_folder
 from clp_jax.config import ConfigError
 from clp_jax.initial import load_initial
@@ -24,6 +31,7 @@ from clp_jax.policy import Policy
 from clp_jax.train import checkpoints
 
 Params = Any
+PARTS = "parts.json"
 
 
 def stack(policies: list[Params]) -> Params:
@@ -36,7 +44,7 @@ def make_soup(
   runs: Mapping[str, str],
   workdir: str,
 ) -> None:
-  """Writes the run folder of a soup.
+  """Writes the run folder of a soup, or finds it written.
 
   Args:
     config: whose objectives, data, rewards, weightings and evaluation the soup
@@ -46,7 +54,8 @@ def make_soup(
     workdir: the soup's folder.
 
   Raises:
-    ConfigError: when the runs do not fit the objectives or one another.
+    ConfigError: when the runs do not fit the objectives, one another or the
+      config, or the folder holds a soup of others.
   """
   combine(config, runs, workdir, mixing="parameters")
 
@@ -59,7 +68,7 @@ def combine(
   mixing: str,
   reference: str | None = None,
 ) -> None:
-  """Writes the run folder of a policy that is made of finetuned ones.
+  """Writes, or finds, the folder of a policy that is made of finetuned ones.
 
   Args:
     config: as in `make_soup`.
@@ -70,7 +79,8 @@ def combine(
       for the runs' own reference; None takes theirs.
 
   Raises:
-    ConfigError: when the parts do not fit the objectives or one another.
+    ConfigError: when the parts do not fit the objectives, one another or the
+      config, or the folder holds what was made of others.
   """
   if set(runs) != set(config.objectives):
     raise ConfigError(
@@ -98,13 +108,66 @@ def combine(
   start = first.reference
   if reference is not None:
     start = _load_reference(config, reference, first, vocabulary)
+  made_of = [
+    _part(name, runs[name], part.step, part.sets)
+    for name, part in zip(config.objectives, parts, strict=True)
+  ]
+  made_of.append(_part("reference", reference or first.workdir, 0, start))
+  _check_made_of(workdir, made_of)
   if alpha_varies:
     sets.append(start)
   # Nothing is written before all of it fits.
   run_folder.start(workdir, config)
+  run_folder.write_json(run_folder.folder(workdir) / PARTS, made_of)
   if not run_folder.has_model(workdir):
     run_folder.save_model(workdir, first.model_config, vocabulary, start)
-  checkpoints.save_params(workdir, sum(p.step for p in parts), stack(sets))
+  step = sum(part.step for part in parts)
+  if checkpoints.newest_step(workdir) != step:
+    checkpoints.save_params(workdir, step, stack(sets))
+
+
+def _part(name: str, folder: str, step: int, params: Params) -> dict[str, Any]:
+  """What parts.json says of a part; its digest is of the values."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    array = np.ascontiguousarray(jax.device_get(leaf))
+    where = jax.tree_util.keystr(path)
+    digest.update(f"{where} {array.dtype} {array.shape}".encode())
+    digest.update(array.tobytes())
+  return {
+    "part": name,
+    "folder": folder,
+    "step": step,
+    "digest": digest.hexdigest()[:16],
+  }
+
+
+def _check_made_of(workdir: str, new: list[dict[str, Any]]) -> None:
+  """Raises ConfigError where a folder was made of other parts."""
+  file = run_folder.folder(workdir) / PARTS
+  if not file.exists():
+    if checkpoints.newest_step(workdir) is not None:
+      raise ConfigError(
+        f"{workdir} holds checkpoints and no {PARTS} that says what they were "
+        "made of; choose another folder, or delete this one."
+      )
+    return
+  old = json.loads(file.read_text())
+
+  def those_not_in(others, parts):  # wherever their folders are now
+    known = [part | {"folder": None} for part in others]
+    return ", ".join(
+      "{part} {folder} at step {step} ({digest})".format(**part)
+      for part in parts
+      if part | {"folder": None} not in known
+    )
+
+  if there := those_not_in(new, old):
+    raise ConfigError(
+      f"{workdir} was made of other parts ({there} there, "
+      f"{those_not_in(old, new)} here); choose another folder, or delete this "
+      "one."
+    )
 
 
 def _check_part(
@@ -122,14 +185,28 @@ def _check_part(
       f"{part.workdir} and {first.workdir} start from different models; their "
       "average means nothing. Finetune both from one model.init."
     )
-  alpha_range = config.weightings.alpha_range
-  if alpha_range is not None and part.config.weightings.alpha != alpha_range[0]:
+  alpha_range, own = config.weightings.alpha_range, part.config
+  if alpha_range is not None and own.weightings.alpha != alpha_range[0]:
     raise ConfigError(
       f"{part.workdir} was finetuned at alpha "
-      f"{part.config.weightings.alpha:g}; to be steered from there to the "
+      f"{own.weightings.alpha:g}; to be steered from there to the "
       f"reference it must be the least of weightings.alpha_range, "
       f"{alpha_range[0]:g}."
     )
+  found, asked = (
+    run_folder.decisive(config_lib.to_json(c)) for c in (own, config)
+  )
+  for path in (
+    *("rollout.temperature", f"rewards.{name}.normalise"),
+    *("prompting.style", "soft_tokens.length"),
+    *(["weightings.alpha"] if alpha_range is None else []),
+  ):
+    if found[path] != asked[path]:
+      raise ConfigError(
+        f"{part.workdir} was finetuned with {path} = {found[path]}, and what "
+        f"is made of it here has {asked[path]}; take a run with that, or "
+        "change the config."
+      )
 
 
 def _load_reference(

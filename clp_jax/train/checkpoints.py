@@ -237,10 +237,9 @@ def _join(params: Tree, train: Tree) -> TrainState:
 def save_params(workdir: str, step: int, params: Tree) -> None:
   """Saves parameter sets that were not trained here (Rewarded Soups)."""
   manager = ocp.CheckpointManager(run_folder.folder(workdir) / "checkpoints")
-  if step not in manager.all_steps():
-    manager.save(
-      step, args=ocp.args.Composite(params=ocp.args.StandardSave(params))
-    )
+  manager.save(
+    step, args=ocp.args.Composite(params=ocp.args.StandardSave(params))
+  )
   manager.close()
 
 
