@@ -27,9 +27,15 @@ from clp_jax.models.t5 import T5Config
 # What a resumed run may change: how long, how often, and on which mesh.
 _FREE = (
   *("train.steps", "train.checkpoint_every", "train.keep"),
+  *("sft.checkpoint_every",),
   *("reward_model.steps", "reward_model.checkpoint_every"),
 )
 _FREE_PREFIXES = ("train.log_", "eval.", "mesh.")
+# Of RL; a supervised run and a preference model have rates of their own.
+_RATES = tuple(
+  f"optimizer.{name}"
+  for name in ("learning_rate", "warmup_steps", "decay_steps")
+)
 
 
 class RunError(RuntimeError):
@@ -71,14 +77,12 @@ def start(workdir: str, config: ml_collections.ConfigDict) -> None:
 
 
 def _check_same(workdir: str, old: dict, new: dict) -> None:
-  old, new = dict(_flatten(_completed(old))), dict(_flatten(new))
+  old, new = decisive(_completed(old)), decisive(new)
   differing = [
     f"{name} = {old.get(name, 'absent')!r} there, "
     f"{new.get(name, 'absent')!r} here"
     for name in sorted(old.keys() | new.keys())
     if not _equal(old.get(name), new.get(name))
-    and name not in _FREE
-    and not name.startswith(_FREE_PREFIXES)
   ]
   if differing:
     shown = "; ".join(differing[:3]) + ("; ..." if differing[3:] else "")
@@ -86,6 +90,23 @@ def _check_same(workdir: str, old: dict, new: dict) -> None:
       f"{workdir} holds another run's config ({shown}); choose another "
       "--workdir or the same config."
     )
+
+
+def decisive(values: dict) -> dict[str, Any]:
+  """What a resumed run can't change: all that decides a step's result.
+
+  Args:
+    values: a config, or some sections of one, from `config.to_json`.
+
+  Returns:
+    Path of a field -> its JSON value.
+  """
+  free = _FREE if "objectives" in values else (*_FREE, *_RATES)
+  return {
+    name: value
+    for name, value in _flatten(values)
+    if name not in free and not name.startswith(_FREE_PREFIXES)
+  }
 
 
 def _equal(old: Any, new: Any) -> bool:

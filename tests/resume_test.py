@@ -8,6 +8,7 @@ import shutil
 import signal
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 import runs
@@ -152,6 +153,33 @@ def test_a_run_of_an_older_version_gets_the_fields_it_lacks(tmp_path):
   file.write_text(json.dumps(values))
   with pytest.raises(config_lib.ConfigError, match="conditioning.kl_set"):
     run_folder.start(str(tmp_path), config)
+
+
+def test_the_rate_of_rl_is_no_setting_of_the_stages_before(tmp_path):
+  from clp_jax import config as config_lib
+  from clp_jax import demo, run_folder
+  from clp_jax.train import reward_model, sft
+
+  def own_configs(**changes):
+    config = demo.get_config()
+    config.optimizer.update(changes)
+    sections = {name: config[name] for name in reward_model.SECTIONS}
+    return {
+      "sft": sft.own_config(config),
+      "reward": ml_collections.ConfigDict(sections),
+      "run": config,
+    }
+
+  for name, config in own_configs().items():
+    run_folder.start(str(tmp_path / name), config)
+  other = own_configs(learning_rate=0.5, warmup_steps=1, decay_steps=7)
+  for name in ("sft", "reward"):
+    run_folder.start(str(tmp_path / name), other[name])  # resumed
+  with pytest.raises(config_lib.ConfigError, match="optimizer.learning_rate"):
+    run_folder.start(str(tmp_path / "run"), other["run"])
+  for name, config in own_configs(clip_norm=7.0).items():
+    with pytest.raises(config_lib.ConfigError, match="optimizer.clip_norm"):
+      run_folder.start(str(tmp_path / name), config)
 
 
 def test_a_path_may_be_spelled_another_way(tmp_path, monkeypatch):

@@ -246,6 +246,18 @@ def report_held_out(
   return report
 
 
+def own_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """What of a config concerns this stage; its folder's config.json."""
+  own = ml_collections.ConfigDict({name: config[name] for name in SECTIONS})
+  if config.prompting.style != "none":  # it may be in the data and the model
+    own.prompting = {
+      **config.prompting,
+      "objectives": config.objectives,
+      "weightings": config.weightings,
+    }
+  return own
+
+
 def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   """Finetunes `model.init` on the task's references, or resumes doing so.
 
@@ -257,15 +269,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
     The finetuned model.
   """
   check_data(config)
-  own = ml_collections.ConfigDict({name: config[name] for name in SECTIONS})
   share = config.prompting.sft_share
-  if config.prompting.style != "none":  # it may be in the data and the model
-    own.prompting = {
-      **config.prompting,
-      "objectives": config.objectives,
-      "weightings": config.weightings,
-    }
-  run_folder.start(workdir, own)
+  run_folder.start(workdir, own_config(config))
   if not run_folder.has_model(workdir):
     initial = load_initial(config)
     run_folder.save_model(
