@@ -1,6 +1,7 @@
 """Fronts compared: figures, intervals, files and what can't be compared."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -353,6 +354,23 @@ def test_what_can_not_work_says_so(
   got, _, err = runs.clp("compare", *arguments, "--output", "out")
   assert got == status and message in err.splitlines()[-1], err
   assert not (tmp_path / "out").exists()
+
+
+def test_no_other_method_moves_the_default_reference_point(tmp_path):
+  line = {"objectives": ("nli",), "alphas": (0.01, 0.1)}
+  first = write_run(tmp_path / "a", **line)
+  other = write_run(tmp_path / "b", seed=1, **line)
+  far = dataclasses.replace(
+    other.front,
+    points=tuple(
+      dataclasses.replace(p, kl=Estimate(50.0, 0.1)) for p in other.front.points
+    ),
+  )
+  other = dataclasses.replace(other, front=far)
+  alone = compared({"a": [first]}).reference_points
+  assert alone["hypervolume"] == {"nli": 0.1, "-kl": -5.0}
+  assert compared({"a": [first], "b": [other]}).reference_points == alone
+  assert compared({"b": [other], "a": [first]}).reference_points != alone
 
 
 def test_runs_of_one_config_are_seeds(tmp_path):

@@ -190,7 +190,7 @@ def compare(
     distribution: Q, of utility and value.
     reference_point: of the hypervolume, by objective; with one objective over
       several alphas also "kl", in nats. None takes the fronts' own, and the
-      largest KL of all, rounded up.
+      first method's largest KL, rounded up.
     near: a second one, near to the fronts, for another hypervolume: a far
       one's is mostly the volume that all methods share.
     bootstrap: resamplings.
@@ -202,10 +202,11 @@ def compare(
   everything = [run for runs in methods.values() for run in runs]
   _check_comparable(everything)
   front = everything[0].front
-  point = _reference_point(everything, reference_point)
+  first, *others = methods
+  point = _reference_point(everything, reference_point, len(methods[first]))
   points = {"hypervolume": point}
   if near is not None:
-    points["near hypervolume"] = _reference_point(everything, near)
+    points["near hypervolume"] = _reference_point(everything, near, 0)
   names = (
     *points,
     "spread",
@@ -220,7 +221,6 @@ def compare(
   )
   values = {m: _over_runs(runs, measure) for m, runs in methods.items()}
   drawn = _bootstrap(methods, measure, bootstrap, np.random.default_rng(seed))
-  first, *others = methods
   return Comparison(
     objectives=front.objectives,
     reference_points=points,
@@ -482,9 +482,12 @@ def _dominated(a: Sequence[Run], b: Sequence[Run]) -> float:
 
 
 def _reference_point(
-  runs: Sequence[Run], given: Mapping[str, float] | None
+  runs: Sequence[Run], given: Mapping[str, float] | None, num_first: int
 ) -> dict[str, float]:
-  """By axis, in the order of the axes; a KL's is negative, as its axis."""
+  """By axis, in the order of the axes; a KL's is negative, as its axis.
+
+  The default for KL is of the first runs, so that no other method moves it.
+  """
   front = runs[0].front
   axes = [*front.objectives]
   if given is not None:
@@ -508,7 +511,7 @@ def _reference_point(
       )
   point = dict(zip(axes, front.reference_point, strict=True))
   if in_plane(front):
-    largest = max(point.kl.mean for run in runs for point in run.front.points)
+    largest = max(p.kl.mean for r in runs[:num_first] for p in r.front.points)
     point["-kl"] = -float(math.ceil(largest))
   return point
 
