@@ -1,13 +1,17 @@
 """Experiments: what they run, skip, resume, refuse, and write."""
 
+import dataclasses
 import json
 import pathlib
 
 import compare_test
+import jax
+import numpy as np
 import pytest
 import runs
 
-from clp_jax import demo
+from clp_jax import config as config_lib
+from clp_jax import demo, run_folder, weightings
 from clp_jax.config import ConfigError
 from clp_jax.evaluation import report
 from clp_jax.experiments import (
@@ -23,10 +27,11 @@ from clp_jax.models.presets import PRESETS
 from clp_jax.run_folder import RunError
 
 
-def plan_of(name, workdir, **changes):
+def plan_of(name, workdir, config_changes=None, **changes):
   config = demo.get_config()
   config.eval.grid = 5
   config.eval.prompts = compare_test.PROMPTS
+  config.update_from_flattened_dict(config_changes or {})
   config.lock()  # as a config file's is
   fields = {
     "methods": None,
@@ -44,6 +49,7 @@ class Trainer:
 
   def __init__(self, monkeypatch):
     self.trained, self.evaluated, self.failing = [], [], set()
+    self.monkeypatch = monkeypatch
     monkeypatch.setattr(running.moft, "train", self.train)
     monkeypatch.setattr(running.sft, "train", self.supervised)
     monkeypatch.setattr(running.soups, "make_soup", self.make)
@@ -52,34 +58,50 @@ class Trainer:
     monkeypatch.setattr(running, "_has_step", self.has_step)
 
   def has_step(self, folder, step):
-    return (pathlib.Path(folder) / "step").exists()
+    return self.step(folder) == step
 
-  def finish(self, folder):
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    (pathlib.Path(folder) / "step").touch()
+  def step(self, folder):
+    file = pathlib.Path(folder) / "step"
+    return int(file.read_text()) if file.exists() else None
+
+  def finish(self, folder, config, step):
+    run_folder.start(folder, config)
+    (pathlib.Path(folder) / "step").write_text(str(step))
 
   def supervised(self, config, folder):
     self.trained.append(("sft", config.seed, config.model.init))
-    self.finish(folder)
+    self.finish(folder, running.sft.own_config(config), config.sft.steps)
 
   def train(self, config, folder):
     if config.steering in self.failing:
       raise RunError(f"loss is nan at step 3 of {config.steering}")
     self.trained.append(config.copy_and_resolve_references())
-    self.finish(folder)
+    self.finish(folder, config, config.train.steps)
 
   def make(self, config, parts, folder):
     self.trained.append(("made", tuple(parts.values())))
-    self.finish(folder)
+    self.finish(folder, config, sum(map(self.step, parts.values())))
 
-  def evaluate(self, folder, *, grid, num_prompts, seed, method, **rest):
+  def evaluate(self, folder, *, seed, method, training_samples):
     self.evaluated.append(method)
+    config = run_folder.load_config(folder)
+    settings, q = config.eval, config.weightings
+    origin = [0.0] * len(config.objectives)
+    self.monkeypatch.setattr(compare_test, "PROMPTS", settings.prompts)
     compare_test.write_run(
       folder,
       seed=len(self.evaluated),
       method=method,
-      decoding={"temperature": 1.0, "samples": 2, "seed": seed, "grid": grid},
-      reference_point=[0.0, 0.0],
+      objectives=config.objectives,
+      alphas=q.alpha_range or (q.alpha,),
+      step=self.step(folder),
+      decoding={
+        "temperature": settings.temperature,
+        "samples": settings.samples,
+        "seed": seed,
+        "grid": settings.grid,
+      },
+      reference_point=settings.reference_point or origin,
     )
 
 
@@ -217,21 +239,221 @@ def test_oracles_are_trained_for_one_weighting(trainer, tmp_path):
   assert singles["nli"][1] == alphas[0][1]
 
 
-def test_a_new_field_of_the_config_renames_no_run(monkeypatch, tmp_path):
-  plan = plan_of("two-reward", tmp_path, seeds=1)
-  before = [running._folder(plan, cell) for cell in running.cells(plan)]
-  assert len(set(before)) == len(before)
+EVALUATIONS = {
+  "grid": 7,
+  "prompts": 30,
+  "samples": 3,
+  "temperature": 0.5,
+  "reference_point": (0.2, 0.3),
+}
+
+
+def test_finished_runs_are_evaluated_as_the_experiment_now_asks(
+  trainer, tmp_path
+):
+  """They are not trained again, and none is missing from the table."""
+  names = ("clp-full", "rewarded-soups", "oracle")
+
+  def plan(fields):
+    changes = {f"eval.{name}": EVALUATIONS[name] for name in fields}
+    return plan_of("two-reward", tmp_path, changes, methods=names, seeds=1)
+
+  assert running.run(plan([]), train=True) == []
+  trained, evaluated = len(trainer.trained), trainer.evaluated[:]
+  for field in EVALUATIONS:
+    other = plan([field])
+    finished = [
+      running._is_finished(other, cell) for cell in running.cells(other)
+    ]
+    assert not any(finished), field
+  assert running.run(plan(EVALUATIONS), train=True) == []
+  assert {x[0] for x in trainer.trained[trained:]} == {"made"}
+  assert trainer.evaluated == 2 * evaluated
+  folder = tmp_path / "two-reward"
+  record = json.loads((folder / "experiment.json").read_text())
+  assert record["missing"] == record["failures"] == []
+  found = json.loads((folder / "comparison.json").read_text())
+  assert len(found["methods"]) == 3
+
+
+def test_no_field_of_an_evaluation_is_forgotten():
+  assert {*EVALUATIONS, "batch"} == set(config_lib.get_config().eval)
+
+
+def test_a_run_that_is_missing_afterwards_has_failed(
+  trainer, tmp_path, monkeypatch
+):
+  """Whatever the reason: here a sweep that is not the one asked for."""
+  evaluate = running.sweep.evaluate_run
+
+  def another(folder, **settings):
+    evaluate(folder, **settings | {"seed": 1})
+
+  monkeypatch.setattr(running.sweep, "evaluate_run", another)
+  plan = plan_of("two-reward", tmp_path, methods=("clp-full",), seeds=1)
+  with pytest.raises(RunError, match="full-CLP, seed 0: .*is not what the"):
+    running.run(plan, train=True)
+
+
+def test_the_sweep_of_an_unfinished_run_is_not_taken_for_its_last(
+  trainer, tmp_path
+):
+  plan = plan_of("two-reward", tmp_path, methods=("clp-full",), seeds=1)
+  (cell,) = running.cells(plan)
+  folder, config = running._folder(plan, cell), running._config(plan, cell)
+  trainer.finish(folder, config, 100)
+  trainer.evaluate(folder, seed=0, method="full-CLP", training_samples=1)
+  assert not running._is_finished(plan, cell)
+  running.run(plan, train=True)
+  assert running._is_finished(plan, cell)
+
+
+def test_runs_that_methods_share_have_the_reference_point(trainer, tmp_path):
+  """The soup's part is the oracle's run of the least alpha."""
+  plan = plan_of(
+    "single-reward-multi-kl",
+    tmp_path,
+    {"eval.reference_point": (0.5,)},
+    methods=("rewarded-soups", "oracle"),
+    seeds=1,
+  )
+  assert running.run(plan, train=True) == []
+  assert all(running._is_finished(plan, cell) for cell in running.cells(plan))
+  before = len(trainer.evaluated)
+  running.run(plan, train=True)
+  assert len(trainer.evaluated) == before
+
+
+def changed(config, path):
+  """The config with another value of one field."""
+  config = config.copy_and_resolve_references()
+  *sections, name = path.split(".")
+  section = config
+  for key in sections:
+    section = section[key]
+  value = section[name]
+  with config.ignore_type():
+    if isinstance(value, bool):
+      section[name] = not value
+    elif isinstance(value, int | float):
+      section[name] = value + 1
+    elif isinstance(value, str):
+      section[name] = f"{value}x"
+    else:
+      section[name] = (*(value or ()), 7)
+  return config
+
+
+def test_a_folder_is_named_by_all_that_decides_its_result(tmp_path):
+  plan = plan_of("two-reward", tmp_path, methods=("clp-full",), seeds=1)
+  (cell,) = running.cells(plan)
+  run, start = running._folder(plan, cell), running._supervised(plan, cell)
+  paths = {
+    ".".join(part.key for part in path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(
+      plan.config.to_dict(), is_leaf=lambda x: not isinstance(x, dict)
+    )
+  }
+  runs_change, starts_change = set(), set()
+  for path in paths - {"seed", "steering"}:  # the cell's and the method's
+    other = dataclasses.replace(plan, config=changed(plan.config, path))
+    if running._folder(other, cell) != run:
+      runs_change.add(path)
+    if running._supervised(other, cell) != start:
+      starts_change.add(path)
+  assert paths - runs_change == {
+    *(path for path in paths if path.startswith(("eval.", "mesh."))),
+    *("train.checkpoint_every", "train.keep", "train.log_samples_every"),
+    *("sft.checkpoint_every", "seed", "steering"),
+    *("reward_model.steps", "reward_model.checkpoint_every"),
+  }
+  assert starts_change == {
+    *(path for path in paths if path.startswith(("model.", "data.", "sft."))),
+    *("optimizer.name", "optimizer.clip_norm", "prompting.style"),
+  } - {"sft.checkpoint_every"}
+
+
+def test_a_changed_default_does_not_give_old_folders_another_meaning(
+  monkeypatch, tmp_path
+):
+  before = plan_of("two-reward", tmp_path, seeds=1)
   get_config = running.config_lib.get_config
 
-  def with_another_field():
+  def with_another_default():
     config = get_config()
-    config.train.unheard_of = 3
+    config.rollout.samples = 8
     return config
 
-  monkeypatch.setattr(running.config_lib, "get_config", with_another_field)
-  plan = plan_of("two-reward", tmp_path, seeds=1)
-  assert "unheard_of" in plan.config.train
-  assert before == [running._folder(plan, cell) for cell in running.cells(plan)]
+  monkeypatch.setattr(running.config_lib, "get_config", with_another_default)
+  after = plan_of("two-reward", tmp_path, seeds=1)
+  for cell in running.cells(before):
+    assert running._folder(before, cell) != running._folder(after, cell)
+
+
+def test_realigned_clp_has_the_soups_coefficients(tmp_path):
+  names = [name for name in methods.METHODS if "realigned" in name]
+  assert len(names) == 3
+  plan = plan_of("single-reward-multi-kl", tmp_path, seeds=1)
+  assert set(names) <= set(plan.methods)
+  for cell in running.cells(plan):
+    if methods.METHODS[cell.method].overrides is None:
+      continue
+    q = config_lib.distribution(running._config(plan, cell))
+    weighting = weightings.Weighting(np.ones([2, 1]), np.float32([0.01, 0.1]))
+    kl = q.coefficients(weighting)[:, 1]
+    expected = [0, 1 - 1 / 11] if cell.method in names else [0.01, 0.1]
+    np.testing.assert_allclose(kl, expected, atol=1e-6)
+  with pytest.raises(ConfigError, match="clp-full-realigned does not fit"):
+    plan_of("two-reward", tmp_path, methods=("clp-full-realigned",))
+
+
+def test_a_methods_rate_is_a_factor_of_the_base_configs(tmp_path, monkeypatch):
+  def plan(rate):
+    changes = {"optimizer.learning_rate": rate}
+    return plan_of(
+      "two-reward", tmp_path, changes, methods=("clp-full", "ppo"), seeds=1
+    )
+
+  full, ppo = running.cells(plan(1e-4))
+  assert running._config(plan(1e-4), full).optimizer.learning_rate == 1e-4
+  assert running._config(plan(1e-4), ppo).optimizer.learning_rate == 5e-5
+  assert running._label(plan(1e-4), ppo) == "full-CLP, PPO, 0.5 x rate"
+  # Its label and its folder follow; the supervised checkpoint is the same.
+  before = running._folder(plan(1e-4), full)
+  start = running._supervised(plan(1e-4), full)
+  monkeypatch.setitem(
+    methods.METHODS, "clp-full", methods.METHODS["clp-full"]._replace(rate=3.0)
+  )
+  assert running._label(plan(1e-4), full) == "full-CLP, 3 x rate"
+  assert running._folder(plan(1e-4), full) != before
+  assert running._supervised(plan(1e-4), full) == start
+  # Soups train their parts with it.
+  monkeypatch.setitem(
+    methods.METHODS, "mod", methods.METHODS["mod"]._replace(rate=2.0)
+  )
+  mod = running.Cell("mod", None, 0)
+  parts = running._singles(
+    plan(1e-4), mod, running._config(plan(1e-4), mod), methods.METHODS["mod"]
+  )
+  assert {c.optimizer.learning_rate for c, _ in parts.values()} == {2e-4}
+
+
+def test_rewards_in_units_of_each_method_are_refused(tmp_path):
+  with pytest.raises(ConfigError, match="rewards.nli.normalise = running"):
+    plan_of("two-reward", tmp_path, {"rewards.nli.normalise": "running"})
+  # One that the experiment is not about may be.
+  plan_of("two-reward", tmp_path, {"rewards.tldr.normalise": "running"})
+
+
+def test_no_method_moves_the_reference_point(trainer, tmp_path):
+  kl = {}
+  for names in (("clp-full",), ("clp-full", "rewarded-soups")):
+    plan = plan_of("single-reward-multi-kl", tmp_path, methods=names, seeds=1)
+    running.run(plan, train=True)
+    folder = tmp_path / "single-reward-multi-kl"
+    found = json.loads((folder / "comparison.json").read_text())
+    kl[names] = found["reference_points"]["hypervolume"]
+  assert list(kl.values()) == [{"nli": 0.0, "-kl": -10.0}] * 2
 
 
 def test_prompting_starts_from_a_model_that_has_seen_the_tokens(tmp_path):

@@ -30,10 +30,20 @@ class Method(NamedTuple):
   # Whether it can trade off rewards, and a reward against KL.
   rewards: bool = True
   kl: bool = True
+  rate: float = 1.0  # factor of the base config's learning rate
+
+  @property
+  def title(self) -> str:
+    """Its label, and its learning rate where that is not the others'."""
+    if self.rate == 1:
+      return self.label
+    return f"{self.label}, {self.rate:g} x rate"
 
 
 # Their supervised checkpoint is one of its own, which has seen the tokens.
 _PROMPTED = {"prompting.style": "control_tokens", "prompting.sft_share": 0.5}
+
+_REALIGNED = {"weightings.kl_coefficient": "realigned"}
 
 METHODS: dict[str, Method] = {
   "clp-full": Method("full-CLP", {"steering": "full"}),
@@ -44,14 +54,22 @@ METHODS: dict[str, Method] = {
     {"steering": "full", "conditioning.kl_set": "frozen"},
     rewards=False,
   ),
+  # Combined with the coefficients that soups and DeRa have.
+  "clp-full-realigned": Method(
+    "full-CLP, realigned", {"steering": "full"} | _REALIGNED, rewards=False
+  ),
+  "clp-attention-realigned": Method(
+    "attn-CLP, realigned", {"steering": "attention"} | _REALIGNED, rewards=False
+  ),
+  "clp-full-frozen-realigned": Method(
+    "full-CLP, KL set frozen, realigned",
+    {"steering": "full", "conditioning.kl_set": "frozen"} | _REALIGNED,
+    rewards=False,
+  ),
   "ppo": Method(
     "full-CLP, PPO",
-    # Four updates a step: half of REINFORCE's rate.
-    {
-      "steering": "full",
-      "algorithm": "ppo",
-      "optimizer.learning_rate": 5e-4,
-    },
+    {"steering": "full", "algorithm": "ppo"},
+    rate=0.5,  # it takes four updates a step
   ),
   "clp-full-learned": Method(
     "full-CLP, learned baseline",

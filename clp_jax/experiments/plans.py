@@ -57,7 +57,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     objectives=("nli",),
     methods=(
       *CLP,
-      *("clp-full-frozen", "prompting", "soft-tokens"),
+      *("clp-full-realigned", "clp-attention-realigned"),
+      *("clp-full-frozen", "clp-full-frozen-realigned"),
+      *("prompting", "soft-tokens"),
       *("rewarded-soups", "rewarded-soups-mx", "dera"),
       *("svd-lora", "lora", "oracle"),
     ),
@@ -125,7 +127,8 @@ def base_config(
     config: the user's, or the built-in world's.
 
   Raises:
-    ConfigError: when it does not describe a reward of the experiment.
+    ConfigError: when it does not describe a reward of the experiment, or
+      normalises one in a way that differs between methods.
   """
   config = config.copy_and_resolve_references()
   missing = [o for o in experiment.objectives if o not in config.rewards]
@@ -135,6 +138,13 @@ def base_config(
       f"config.rewards does not describe {', '.join(missing)}; it describes "
       f"{', '.join(config.rewards)}."
     )
+  for name in experiment.objectives:
+    if config.rewards[name].normalise == "running":
+      raise ConfigError(
+        f"rewards.{name}.normalise = running divides by the deviation of a "
+        "run's own responses, so that one alpha would be another trade-off for "
+        "each method; set it to fixed, the reference's moments, or none."
+      )
   config.objectives = experiment.objectives
   point = config.eval.reference_point
   if point is not None and len(point) != len(experiment.objectives):

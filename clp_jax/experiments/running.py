@@ -1,12 +1,15 @@
 """Runs an experiment: every method, value and seed, each in its own folder.
 
   DIR/sft/<name>     supervised checkpoints, shared by all experiments
-  DIR/runs/<name>    runs: named by method, seed and a digest of the config
+  DIR/runs/<name>    runs: named by method, seed and a digest of all values that
+                     decide the result
   DIR/<experiment>/  the comparison's files, written after every seed
 
 A folder's name says what is in it, so an experiment that is started again skips
 what is finished and resumes what is not, experiments share runs, and another
-setting is another folder. A run that fails is noted and the others go on.
+setting is another folder. What `eval` says is not part of the name: a finished
+run is evaluated again, not trained, when another evaluation is asked for. A run
+that fails is noted and the others go on.
 
 All methods of a seed start from the same supervised checkpoint, answer the same
 held-out prompts with the same decoding and random keys, and train on the same
@@ -20,7 +23,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -171,7 +174,13 @@ def run(plan: Plan, *, train: bool) -> list[str]:
       if cell.seed != seed:
         continue
       try:
-        _finish(plan, cell)
+        if not _is_finished(plan, cell):
+          _finish(plan, cell)
+        if not _is_finished(plan, cell):
+          raise run_folder.RunError(
+            f"{_folder(plan, cell)}/evaluation is not what the experiment's "
+            "config asks for, although it was just written."
+          )
       except loop.Preempted:
         raise
       # A run over days goes on without what can't be run, whatever the reason.
@@ -207,12 +216,17 @@ def write(plan: Plan, failures: list[str]) -> compare.Comparison:
       f"no run of {plan.name} in {plan.workdir} is finished; there is nothing "
       "to compare."
     )
-  near = None
+  near = point = None
   if plan.config.data.task == "newsroom":
     near = plan.experiment.near
+    if near is not None and "kl" in near:  # whatever the methods' largest is
+      axes = plan.config.objectives
+      own = plan.config.eval.reference_point or (0.0,) * len(axes)
+      point = dict(zip(axes, own, strict=True)) | {"kl": near["kl"]}
   found = compare.compare(
     methods,
     distribution=config_lib.distribution(plan.config),
+    reference_point=point,
     near=near,
     seed=0,
   )
@@ -271,8 +285,6 @@ def machine() -> str:
 
 def _finish(plan: Plan, cell: Cell) -> None:
   """Trains and evaluates a cell, as far as that is not done."""
-  if _is_finished(plan, cell):
-    return
   method, folder = METHODS[cell.method], _folder(plan, cell)
   config = _config(plan, cell)
   if method.overrides is not None:
@@ -290,7 +302,7 @@ def _finish(plan: Plan, cell: Cell) -> None:
       make = dera.make_mixture
     make(config, {name: path for name, (_, path) in parts.items()}, folder)
     samples = sum(_samples(single) for single, _ in parts.values())
-  _evaluate(plan, folder, method.label, samples)
+  _evaluate(folder, method.title, samples)
 
 
 def _train(
@@ -300,7 +312,9 @@ def _train(
     start = _supervised(plan, cell)
     if not _has_step(start, plan.config.sft.steps):
       sft.train(_supervised_config(plan, cell), start)
-  if not _has_step(folder, config.train.steps):
+  if _has_step(folder, config.train.steps):
+    run_folder.start(folder, config)  # its evaluation may be another now
+  else:
     moft.train(config, folder)
 
 
@@ -308,12 +322,10 @@ def _has_step(folder: str, step: int) -> bool:
   return checkpoints.newest_step(folder) == step
 
 
-def _evaluate(plan: Plan, folder: str, label: str, samples: int) -> None:
-  settings = plan.config.eval
+def _evaluate(folder: str, label: str, samples: int) -> None:
+  """Sweeps a run as the config in its folder says."""
   sweep.evaluate_run(
     folder,
-    grid=settings.grid,
-    num_prompts=settings.prompts,
     seed=EVALUATION_SEED,
     method=label,
     training_samples=samples,
@@ -327,8 +339,8 @@ def _join_oracles(
   fronts, measured, rows = [], [], []
   for own, path in _oracles(plan, cell, config):
     _train(plan, cell, own, path)
-    if not _is_evaluated(plan, path):
-      _evaluate(plan, path, METHODS["oracle"].label, _samples(own))
+    if not _is_evaluated(plan, path, own.train.steps):
+      _evaluate(path, METHODS["oracle"].title, _samples(own))
     directory = f"{path}/evaluation"
     front = report.load_front(f"{directory}/front.json")
     fronts.append(front)
@@ -338,7 +350,7 @@ def _join_oracles(
   first = fronts[0]
   joined = report.front_from_points(
     [point for front in fronts for point in front.points],
-    method=METHODS["oracle"].label,
+    method=METHODS["oracle"].title,
     objectives=first.objectives,
     step=first.step,
     prompts=first.prompts,
@@ -386,7 +398,8 @@ def _singles(
     own = config.copy_and_resolve_references()
     own.objectives = (name,)
     own.steering = "none"
-    own.eval.reference_point = None
+    if num > 1:
+      own.eval.reference_point = None  # it has one value an objective
     if kl:
       own.weightings.alpha = config.weightings.alpha_range[0]
       own.weightings.alpha_range = None
@@ -414,9 +427,10 @@ def _config(plan: Plan, cell: Cell) -> ml_collections.ConfigDict:
   if config.sft.steps:
     config.model.init = _supervised(plan, cell)
     config.sft.steps = 0
-  overrides = METHODS[cell.method].overrides
-  if overrides is not None:
-    config.update_from_flattened_dict(dict(overrides))
+  method = METHODS[cell.method]
+  config.optimizer.learning_rate *= method.rate
+  if method.overrides is not None:
+    config.update_from_flattened_dict(dict(method.overrides))
   return config
 
 
@@ -435,13 +449,10 @@ def _supervised_config(plan: Plan, cell: Cell) -> ml_collections.ConfigDict:
 def _supervised(plan: Plan, cell: Cell) -> str:
   """The folder of the supervised checkpoint that a cell starts from."""
   config = _supervised_config(plan, cell)
-  sections = ["seed", "model", "data", "sft"]  # what decides its result
-  if config.prompting.style != "none":
-    sections += ["prompting", "objectives", "weightings"]
-  own = ml_collections.ConfigDict({name: config[name] for name in sections})
-  size = own.model.init
+  size = config.model.init
   name = size if size in PRESETS else "model"
-  return f"{plan.workdir}/sft/{name}-{own.seed}-{_digest(own)}"
+  digest = _digest(sft.own_config(config))
+  return f"{plan.workdir}/sft/{name}-{config.seed}-{digest}"
 
 
 def _folder(plan: Plan, cell: Cell) -> str:
@@ -467,61 +478,57 @@ def _named(
 ) -> str:
   """DIR/runs/<name>-<seed>-<digest of what decides the result>."""
   own = config.copy_and_resolve_references()
-  own.unlock()
-  del own.eval, own.mesh
-  for field in ("checkpoint_every", "keep", "log_samples_every"):
-    del own.train[field]
   if plan.config.sft.steps:  # wherever the folders are
     own.model.init = os.path.basename(_supervised(plan, cell))
-  digest = _digest(own, *(os.path.basename(part) for part in parts))
+  names = [os.path.basename(part) for part in parts]
+  digest = _digest(own, own.train.steps, *names)
   return f"{plan.workdir}/runs/{name}-{cell.seed}-{digest}"
 
 
-def _digest(config: ml_collections.ConfigDict, *more: str) -> str:
-  """Of what differs from the defaults: a new field changes no name."""
-  defaults = dict(_flat(config_lib.to_json(config_lib.get_config())))
-  fields = {
-    name: value
-    for name, value in _flat(config_lib.to_json(config))
-    if name not in defaults or value != defaults[name]
-  }
+def _digest(config: ml_collections.ConfigDict, *more: Any) -> str:
+  """Of all that a run of this config could not change and be resumed."""
+  fields = run_folder.decisive(config_lib.to_json(config))
   text = json.dumps([fields, *more], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator:
-  for name, value in values.items():
-    if isinstance(value, dict):
-      yield from _flat(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name, value
-
-
 def _is_finished(plan: Plan, cell: Cell) -> bool:
-  return _is_evaluated(plan, _folder(plan, cell))
+  return _is_evaluated(plan, _folder(plan, cell), _steps(plan, cell))
 
 
-def _is_evaluated(plan: Plan, folder: str) -> bool:
-  """Whether the folder has the sweep that the plan asks for."""
+def _steps(plan: Plan, cell: Cell) -> int:
+  """Updates of a cell's policy: of its parts together, where it has some."""
+  config, method = _config(plan, cell), METHODS[cell.method]
+  if method.kind in ("soup", "mixture"):
+    parts = _singles(plan, cell, config, method).values()
+    return sum(single.train.steps for single, _ in parts)
+  return config.train.steps
+
+
+def _is_evaluated(plan: Plan, folder: str, steps: int) -> bool:
+  """Whether the folder has the sweep that the plan asks for, of that step."""
   directory = f"{folder}/evaluation"
   if not (epath.Path(directory) / "front.json").exists():
     return False
   front = report.load_front(f"{directory}/front.json")
-  settings, decoding = plan.config.eval, front.decoding
-  point = settings.reference_point or (0.0,) * len(front.objectives)
+  asked = config_lib.to_json(plan.config)["eval"] | {"seed": EVALUATION_SEED}
+  del asked["batch"]  # changes nothing
+  if asked["reference_point"] is None:
+    asked["reference_point"] = [0.0] * len(front.objectives)
+  found = {
+    **front.decoding,
+    "prompts": front.prompts,
+    "reference_point": list(front.reference_point),
+  }
   return (
-    front.prompts == settings.prompts
-    and decoding["samples"] == settings.samples
-    and decoding["temperature"] == settings.temperature
-    and decoding["seed"] == EVALUATION_SEED
-    and decoding.get("grid") == settings.grid
-    and front.reference_point == tuple(point)
+    front.step == steps
+    and asked.items() <= found.items()
     and (epath.Path(directory) / measurements.FILE).exists()
   )
 
 
 def _label(plan: Plan, cell: Cell) -> str:
-  label = METHODS[cell.method].label
+  label = METHODS[cell.method].title
   if plan.experiment.axis is None:
     return label
   return f"{label}, {plan.experiment.axis.what} {cell.value}"
@@ -539,7 +546,7 @@ def _against_oracles(
 
   The value is what is optimised, (1 - alpha) sum_i w_i R_i - alpha KL.
   """
-  label = METHODS["oracle"].label
+  label = METHODS["oracle"].title
   rows: list[dict[str, Any]] = []
   if label not in found.methods:
     return rows
