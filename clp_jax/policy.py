@@ -365,7 +365,7 @@ class Policy:
       if value is None:
         arrays[name] = None
         continue
-      array = np.asarray(value, dtype)
+      array = np.asarray(value)
       if array.shape not in ((), (rows,)):
         raise ValueError(
           f"got {name} of shape {array.shape} for {rows} rows; give one for "
@@ -373,7 +373,11 @@ class Policy:
         )
       if not is_valid(array).all():
         raise ValueError(f"{name} must be {valid}, got {value}.")
-      arrays[name] = self._pad(np.broadcast_to(array, (rows,)))
+      if dtype is np.int32:
+        array = np.minimum(array, np.iinfo(np.int32).max)
+      # Only now: the smallest top_p rounds to 0, which takes the likeliest.
+      array = np.broadcast_to(array.astype(dtype), (rows,))
+      arrays[name] = self._pad(array)
     samples = self._sample(
       *self._policy(coefficients, rows),
       self._pad(tokens),

@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import io_callback
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import Literal, jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clp_jax.models import decoding, t5
@@ -232,6 +234,7 @@ def scripted(*logits):
   return next_logits
 
 
+choose_traced = jit(decoding.choose_tokens)
 choose_tokens = jit(decoding.choose_tokens, static_argnames=("top_k", "top_p"))
 
 
@@ -336,7 +339,59 @@ class TestDistribution:
     assert set(choose(logits, uniforms)) == set(range(128, 256))
 
 
+# Traced values can be anything: what rounds to 0 or 1, overflows or is none.
+TINY = (0.0, 1e-45, 1e-40, 1.2e-38, 1e-20)
+HUGE = (1e3, 1e38, np.inf)
+ODD = (np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45)
+temperatures = st.sampled_from((*TINY, *HUGE, 1.0, 0.7, np.nan, -1.0))
+shares = st.sampled_from((*TINY, 0.5, 1 - 1e-7, 1.0, np.nan))
+
+
+@st.composite
+def draws(draw):
+  """Arguments of choose_tokens: 4 rows, few vocabularies (each compiles)."""
+  vocab = draw(st.sampled_from((3, 266)))
+  rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+  allowed = rng.random(vocab) < draw(st.sampled_from((0.0, 0.1, 0.9)))
+  allowed[rng.integers(vocab)] = True
+  logits = rng.standard_normal((4, vocab))
+  logits *= draw(st.sampled_from((0.0, 1.0, 1e4, 1e38)))
+  odd = rng.random(logits.shape) < draw(st.sampled_from((0.0, 0.02, 1.0)))
+  logits[odd] = draw(st.sampled_from(ODD))
+  more = draw(st.sampled_from((0.0, 50.0, 3e38, np.inf)))
+  with np.errstate(over="ignore", invalid="ignore"):
+    logits[:, ~allowed] += more
+    logits = logits.astype(np.float32)
+  edge = np.nextafter(np.float32(1), 0)
+  of_rows = functools.partial(st.lists, min_size=4, max_size=4)
+  return {
+    "logits": logits,
+    "uniforms": draw(
+      of_rows(st.tuples(*2 * [st.sampled_from((0.0, 1e-45, 0.5, edge))]))
+    ),
+    "temperature": draw(of_rows(temperatures)),
+    "allowed": allowed,
+    "top_k": draw(of_rows(st.sampled_from((0, 1, 2, vocab, 2**24)))),
+    "top_p": draw(of_rows(shares)),
+  }
+
+
 class TestForbiddenTokens:
+  @hypothesis.given(draws())
+  @hypothesis.settings(max_examples=300)
+  def test_are_never_drawn_whatever_is_traced(self, drawn):
+    arrays = {
+      name: jnp.asarray(value, bool if name == "allowed" else jnp.float32)
+      for name, value in drawn.items()
+    }
+    tokens = np.asarray(choose_traced(**arrays))
+    assert drawn["allowed"][tokens].all(), tokens
+    best = np.where(drawn["allowed"], drawn["logits"], -np.inf).max(-1)
+    cold = np.asarray(drawn["temperature"]) < 1e-38
+    cold &= np.isfinite(best)
+    taken = drawn["logits"][np.arange(4), tokens]
+    np.testing.assert_array_equal(taken[cold], best[cold])
+
   uniforms = np.stack(
     # 1 is out of range, and stands for a product that was rounded up to it.
     np.meshgrid([0, 0.3, np.nextafter(np.float32(1), 0), 1], [0, 0.6, 1]),
@@ -362,27 +417,64 @@ class TestForbiddenTokens:
     logits[:, 131] = -90  # would be a subnormal number
     assert set(choose(logits, self.uniforms)) == {130}
 
-  def test_prefix_sums_that_are_not_monotone_let_none_through(
-    self, monkeypatch
-  ):
-    # On some hardware prefix sums are summed in parallel, and then they need
-    # not be monotone; here they are far from it.
-    exact = jnp.cumsum
-
-    def rough(x, axis):
-      sign = 1.0 - 2.0 * (jnp.arange(x.shape[axis]) % 2)
-      return exact(x, axis=axis) + 0.3 * sign[None]
-
-    monkeypatch.setattr(jnp, "cumsum", rough)
+  def test_rounding_lets_none_through_however_sums_are_made(self):
+    # Sums made in parallel differ from one another by rounding, so that a
+    # later prefix can be the smaller one. Here all of them are far off.
     allowed = np.arange(300) % 2 == 1
     uniforms = np.random.default_rng(0).random((200, 2), np.float32)
-    tokens = jit(lambda *args, **kw: decoding.choose_tokens(*args, **kw))(
-      jnp.zeros((200, 300)),
-      jnp.asarray(uniforms),
-      temperature=jnp.ones(200),
-      allowed=jnp.asarray(allowed),
-    )
+    arguments = (jnp.zeros((200, 300)), jnp.asarray(uniforms))
+    jaxpr = jax.make_jaxpr(
+      lambda logits, uniforms: decoding.choose_tokens(
+        logits,
+        uniforms,
+        temperature=jnp.ones(200),
+        allowed=jnp.asarray(allowed),
+      )
+    )(*arguments)
+    roughened = []
+    (tokens,) = run_roughly(jaxpr.jaxpr, jaxpr.consts, arguments, roughened)
+    assert len(roughened) >= 2, "no sums that this test knows: add theirs"
     assert allowed[tokens].all()
+    assert len(np.unique(tokens)) > 3
+
+
+# Primitives that sums can be made of, prefix sums by all ways among them.
+SUMS = {
+  *("add", "add_any", "cumsum", "cumlogsumexp", "dot_general"),
+  *("reduce_sum", "reduce_window", "reduce_window_sum", "scan", "while"),
+}
+
+
+def run_roughly(jaxpr, consts, arguments, roughened):
+  """Evaluates a jaxpr whose sums of floats come out 30% too large or small,
+  in turns along the last axis; notes their primitives."""
+  values = dict(zip(jaxpr.constvars, consts, strict=True))
+  values |= dict(zip(jaxpr.invars, arguments, strict=True))
+
+  def read(variable):
+    return variable.val if isinstance(variable, Literal) else values[variable]
+
+  for eqn in jaxpr.eqns:
+    given = [read(variable) for variable in eqn.invars]
+    inner = list(jaxprs_in_params(eqn.params))
+    if eqn.primitive.name in ("jit", "pjit", "custom_jvp_call"):
+      (called,) = inner
+      results = run_roughly(called, (), given, roughened)
+    else:
+      results = eqn.primitive.bind(*given, **eqn.params)
+      results = results if eqn.primitive.multiple_results else [results]
+    if eqn.primitive.name in SUMS:
+      roughened.append(eqn.primitive.name)
+      results = [roughly(result) for result in results]
+    values |= dict(zip(eqn.outvars, results, strict=True))
+  return [read(variable) for variable in jaxpr.outvars]
+
+
+def roughly(x):
+  if not jnp.issubdtype(x.dtype, jnp.floating) or not x.ndim:
+    return x
+  turns = 1 - 2 * (jnp.arange(x.shape[-1]) % 2)
+  return x * (1 + 0.3 * turns).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class TestRows:

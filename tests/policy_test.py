@@ -1,5 +1,6 @@
 """Policy: one steerable model out of a run's folder."""
 
+import functools
 import pathlib
 import subprocess
 import sys
@@ -123,6 +124,14 @@ def test_greedy_decoding_needs_no_randomness(policy):
     for seed in (0, 1)
   )
   assert a == b
+
+
+def test_settings_that_float32_and_int32_can_not_hold_are_settings(policy):
+  one = functools.partial(policy.generate, TEXTS, {"nli": 1.0}, 0.1)
+  greedy, free = one(temperature=0), one(seed=3)
+  assert greedy != free
+  assert one(top_p=1e-300, top_k=2**40) == one(temperature=1e-300) == greedy
+  assert one(top_k=2**40, seed=3) == free
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ import runs
 
 import clp_jax
 from clp_jax.config import ConfigError
+from clp_jax.evaluation import report
 from clp_jax.serving import protection, server
 from clp_jax.serving.decoder import Decoder, Row
 
@@ -307,6 +308,96 @@ class TestCompletions:
     assert refused.json()["error"]["code"] == "context_length_exceeded"
     cut = post(address, request(prompt=long, truncate=True))
     assert cut.json()["usage"]["prompt_tokens"] == 56
+
+
+def strictly(text):
+  """A JSON text's content; NaN and Infinity are no JSON."""
+
+  def refuse(name):
+    raise AssertionError(f"{name} in {text[:500]}")
+
+  return json.loads(text, parse_constant=refuse)
+
+
+class TestNumbers:
+  @pytest.mark.parametrize("top_p", (1e-37, 1e-40, 1e-45, 1e-300))
+  def test_the_smallest_top_p_takes_the_likeliest_token(self, address, top_p):
+    settings = {"logprobs": 2, "seed": 1}
+    tiny = strictly(post(address, request(top_p=top_p, **settings)).text)
+    greedy = strictly(post(address, request(temperature=0, **settings)).text)
+    assert tiny["choices"] == greedy["choices"]
+    for temperature in (1e-40, 1e-300):
+      cold = post(address, request(temperature=temperature, **settings))
+      assert strictly(cold.text)["choices"] == greedy["choices"]
+
+  @pytest.mark.parametrize("number", (float("nan"), float("-inf")))
+  def test_those_that_are_not_finite_are_an_error(
+    self, policy, decoder, number
+  ):
+    class Broken:
+      """A decoder of a model whose numbers end in their third place."""
+
+      rows, max_tokens, eos_id = 8, decoder.max_tokens, decoder.eos_id
+      length = decoder.length
+
+      def begin(self, rows):
+        self.batch = decoder.begin(rows)
+        return self
+
+      def advance(self, until):
+        sampled = self.batch.advance(until)
+        logp = np.where(np.arange(sampled.logp.shape[1]) < 6, sampled.logp, 0)
+        logp[:, 6:] = number
+        return sampled._replace(logp=logp)
+
+    with serving(policy, Broken()) as address:
+      short = post(address, request(max_tokens=4, logprobs=1))
+      assert strictly(short.text)["choices"][0]["logprobs"]["tokens"]
+      whole = post(address, request())
+      assert whole.status_code == 500
+      assert strictly(whole.text)["error"]["code"] == "not_finite"
+      # A stream has begun by then: its last event says so.
+      events = post(address, request(stream=True)).text.split("\n\n")
+      first, *_, last, nothing = events
+      assert strictly(first.removeprefix("data: "))["choices"]
+      error = strictly(last.removeprefix("data: "))["error"]
+      assert error["code"] == "not_finite" and not nothing
+
+  def test_a_front_of_anothers_making_is_json_too(
+    self, policy, decoder, tmp_path
+  ):
+    workdir = tmp_path / "run"
+    shutil.copytree(policy.workdir, workdir)
+    (workdir / "evaluation").mkdir(exist_ok=True)
+    zero = report.Estimate(0.0, 0.0)
+    front = report.front_from_points(
+      [
+        report.Point(
+          weights={"rouge": w, "nli": 1 - w},
+          alpha=0.1,
+          rewards={"rouge": report.Estimate(w, 0.0), "nli": zero},
+          kl=zero,
+          value=zero,
+        )
+        for w in (0.0, 1.0)
+      ],
+      method="clp",
+      objectives=policy.objectives,
+      step=4,
+      prompts=8,
+      decoding={"temperature": float("nan")},
+      reference_point=(0.0, 0.0),
+    )
+    content = report.to_json(front) | {"other": float("-inf")}
+    file = workdir / "evaluation" / "front.json"
+    file.write_text(json.dumps(content))
+    other = dataclasses.replace(policy, workdir=str(workdir))
+    with serving(other, decoder) as address:
+      response = httpx.get(f"{address}/v1/front")
+    assert response.status_code == 200
+    sent = strictly(response.text)
+    assert sent["points"][1]["rewards"]["rouge"]["mean"] == 1
+    assert sent["decoding"]["temperature"] is sent["other"] is None
 
 
 INVALID = [

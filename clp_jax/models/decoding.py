@@ -36,6 +36,8 @@ NextLogits = Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
 
 EOS_ID = 1
 BLOCK = 128  # tokens; the width of a TPU's vector lane
+_TINY = float(jnp.finfo(jnp.float32).tiny)  # smaller ones are subnormal
+_LOWEST = float(jnp.finfo(jnp.float32).min)
 # Tokens of a prompt from which on, where rows differ in their policies, mixing
 # the encoder for each costs less than applying all sets to every token.
 LONG_PROMPT = 128
@@ -589,15 +591,18 @@ def choose_tokens(
   """Draws a token a row, by inverting the distribution function.
 
   That takes two random numbers a row where the Gumbel trick takes V. A token of
-  probability 0, a forbidden one above all, is never returned.
+  probability 0 is never returned, a forbidden one not whatever the arguments
+  are: values that are traced can't be checked.
 
   Args:
-    logits: [R, V] float32.
+    logits: [R, V] float32; a row whose largest is not finite is decoded as at
+      temperature 0.
     uniforms: [R, 2] float32 in [0, 1).
     temperature: [R] float32; 0 takes the most likely allowed token.
-    allowed: [V] bool.
+    allowed: [V] bool, one of them True.
     top_k: int or [R] int32, which may be traced; V or None for all.
-    top_p: float or [R] float32, which may be traced; 1 or None for all.
+    top_p: float or [R] float32, which may be traced; 1 or None for all. The
+      most likely token is always kept, by top_k too.
 
   Returns:
     [R] int32.
@@ -616,13 +621,18 @@ def choose_tokens(
       f"{allowed.shape}."
     )
   logits = jnp.where(allowed[None], logits, -jnp.inf)
-  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  greedy = temperature == 0
+  largest = jnp.max(logits, axis=-1)
+  # That of an allowed token, even where the network gave -inf or NaN for all.
+  rank = jnp.where(allowed[None], jnp.maximum(logits, _LOWEST), -jnp.inf)
+  best = jnp.argmax(rank, axis=-1).astype(jnp.int32)
+  # Subnormal numbers are made 0, and such a temperature too: whether they count
+  # as 0 in a division, a sum or a comparison depends on the hardware. Where the
+  # largest logit is not finite, there is no distribution to draw from.
+  greedy = ~((temperature >= _TINY) & jnp.isfinite(largest))
   divisor = jnp.where(greedy, 1.0, temperature)[:, None]
-  # Unnormalised, the largest is 1. Subnormal numbers are made 0: whether they
-  # count as 0 in a sum or a comparison depends on the hardware.
-  probs = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / divisor)
-  probs = jnp.where(probs < jnp.finfo(jnp.float32).tiny, 0.0, probs)
+  # Unnormalised, the largest is 1. NaN, of -inf / inf, is not >= anything.
+  probs = jnp.exp((logits - largest[:, None]) / divisor)
+  probs = jnp.where(allowed[None] & (probs >= _TINY), probs, 0.0)
   # The condition is for arrays, whose values are not known when compiling.
   if top_k is not None:
     count = _per_row("top_k", top_k, rows)
@@ -688,7 +698,8 @@ def _keep_most_likely(
   each = jnp.max(jnp.where(at_edge, measure, 0.0), axis=-1)
   # How many at the edge come first, and how many of them it takes.
   rank = jnp.cumsum(at_edge.astype(jnp.int32), axis=-1)
-  needed = jnp.ceil(missing / each)
+  # One at the least: of a tiny target, a share of 1 may round to 0.
+  needed = jnp.maximum(jnp.ceil(missing / each), 1)
   return jnp.where(above | (at_edge & (rank <= needed[:, None])), probs, 0.0)
 
 

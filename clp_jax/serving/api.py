@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.resources
 import json
+import math
 import secrets
 import time
 import uuid
@@ -227,7 +228,8 @@ class _Completions:
     finally:
       self._batcher.cancel(ticket)
     self._metrics.generated_tokens.inc(answer.completion_tokens)
-    return Response(json.dumps(answer.whole()), media_type="application/json")
+    content = json.dumps(answer.whole(), allow_nan=False)
+    return Response(content, media_type="application/json")
 
   def _rows(self, body: schema.CompletionRequest) -> list[Row]:
     """The request's rows, document-major, with all that depends on the run."""
@@ -377,7 +379,19 @@ class _Answer:
       self.chunk(piece)
 
   def chunk(self, piece: Piece) -> dict[str, Any]:
-    """Takes a piece in and makes a stream's event of it."""
+    """Takes a piece in and makes a stream's event of it.
+
+    Raises:
+      ApiError: the model's numbers are not finite, and its tokens chance.
+    """
+    top = (logp for place in piece.top for _, logp in place)
+    if not all(map(math.isfinite, (*piece.logp, *top))):
+      raise ApiError(
+        500,
+        "The model's log-probabilities are not finite at this weighting; try "
+        "another one, or serve another checkpoint.",
+        code="not_finite",
+      )
     choice = self._choices[piece.row]
     before = len(choice.tokens)
     text = choice.add(piece)
@@ -496,7 +510,7 @@ async def _chain(first, rest, close) -> AsyncIterator[str]:
 
 
 def _event(content: dict[str, Any]) -> str:
-  return f"data: {json.dumps(content)}\n\n"
+  return f"data: {json.dumps(content, allow_nan=False)}\n\n"
 
 
 def _serve_file(app: FastAPI, path: str, content: bytes, media_type: str):

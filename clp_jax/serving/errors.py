@@ -59,5 +59,5 @@ def response(error: ApiError, *, close: bool = False) -> Response:
   if close:
     headers["Connection"] = "close"
   # In ASCII: a message may quote what can't be encoded, half a surrogate.
-  content = json.dumps(body(error))
+  content = json.dumps(body(error), allow_nan=False)
   return Response(content, error.status, headers, "application/json")
