@@ -322,6 +322,14 @@ def test_runs_that_methods_share_have_the_reference_point(trainer, tmp_path):
   before = len(trainer.evaluated)
   running.run(plan, train=True)
   assert len(trainer.evaluated) == before
+  soup, oracle = running.cells(plan)
+  config = running._config(plan, soup)
+  part, folder = running._singles(
+    plan, soup, config, methods.METHODS["rewarded-soups"]
+  )["nli"]
+  (least, same), *_ = running._oracles(plan, oracle, config)
+  assert folder == same
+  assert config_lib.to_json(part) == config_lib.to_json(least)
 
 
 def changed(config, path):
@@ -632,7 +640,8 @@ def test_documented_commands_make_plans(monkeypatch, tmp_path):
 def test_a_small_experiment_from_nothing_to_its_table(tmp_path):
   command = [
     *("experiment", "single-reward-multi-kl", "--workdir", tmp_path),
-    *("--methods", "clp-logits,rewarded-soups,dera,oracle", "--seeds", 2),
+    *("--methods", "clp-full-frozen-realigned,rewarded-soups,dera,oracle"),
+    *("--seeds", 2),
     *("--sft-steps", 4, "--steps", 2, "--prompts", 6, "--grid", 3),
     *("--config.sft.batch=16", "--config.rollout.prompts=8"),
     *("--config.rollout.samples=2", "--config.eval.samples=1"),
@@ -658,3 +667,16 @@ def test_a_small_experiment_from_nothing_to_its_table(tmp_path):
   assert status == 0, err
   after = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/*/*")}
   assert before == after
+  # Another evaluation: every front is of it, and no run was trained again.
+  status, _, err = runs.clp(
+    *command, "--config.eval.samples=2", "--config.eval.reference_point=(0.2,)"
+  )
+  assert status == 0, err
+  found = json.loads((folder / "comparison.json").read_text())
+  assert {len(m["runs"]) for m in found["methods"].values()} == {2}
+  for file in tmp_path.glob("runs/*/evaluation/front.json"):
+    front = report.load_front(file)
+    assert front.decoding["samples"] == 2 and front.reference_point == (0.2,)
+  for file, time in before.items():
+    if file.parent.name == "checkpoints":
+      assert file.stat().st_mtime_ns == time

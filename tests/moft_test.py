@@ -307,3 +307,39 @@ def test_normalised_rewards_do_not_depend_on_their_scale():
   other, _, _ = train(config, mesh_of(), 3, scaled, programs)
   assert_trees_close(plain.params, other.params, atol=1e-3)
   np.testing.assert_array_equal(plain.reward_stats.count, [48, 48])
+
+
+@pytest.mark.slow
+def test_fixed_moments_are_those_of_the_reference_whatever_is_steered():
+  """So that one alpha is one trade-off for CLP and for a soup's parts."""
+
+  def moments(steering, *names):
+    config = make_config(steering=steering)
+    config.objectives = names
+    for name in ("a", "b"):
+      config.rewards[name].normalise = "fixed"
+    programs = moft.make_programs(config, MODEL, mesh_of(), ALLOWED)
+    placed = sharding.put(reference(), programs.reference_shardings)
+
+    def scorer(rollout, batch, step):
+      columns = [("a", "b").index(name) for name in names]
+      return moft.Scored(jnp.asarray(rewards_of(rollout)[:, columns]), [], 0)
+
+    state = moft.estimate_normalisation(
+      config,
+      programs.init(placed, jax.random.key(7)),
+      lambda start: iter([prompts_of(0), prompts_of(1)]),
+      lambda state, step, batch: programs.roll_out(
+        state, placed, batch, np.int32(step)
+      ),
+      scorer,
+    )
+    stats = state.reward_stats
+    pairs = np.stack([stats.mean, stats.deviation()], 1)
+    return dict(zip(names, pairs, strict=True))
+
+  together = moments("full", "a", "b")
+  for name in ("a", "b"):
+    np.testing.assert_allclose(
+      moments("none", name)[name], together[name], rtol=1e-4
+    )
