@@ -557,8 +557,9 @@ class TestPage:
       assert "innerHTML" not in text
 
   def test_it_has_documents_to_start_from(self, address):
-    documents = httpx.get(f"{address}/v1/documents").json()["data"]
-    assert documents and all(d["document"] for d in documents)
+    found = httpx.get(f"{address}/v1/documents").json()
+    assert found["data"] and all(d["document"] for d in found["data"])
+    assert isinstance(found["note"], str)
 
 
 def raw_requests():

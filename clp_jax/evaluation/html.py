@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from clp_jax.evaluation import report, svg
+from clp_jax.evaluation import examples, report, svg
 from clp_jax.evaluation.svg import escape
 
+SHOWN_DOCUMENTS = 5
 SHOWN_WEIGHTINGS = 5  # of a document's samples
 
 # (document, summary) -> [(start, end)] of the summary's unsupported facts, or
@@ -230,18 +231,25 @@ def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
 def _samples(
   samples: Sequence[Mapping[str, Any]], unsupported: Checker | None
 ) -> str:
-  """Documents, each with its summaries by method and weighting."""
+  """Telling documents, each with its summaries by method and weighting."""
   by_document: dict[str, list[Mapping[str, Any]]] = {}
   for row in samples:
     by_document.setdefault(row["document"], []).append(row)
+  first = samples[0].get("method")
+  chosen = examples.telling(
+    [row for row in samples if row.get("method") == first], SHOWN_DOCUMENTS
+  )
   intro = ""
+  if len(chosen) < len(by_document):
+    text = examples.CHOSEN.format(documents=len(by_document))
+    intro = f"<p class=note>Documents: {escape(text)}</p>"
   if unsupported is not None:
-    intro = (
+    intro += (
       "<p class=note><mark>Marked</mark>: stated, but not in the document.</p>"
     )
   return intro + "".join(
-    _document(document, rows, unsupported)
-    for document, rows in by_document.items()
+    _document(document, by_document[document], unsupported)
+    for document in chosen
   )
 
 

@@ -33,7 +33,7 @@ METHODS = {
   "lora": "LoRA",
   "svd_lora": "SVD-LoRA",
 }
-SHOWN_PROMPTS = 5  # whose samples go to samples.jsonl
+SHOWN_PROMPTS = 64  # the first of them, whose samples go to samples.jsonl
 
 
 class Measured(NamedTuple):

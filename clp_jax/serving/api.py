@@ -49,7 +49,7 @@ def make_app(
   metrics: Metrics,
   *,
   name: str,
-  documents: Sequence[dict[str, str]],
+  documents: schema.Documents,
   load_front: Callable[[], dict[str, Any] | None],
   limits: Limits,
   key: str | None,
@@ -62,7 +62,7 @@ def make_app(
     batcher: that decodes for it.
     metrics: of this server.
     name: of the model.
-    documents: examples, {"document", "reference"} each.
+    documents: examples.
     load_front: gives the content of front.json, or None where there is none.
     limits: of the requests.
     key: that clients must know, or None.
@@ -153,7 +153,7 @@ def make_app(
   @app.get("/v1/documents", response_model=schema.Documents)
   async def example_documents():
     """Held-out documents of the run's data, to start from."""
-    return {"data": documents}
+    return documents
 
   @app.get(
     "/health",

@@ -181,6 +181,7 @@ class Documents(BaseModel):
   """Documents to start from."""
 
   data: list[Document]
+  note: str  # how they were chosen, or empty
 
 
 class Health(BaseModel):

@@ -14,8 +14,9 @@ from etils import epath
 
 from clp_jax import batches, run_folder
 from clp_jax.config import ConfigError
-from clp_jax.evaluation import report
+from clp_jax.evaluation import examples, report
 from clp_jax.policy import Policy
+from clp_jax.serving import schema
 from clp_jax.serving.api import make_app
 from clp_jax.serving.batcher import Batcher
 from clp_jax.serving.decoder import Decoder
@@ -145,28 +146,36 @@ def api_key(host: str) -> str | None:
   return None
 
 
-def example_documents(policy: Policy) -> list[dict[str, str]]:
-  """Held-out documents, those of the run's samples first of all.
+def example_documents(policy: Policy) -> schema.Documents:
+  """Held-out documents, telling ones where the run's samples say which are.
 
   Args:
     policy: the run.
 
   Returns:
-    {"document", "reference"} each; none where the run's data is elsewhere.
+    The documents, none where the run's data is elsewhere, and how they were
+    chosen.
   """
+  note = ""
   file = run_folder.folder(policy.workdir) / "evaluation" / "samples.jsonl"
   try:
     if file.exists():
       rows = [json.loads(line) for line in file.read_text().splitlines()]
-      pairs = {row["document"]: row["reference"] for row in rows}
+      references = {row["document"]: row["reference"] for row in rows}
+      chosen = examples.telling(rows, EXAMPLES)
+      pairs = {document: references[document] for document in chosen}
+      if len(pairs) < len(references):
+        note = examples.CHOSEN.format(documents=len(references))
     else:
       batch = batches.eval_batch(policy.config, policy.vocabulary, EXAMPLES)
       pairs = dict(zip(batch.documents, batch.references, strict=True))
   except (KeyError, OSError, TypeError, ValueError) as error:
     print(f"no example documents: {error}", file=sys.stderr)
-    return []
-  examples = [{"document": d, "reference": r} for d, r in pairs.items()]
-  return examples[:EXAMPLES]
+    pairs = {}
+  return schema.Documents(
+    data=[schema.Document(document=d, reference=r) for d, r in pairs.items()],
+    note=note,
+  )
 
 
 def load_front(policy: Policy) -> dict[str, Any] | None:

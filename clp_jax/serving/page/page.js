@@ -535,8 +535,8 @@ async function start() {
   document.title = `Steer ${state.model.id}`;
   const text = readAddress();
   makeControls();
-  const examples = (await call("v1/documents")).data;
-  makeExamples(examples);
+  const { data: examples, note } = await call("v1/documents");
+  makeExamples(examples, note);
   $("document").value = text ?? examples[0]?.document ?? "";
   try {
     state.front = await call("v1/front");
@@ -551,9 +551,11 @@ async function start() {
   askRow();
 }
 
-function makeExamples(examples) {
+function makeExamples(examples, note) {
   const select = $("examples");
   if (!examples.length) return;
+  $("examples-note").textContent = note && `The examples: ${note}`;
+  $("examples-note").hidden = !note;
   const title = (text) => (text.length > 36 ? `${text.slice(0, 35)}…` : text);
   select.replaceChildren(
     element("option", { value: "" }, "Examples"),
