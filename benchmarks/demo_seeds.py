@@ -24,7 +24,6 @@ from clp_jax.train import moft
 
 FRONTS = {
   "full-CLP": ".",
-  "attn-CLP": "attention",
   "Rewarded Soups": "soups",
   "Rewarded Soups, m x": "soups_mx",
 }

@@ -3,7 +3,6 @@
 Stages, each a run folder of its own below the work directory:
   sft           a small T5 learns to write the references of the built-in world
   .             full-CLP over sampled weightings: this is the folder to steer
-  attention     attn-CLP, the same but for what is steerable
   single/<name> one single-objective run for each reward
   soups         Rewarded Soups: their average, at equal total training samples
 and the sweeps over the same held-out prompts, with report.html. Nothing here is
@@ -27,11 +26,12 @@ from etils import epath
 from clp_jax import config as config_lib
 from clp_jax.baselines import soups
 from clp_jax.data import newsroom
-from clp_jax.evaluation import html, report, sweep
+from clp_jax.evaluation import examples, html, report, sweep
 from clp_jax.policy import Policy
 from clp_jax.train import moft
 
 SHOWN_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+CANDIDATES = 16  # articles that the one to show is chosen from
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -47,15 +47,14 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.data.source_length = newsroom.SOURCE_LENGTH
   config.data.target_length = newsroom.TARGET_LENGTH
-  config.sft.steps = 700
-  config.sft.learning_rate = 3e-3
-  config.sft.decay_steps = 700
+  config.sft.batch = 32
+  config.sft.steps = config.sft.decay_steps = 2100
+  config.sft.learning_rate = 2e-3
   # Half of the weightings lie within 0.15 of an end of the front, and a step
   # has four of them: little else trains the ends.
   config.weightings.concentration = 0.5
   config.rollout.weightings = 4
-  config.train.steps = 500
-  config.optimizer.decay_steps = 500
+  config.train.steps = config.optimizer.decay_steps = 1200
   return config
 
 
@@ -77,34 +76,12 @@ def run(workdir: str, seed: int) -> list[report.Front]:
   with _timed("train full-CLP", seconds):
     moft.train(full, workdir)
 
-  def variant() -> ml_collections.ConfigDict:
-    config = full.copy_and_resolve_references()
-    config.sft.steps = 0
-    config.model.init = f"{workdir}/sft"
-    return config
-
-  attention = variant()
-  attention.steering = "attention"
-  with _timed("train attn-CLP", seconds):
-    moft.train(attention, f"{workdir}/attention")
-
-  singles = {}
   with _timed("train Rewarded Soups", seconds):
-    for name in full.objectives:
-      single = variant()
-      single.objectives = (name,)
-      single.steering = "none"
-      single.train.steps = full.train.steps // len(full.objectives)
-      single.optimizer.decay_steps = single.train.steps
-      singles[name] = f"{workdir}/single/{name}"
-      moft.train(single, singles[name])
-    soup_dir = f"{workdir}/soups"
-    soups.make_soup(variant(), singles, soup_dir)
+    soup_dir = train_soups(full, workdir)
 
   fronts = []
   folders = {
     "full-CLP": workdir,
-    "attn-CLP": f"{workdir}/attention",
     "Rewarded Soups": soup_dir,
   }
   with _timed("evaluate", seconds):
@@ -113,7 +90,7 @@ def run(workdir: str, seed: int) -> list[report.Front]:
   picture = f"{workdir}/evaluation/fronts.png"
   report.plot_fronts(fronts, picture)
 
-  _show_steering(workdir, full.objectives)
+  show_steering(workdir)
   print()
   report.print_table(fronts)
   costs = _costs(seconds)
@@ -134,23 +111,68 @@ def run(workdir: str, seed: int) -> list[report.Front]:
   return fronts
 
 
-def _show_steering(workdir: str, objectives: tuple[str, ...]) -> None:
-  """Prints one held-out article and its greedy summaries along the front."""
+def train_soups(full: ml_collections.ConfigDict, workdir: str) -> str:
+  """Trains a model for each reward, and averages them.
+
+  Args:
+    full: full-CLP's config; together they sample as much as its run.
+    workdir: its folder, whose supervised model they start from.
+
+  Returns:
+    The folder of Rewarded Soups.
+  """
+
+  def variant() -> ml_collections.ConfigDict:
+    config = full.copy_and_resolve_references()
+    config.sft.steps = 0
+    config.model.init = f"{workdir}/sft"
+    return config
+
+  singles = {}
+  for name in full.objectives:
+    single = variant()
+    single.objectives = (name,)
+    single.steering = "none"
+    single.train.steps = full.train.steps // len(full.objectives)
+    single.optimizer.decay_steps = single.train.steps
+    singles[name] = f"{workdir}/single/{name}"
+    moft.train(single, singles[name])
+  soup_dir = f"{workdir}/soups"
+  soups.make_soup(variant(), singles, soup_dir)
+  return soup_dir
+
+
+def show_steering(workdir: str) -> None:
+  """Prints a telling held-out article and its greedy summaries.
+
+  Args:
+    workdir: of an evaluated run of two rewards.
+  """
   policy = Policy.load(workdir)
-  first = json.loads(
-    epath.Path(f"{workdir}/evaluation/samples.jsonl")
-    .read_text()
-    .splitlines()[0]
-  )
-  a, b = objectives
-  print(f"\nArticle\n  {first['document']}")
-  print(f"Reference\n  {first['reference']}")
-  print("Summaries (greedy)")
-  for w in SHOWN_WEIGHTS:
-    (summary,) = policy.generate(
-      [first["document"]], {a: w, b: 1 - w}, temperature=0
+  file = epath.Path(f"{workdir}/evaluation/samples.jsonl")
+  rows = [json.loads(line) for line in file.read_text().splitlines()]
+  articles = examples.telling(rows, CANDIDATES)
+  a, b = policy.objectives
+  greedy = [
+    {"document": article, "weights": {a: w, b: 1 - w}, "summary": summary}
+    for w in SHOWN_WEIGHTS
+    for article, summary in zip(
+      articles,
+      policy.generate(articles, {a: w, b: 1 - w}, temperature=0),
+      strict=True,
     )
-    print(f"  {a} {w:4.2f}  {b} {1 - w:4.2f}  {summary}")
+  ]
+  (chosen,) = examples.telling(greedy, 1)
+  documents = len({row["document"] for row in rows})
+  reference = next(r["reference"] for r in rows if r["document"] == chosen)
+  print(f"\nArticle ({examples.CHOSEN.format(documents=documents)})")
+  print(f"  {chosen}")
+  print(f"Reference\n  {reference}")
+  print("Summaries (greedy)")
+  for row in greedy:
+    if row["document"] == chosen:
+      w = row["weights"]
+      print(f"  {a} {w[a]:4.2f}  {b} {w[b]:4.2f}  {row['summary']}")
 
 
 @contextlib.contextmanager

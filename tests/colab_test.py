@@ -44,7 +44,7 @@ def test_it_trains_shows_the_front_and_steers(tmp_path):
     "WORKDIR": str(tmp_path / "run"),
     **{"SFT_STEPS": 4, "STEPS": 2, "GRID": 3, "PROMPTS": 8},
   }
-  settings.source = "\n".join(f"{k} = {v!r}" for k, v in tiny.items())
+  settings.source += "".join(f"\n{k} = {v!r}" for k, v in tiny.items())
   nbclient.NotebookClient(
     notebook,
     timeout=1200,
@@ -61,6 +61,6 @@ def test_it_trains_shows_the_front_and_steers(tmp_path):
   assert isinstance(ast.literal_eval(result("steer").data["text/plain"]), str)
   (compare,) = [c for c in cells if c.id == "compare"]
   printed = "".join(o.text for o in compare.outputs if o.name == "stdout")
-  assert [line[:10] for line in printed.splitlines()[-5:]] == [
-    f"rouge {w:4.2f}" for w in (0, 0.25, 0.5, 0.75, 1)
+  assert [line[:12] for line in printed.splitlines()[-5:]] == [
+    f"  rouge {w:4.2f}" for w in (0, 0.25, 0.5, 0.75, 1)
   ]
