@@ -245,6 +245,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.mesh.data = config_dict.placeholder(int)  # None: all remaining devices
   c.mesh.model = 1
   c.mesh.fsdp = False  # cut parameters over the data axis too
+
+  # Presets that plans take for models which the config leaves to be given.
+  c.plan = ml_collections.ConfigDict()
+  c.plan.model = config_dict.placeholder(str)
+  c.plan.reward_model = config_dict.placeholder(str)
   return c
 
 

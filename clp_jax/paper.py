@@ -23,6 +23,7 @@ class Size(NamedTuple):
   model_axis: int  # devices that share each matrix
   prompts: int  # of a step
   weightings: int  # of a step
+  judge: str  # preset of the reward models, in plans
 
 
 # The slices that BUILD_NOTES.md plans have more chips the larger the model, and
@@ -31,10 +32,10 @@ class Size(NamedTuple):
 # hold cut and gather in every layer; for "xxl", with its 64 shards, sending so
 # many policies takes longer than gathering.
 SIZES = {
-  "base": Size(model_axis=1, prompts=64, weightings=8),
-  "large": Size(model_axis=1, prompts=192, weightings=32),
-  "xl": Size(model_axis=4, prompts=128, weightings=32),
-  "xxl": Size(model_axis=4, prompts=256, weightings=16),
+  "base": Size(model_axis=1, prompts=64, weightings=8, judge="large"),
+  "large": Size(model_axis=1, prompts=192, weightings=32, judge="large"),
+  "xl": Size(model_axis=4, prompts=128, weightings=32, judge="xl"),
+  "xxl": Size(model_axis=4, prompts=256, weightings=16, judge="xxl"),
 }
 # Tokens: articles of XSum are longer than posts.
 SOURCE_LENGTHS = {"xsum": 1024, "tldr": 512}
@@ -84,6 +85,7 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.model.scan_layers = True
   # "full" would compute again what the devices must send one another for it.
   config.model.remat = "minimal"
+  config.plan.model, config.plan.reward_model = size, settings.judge
   config.mesh.model = settings.model_axis
   config.mesh.fsdp = True
 

@@ -29,6 +29,8 @@ from clp_jax.run_folder import RunError
 
 def plan_of(name, workdir, config_changes=None, **changes):
   config = demo.get_config()
+  config.sft.steps = 700
+  plans.set_steps(config, 500)
   config.eval.grid = 5
   config.eval.prompts = compare_test.PROMPTS
   config.update_from_flattened_dict(config_changes or {})
@@ -370,7 +372,7 @@ def test_a_folder_is_named_by_all_that_decides_its_result(tmp_path):
     if running._supervised(other, cell) != start:
       starts_change.add(path)
   assert paths - runs_change == {
-    *(path for path in paths if path.startswith(("eval.", "mesh."))),
+    *(path for path in paths if path.startswith(("eval.", "mesh.", "plan."))),
     *("train.checkpoint_every", "train.keep", "train.log_samples_every"),
     *("sft.checkpoint_every", "seed", "steering"),
     *("reward_model.steps", "reward_model.checkpoint_every"),
@@ -425,14 +427,12 @@ def test_a_methods_rate_is_a_factor_of_the_base_configs(tmp_path, monkeypatch):
   full, ppo = running.cells(plan(1e-4))
   assert running._config(plan(1e-4), full).optimizer.learning_rate == 1e-4
   assert running._config(plan(1e-4), ppo).optimizer.learning_rate == 5e-5
-  assert running._label(plan(1e-4), ppo) == "full-CLP, PPO, 0.5 x rate"
-  # Its label and its folder follow; the supervised checkpoint is the same.
+  # Its folder follows; the supervised checkpoint is the same.
   before = running._folder(plan(1e-4), full)
   start = running._supervised(plan(1e-4), full)
   monkeypatch.setitem(
     methods.METHODS, "clp-full", methods.METHODS["clp-full"]._replace(rate=3.0)
   )
-  assert running._label(plan(1e-4), full) == "full-CLP, 3 x rate"
   assert running._folder(plan(1e-4), full) != before
   assert running._supervised(plan(1e-4), full) == start
   # Soups train their parts with it.
@@ -444,6 +444,19 @@ def test_a_methods_rate_is_a_factor_of_the_base_configs(tmp_path, monkeypatch):
     plan(1e-4), mod, running._config(plan(1e-4), mod), methods.METHODS["mod"]
   )
   assert {c.optimizer.learning_rate for c, _ in parts.values()} == {2e-4}
+  # Rates that were chosen, and rates that are varied, are taken as they are.
+  rated = plan_of(
+    "two-reward", tmp_path, methods=("clp-full", "ppo"), rates={"ppo": 3e-3}
+  )
+  assert [
+    running._config(rated, cell).optimizer.learning_rate
+    for cell in list(running.cells(rated))[:2]
+  ] == [3e-3, 3e-3]
+  varied = plan_of("choose-rate", tmp_path, methods=("clp-full", "ppo"))
+  for cell in running.cells(varied):
+    config = running._config(varied, cell)
+    assert config.optimizer.learning_rate == cell.value
+    assert config.data.eval_split == "test"
 
 
 def test_rewards_in_units_of_each_method_are_refused(tmp_path):

@@ -42,6 +42,17 @@ def positive(text: str) -> int:
   return value
 
 
+def share(text: str) -> float:
+  """A number above 0 and at most 1."""
+  try:
+    value = float(text)
+  except ValueError:
+    value = 0.0
+  if not 0 < value <= 1:
+    raise argparse.ArgumentTypeError(f"expected 0 < X <= 1, got {text!r}")
+  return value
+
+
 def add_workdir(parser: argparse.ArgumentParser, default=None) -> None:
   """--workdir DIR."""
   parser.add_argument(

@@ -1,7 +1,8 @@
 """`clp experiment`: an experiment of the paper, end to end.
 
-Besides the experiments, `costs` measures what the methods cost, and `results`
-writes a page of all that was run.
+The names that begin with "choose-" measure what the others are run with.
+`costs` measures what the methods cost, and `results` writes a page of all that
+was run.
 """
 
 import argparse
@@ -17,6 +18,10 @@ NAMES = (
   "training-steps",
   "model-size",
   "weighting-distribution",
+  "choose-supervised",
+  "choose-steps",
+  "choose-rate",
+  "choose-rate-kl",
 )
 
 
@@ -32,9 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--seeds",
     type=arguments.positive,
-    default=3,
     metavar="N",
-    help="training seeds 0 to N - 1 (default: 3)",
+    help="training seeds 0 to N - 1 (default: the experiment's, 1 to 3)",
   )
   parser.add_argument(
     "--checkpoints",
@@ -74,6 +78,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   ):
     parser.add_argument(name, type=arguments.positive, metavar="N", help=text)
   parser.add_argument(
+    "--dry-run",
+    action="store_true",
+    help="print the runs, their folders, samples and planned chip-hours, and "
+    "train nothing",
+  )
+  parser.add_argument(
+    "--topology",
+    default="v5e",
+    metavar="NAME",
+    help="of --dry-run: a generation of TPU, or a slice (default: v5e)",
+  )
+  parser.add_argument(
+    "--utilisation",
+    type=arguments.share,
+    default=0.4,
+    metavar="X",
+    help="of --dry-run: share of the peak FLOP/s that a step reaches "
+    "(default: 0.4)",
+  )
+  parser.add_argument(
     "--report-only",
     action="store_true",
     help="train nothing: compare what is finished",
@@ -99,12 +123,15 @@ def run(args: argparse.Namespace) -> None:
       "and costs and results."
     )
   from clp_jax import config as config_lib
-  from clp_jax import demo
-  from clp_jax.experiments import plans, running
+  from clp_jax.experiments import dry_run, plans, protocol, running
+  from clp_jax.plan import programs
   from clp_jax.run_folder import RunError
 
+  if args.name == protocol.SUPERVISED:
+    _choose_supervised(args)
+    return
   experiment = plans.EXPERIMENTS[args.name]
-  config = arguments.load_config(args.config or demo.__file__, args.rest)
+  config = arguments.load_config(args.config or protocol.__file__, args.rest)
   overridden = any(a.startswith("--config.eval.grid") for a in args.rest)
   if args.grid is not None:
     config.eval.grid = args.grid
@@ -114,19 +141,28 @@ def run(args: argparse.Namespace) -> None:
     config.eval.prompts = args.prompts
   if args.sft_steps is not None:
     config.sft.steps = args.sft_steps
-  if args.steps is not None:
-    plans.set_steps(config, args.steps)
+  steps = args.steps
+  if steps is None and args.config is None:
+    steps = experiment.steps
+  if steps is not None:
+    plans.set_steps(config, steps)
+  if args.dry_run:
+    programs.fill_presets(config)
   config_lib.validate(plans.base_config(experiment, config))
   plan = running.make_plan(
     args.name,
     config,
     methods=args.methods,
     values=args.values,
-    seeds=args.seeds,
+    seeds=args.seeds or experiment.seeds,
     num_checkpoints=args.checkpoints,
     workdir=args.workdir,
     command=_command(args),
+    rates=_rates(args),
   )
+  if args.dry_run:
+    print(dry_run.text(plan, args.topology, args.utilisation))
+    return
   failures = running.run(plan, train=not args.report_only)
   directory = f"{args.workdir}/{args.name}"
   with open(f"{directory}/comparison.md", encoding="utf-8") as text:
@@ -143,7 +179,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _only(args: argparse.Namespace, *names: str) -> None:
-  """Raises ConfigError for options that costs and results do not have."""
+  """Raises ConfigError for options that are not among the names."""
   parser = argparse.ArgumentParser()
   add_arguments(parser)
   for name, value in vars(args).items():
@@ -153,6 +189,36 @@ def _only(args: argparse.Namespace, *names: str) -> None:
       option = name.replace("_", "-")
       shown = " ".join(args.rest) if name == "rest" else f"--{option}"
       raise ConfigError(f"{shown} is not an option of {args.name}.")
+
+
+def _rates(args: argparse.Namespace) -> dict[str, float]:
+  """The learning rates that the built-in world's experiments have chosen."""
+  from clp_jax.experiments import plans, protocol
+
+  experiment = plans.EXPERIMENTS[args.name]
+  overridden = any(
+    a.startswith("--config.optimizer.learning_rate") for a in args.rest
+  )
+  if args.config is not None or overridden or args.name in protocol.CHOOSING:
+    return {}
+  kl = experiment.alpha_range is not None
+  return protocol.CHOSEN_RATES_KL if kl else protocol.CHOSEN_RATES
+
+
+def _choose_supervised(args: argparse.Namespace) -> None:
+  """Measures the held-out loss by supervised steps."""
+  from clp_jax.experiments import protocol, running
+
+  _only(args, "workdir", "config", "values", "prompts", "rest")
+  config = arguments.load_config(args.config or protocol.__file__, args.rest)
+  config.data.eval_split = "test"
+  config.eval.prompts = args.prompts or 1000
+  values = protocol.SUPERVISED_VALUES
+  if args.values is not None:
+    values = tuple(arguments.positive(value) for value in args.values)
+  rows = running.supervised_curve(config, values, args.workdir, _command(args))
+  for row in rows:
+    print(f"{row['steps']} steps: loss {row['loss']}")
 
 
 def _measure_costs(args: argparse.Namespace) -> None:
@@ -174,8 +240,8 @@ def _write_results(args: argparse.Namespace) -> None:
     name: f"clp experiment {name} --workdir {args.workdir}"
     for name in (*NAMES, "costs", "results")
   }
-  text = results.page(args.workdir, str(output.parent / "results"), commands)
-  output.parent.mkdir(parents=True, exist_ok=True)
+  results.collect(args.workdir, output.parent / "results")
+  text = results.page_of(output.parent / "results", commands)
   output.write_text(text, encoding="utf-8")
   print(output)
 
@@ -189,7 +255,9 @@ def _command(args: argparse.Namespace) -> str:
   import shlex
 
   parts = ["clp", "experiment", args.name]
-  parts += ["--seeds", str(args.seeds), "--checkpoints", str(args.checkpoints)]
+  parts += ["--checkpoints", str(args.checkpoints)]
+  if args.seeds is not None:
+    parts += ["--seeds", str(args.seeds)]
   for name in ("methods", "values"):
     if getattr(args, name) is not None:
       parts += [f"--{name}", ",".join(getattr(args, name))]

@@ -10,10 +10,7 @@ from collections.abc import Iterator
 
 from clp_jax.cli import arguments
 
-EXAMPLE = (
-  "clp plan --config configs/xsum/base.py --config.model.init=base "
-  "--config.rewards.nli.model=large --topology v5e:2x4"
-)
+EXAMPLE = "clp plan --config configs/xsum/base.py --topology v5e:2x4"
 SECONDS_BETWEEN_LINES = 20.0
 
 
@@ -96,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
 
   if args.mesh is not None:
     config.mesh.update({"data": None, "model": 1, "replica": 1} | args.mesh)
+  programs.fill_presets(config)
   config_lib.validate(config)
   slice_ = chips.find_slice(args.topology)
   # The programs are made on this machine's CPU, whatever else it has.

@@ -352,7 +352,7 @@ def write(path: epath.Path, content: bytes) -> None:
 
 # Okabe and Ito's colours, told apart under the common colour blindnesses; their
 # yellow is left out, too light for points on white.
-_COLOURS = (
+COLOURS = (
   "#0072B2",
   "#D55E00",
   "#009E73",
@@ -361,7 +361,7 @@ _COLOURS = (
   "#E69F00",
   "#56B4E9",
 )
-_MARKERS = "osD^vP"  # Six against seven colours: 42 styles.
+MARKERS = "osD^vP"  # Six against seven colours: 42 styles.
 
 
 def plot_fronts(
@@ -401,8 +401,8 @@ def plot_fronts(
     ax.set_axis_off()
   for ax, (x, y) in zip(axes, pairs, strict=False):
     for i, front in enumerate(fronts):
-      color = _COLOURS[i % len(_COLOURS)]
-      marker = _MARKERS[i % len(_MARKERS)]
+      color = COLOURS[i % len(COLOURS)]
+      marker = MARKERS[i % len(MARKERS)]
       _draw_points(ax, front, x, y, color, marker)
       if i == 0:
         _label_weightings(ax, front, x, y, color)

@@ -32,13 +32,6 @@ class Method(NamedTuple):
   kl: bool = True
   rate: float = 1.0  # factor of the base config's learning rate
 
-  @property
-  def title(self) -> str:
-    """Its label, and its learning rate where that is not the others'."""
-    if self.rate == 1:
-      return self.label
-    return f"{self.label}, {self.rate:g} x rate"
-
 
 # Their supervised checkpoint is one of its own, which has seen the tokens.
 _PROMPTED = {"prompting.style": "control_tokens", "prompting.sft_share": 0.5}

@@ -1,4 +1,4 @@
-"""The six experiments as data: what each trades off, varies and compares."""
+"""The experiments as data: what each trades off, varies and compares."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class Axis(NamedTuple):
 
 
 class Experiment(NamedTuple):
-  """One experiment of the paper."""
+  """One experiment of the paper, or one that chooses settings of those."""
 
   question: str
   objectives: tuple[str, ...]
@@ -32,6 +32,13 @@ class Experiment(NamedTuple):
   # Weightings (weights, or alphas) of the oracle runs.
   oracles: tuple[Any, ...] = ()
   axis: Axis | None = None
+  # Methods of the large picture; the others are drawn small.
+  shown: tuple[str, ...] = ()
+  # Of the held-out documents; the choosing experiments have their own, so that
+  # nothing is chosen on the prompts that methods are compared on.
+  split: str | None = None
+  seeds: int = 3
+  steps: int | None = None  # of training; None takes the config's
   # On the built-in world, where the front's worst corner is known: a second
   # reference point, near to it.
   near: Mapping[str, float] | None = None
@@ -47,26 +54,37 @@ _TWO = Experiment(
     *("svd-lora", "lora", "ppo", "oracle"),
   ),
   oracles=((0.2, 0.8), (0.5, 0.5), (0.8, 0.2)),
+  shown=(
+    *("clp-full", "clp-attention", "rewarded-soups", "rewarded-soups-mx"),
+    "mod",
+  ),
   near={"rouge": 0.55, "nli": 0.65},
 )
 _ABLATION = ("clp-full", "clp-attention", "rewarded-soups")
 
-EXPERIMENTS: dict[str, Experiment] = {
-  "single-reward-multi-kl": Experiment(
-    question="One reward at many KL weights: reward against KL.",
-    objectives=("nli",),
-    methods=(
-      *CLP,
-      *("clp-full-realigned", "clp-attention-realigned"),
-      *("clp-full-frozen", "clp-full-frozen-realigned"),
-      *("prompting", "soft-tokens"),
-      *("rewarded-soups", "rewarded-soups-mx", "dera"),
-      *("svd-lora", "lora", "oracle"),
-    ),
-    alpha_range=(0.01, 0.1),
-    oracles=(0.01, 0.1),
-    near={"nli": 0.65, "kl": 10.0},
+_KL = Experiment(
+  question="One reward at many KL weights: reward against KL.",
+  objectives=("nli",),
+  methods=(
+    *CLP,
+    *("clp-full-realigned", "clp-attention-realigned"),
+    *("clp-full-frozen", "clp-full-frozen-realigned"),
+    *("prompting", "soft-tokens"),
+    *("rewarded-soups", "rewarded-soups-mx", "dera"),
+    *("svd-lora", "lora", "oracle"),
   ),
+  alpha_range=(0.01, 0.1),
+  oracles=(0.01, 0.1),
+  shown=(
+    *("clp-full", "clp-full-realigned", "clp-full-frozen-realigned"),
+    *("rewarded-soups", "dera"),
+  ),
+  near={"nli": 0.65, "kl": 10.0},
+)
+_RATE = Axis("learning rate", float, (3e-4, 1e-3, 3e-3))
+
+EXPERIMENTS: dict[str, Experiment] = {
+  "single-reward-multi-kl": _KL,
   "two-reward": _TWO,
   "three-reward": Experiment(
     question="Three rewards at one KL weight.",
@@ -74,22 +92,48 @@ EXPERIMENTS: dict[str, Experiment] = {
     methods=_TWO.methods,
     grid=7,
     oracles=((1 / 3, 1 / 3, 1 / 3),),
+    shown=_TWO.shown,
     near={"rouge": 0.55, "nli": 0.5, "tldr": 0.4},
   ),
   "training-steps": _TWO._replace(
     question="How many training steps the front needs.",
-    methods=_ABLATION,
-    axis=Axis("steps", int, (125, 250, 500, 1000)),
+    methods=("clp-full", "rewarded-soups", "rewarded-soups-mx"),
+    axis=Axis("steps", int, (250, 500, 1000, 2000, 4000, 8000)),
   ),
   "model-size": _TWO._replace(
     question="What the model's size changes.",
     methods=_ABLATION,
     axis=Axis("model", str, ("micro", "tiny", "mini")),
+    seeds=2,
   ),
   "weighting-distribution": _TWO._replace(
     question="What Q, the distribution of weightings in training, changes.",
     methods=("clp-full", "clp-attention"),
     axis=Axis("concentration", float, (0.2, 0.5, 1.0, 4.0)),
+    seeds=2,
+  ),
+  "choose-steps": _TWO._replace(
+    question="From how many training steps on full-CLP's front hardly moves.",
+    methods=("clp-full",),
+    axis=Axis("steps", int, (1000, 1500, 2000, 3000)),
+    split="test",
+    seeds=1,
+  ),
+  "choose-rate": _TWO._replace(
+    question="Which learning rate is each method's best, two rewards.",
+    methods=tuple(m for m in _TWO.methods if m != "oracle"),
+    axis=_RATE,
+    split="test",
+    seeds=1,
+    steps=1000,
+  ),
+  "choose-rate-kl": _KL._replace(
+    question="Which learning rate is each method's best, one reward and KL.",
+    methods=tuple(m for m in _KL.methods if m != "oracle"),
+    axis=_RATE,
+    split="test",
+    seeds=1,
+    steps=1000,
   ),
 }
 
@@ -103,6 +147,8 @@ def with_value(
     set_steps(config, value)
   elif what == "model":
     config.model.init = value
+  elif what == "learning rate":
+    config.optimizer.learning_rate = value
   elif what == "concentration":
     config.weightings.concentration = value
   else:
@@ -146,6 +192,8 @@ def base_config(
         "each method; set it to fixed, the reference's moments, or none."
       )
   config.objectives = experiment.objectives
+  if experiment.split is not None and config.data.train is None:
+    config.data.eval_split = experiment.split
   point = config.eval.reference_point
   if point is not None and len(point) != len(experiment.objectives):
     config.eval.reference_point = None

@@ -1,8 +1,7 @@
-"""docs/RESULTS.md, written from what experiments have left in their folders.
+"""The numbers of docs/RESULTS.md, as JSON that is small enough to keep.
 
-Nothing here is chosen: every experiment, method and seed that is finished is in
-the page, what failed or was not run is named, and the verdicts on the paper's
-claims are computed from the figures by the rules below.
+`collect` takes them from the folders of experiments, and `page` draws the page
+from them alone, so that figures can be drawn again without training.
 """
 
 import dataclasses
@@ -13,9 +12,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from clp_jax.evaluation.comparison import markdown_table
-from clp_jax.experiments import costs, plans, running
-from clp_jax.experiments.verdicts import verdicts
+from clp_jax.experiments import costs, page, plans, protocol, running
 from clp_jax.models.presets import PRESETS
 
 Json = dict[str, Any]
@@ -53,141 +50,50 @@ def measure_costs(workdir: str, command: str, repeats: int = 30) -> None:
   (folder / "costs.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def page(workdir: str, pictures: str, commands: Mapping[str, str]) -> str:
-  """The page's markdown.
+def collect(workdir: str, folder: pathlib.Path) -> None:
+  """Writes FOLDER/<experiment>.json of every experiment that has been run.
 
   Args:
     workdir: of the experiments.
-    pictures: folder that the fronts' pictures are copied to; links are
-      relative to its parent.
-    commands: of what was not run: experiment, or "costs" -> command.
+    folder: of the numbers; files of experiments that WORKDIR lacks stay.
   """
-  folder = pathlib.Path(workdir)
-  found: dict[str, Json] = {}
-  sections = []
-  for name, experiment in plans.EXPERIMENTS.items():
-    sections.append(f"## {name}\n\n{experiment.question}\n")
-    directory = folder / name
-    if not (directory / running.RECORD).exists():
-      sections.append(f"**Not run.** `{commands[name]}` runs it.\n")
+  folder.mkdir(parents=True, exist_ok=True)
+  for name in (*plans.EXPERIMENTS, protocol.SUPERVISED, "costs"):
+    directory = pathlib.Path(workdir) / name
+    file = "costs.json" if name == "costs" else running.RECORD
+    if not (directory / file).exists():
       continue
-    record = json.loads((directory / running.RECORD).read_text())
-    found[name] = json.loads((directory / "comparison.json").read_text())
-    target = pathlib.Path(pictures) / f"{name}.png"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes((directory / "fronts.png").read_bytes())
-    sections.append(_section(record, directory, f"{target.parent.name}"))
-  sections.append("## Costs\n")
-  cost = None
-  if (folder / "costs" / "costs.json").exists():
-    cost = json.loads((folder / "costs" / "costs.json").read_text())
-    sections.append(_costs(cost))
-  else:
-    sections.append(f"**Not measured.** `{commands['costs']}` measures them.\n")
-  head = (
-    "# Results\n\n"
-    f"Written by `{commands['results']}` on "
-    f"{datetime.date.today().isoformat()} from the folders that the commands "
-    "below have left; no figure is typed in, and no seed is dropped. What was "
-    "not run yet is said to be so: the same commands go on where they "
-    "stopped. None of the figures is the paper's; its text was at hand only "
-    "as an abstract and an overview.\n"
-  )
-  rows = [verdict._asdict() for verdict in verdicts(found, cost)]
-  claims = "## The paper's claims\n\n" + markdown_table(rows)
-  return "\n".join([head, claims, *sections])
+    content = json.loads((directory / file).read_text())
+    if (directory / "comparison.json").exists():
+      comparison = json.loads((directory / "comparison.json").read_text())
+      content["comparison"] = comparison
+    (folder / f"{name}.json").write_text(_compact(content))
 
 
-def _section(record: Json, directory: pathlib.Path, pictures: str) -> str:
-  seeds = ", ".join(map(str, record["seeds"]))
-  lines = [
-    f"`{record['command']}`, seeds {seeds}"
-    + (
-      f", from supervised checkpoints "
-      f"{', '.join(map(str, record['checkpoints_used']))}"
-      if record["config"]["sft"]["steps"]
-      else ""
-    )
-    + f"; {record['machine']}; {record['date']}.\n"
-  ]
-  if record["missing"]:
-    lines.append(f"**Not run yet:** {'; '.join(record['missing'])}.\n")
-  if record["failures"]:
-    lines.append(f"**Failed:** {'; '.join(record['failures'])}.\n")
-  lines.append((directory / "comparison.md").read_text())
-  if record["oracles"]:
-    lines.append(_oracle_table(record["oracles"]))
-  lines.append(
-    f"![Fronts of {record['experiment']}]"
-    f"({pictures}/{record['experiment']}.png)\n"
-  )
-  return "\n".join(lines)
+def page_of(folder: pathlib.Path, commands: Mapping[str, str]) -> str:
+  """The page's markdown, with its pictures drawn into FOLDER.
+
+  Args:
+    folder: of the numbers that `collect` has written.
+    commands: see `page.write`.
+  """
+  contents = {}
+  for name in (*plans.EXPERIMENTS, protocol.SUPERVISED, "costs"):
+    if (folder / f"{name}.json").exists():
+      contents[name] = json.loads((folder / f"{name}.json").read_text())
+  cost = contents.pop("costs", None)
+  return page.write(contents, cost, folder, commands)
 
 
-def _oracle_table(oracles: list[Json]) -> str:
-  rows = []
-  names = list(oracles[0]["values"])
-  for name in names:
-    row = {"value at": name}
-    for oracle in oracles:
-      weights = ", ".join(f"{k} {w:.2f}" for k, w in oracle["weights"].items())
-      value = oracle["values"].get(name)
-      row[f"{weights}, alpha {oracle['alpha']:g}"] = (
-        "-" if value is None else f"{value[0]:.4f} \u00b1 {value[1]:.4f}"
+def _compact(content: Json) -> str:
+  """JSON with a line for each of the upper two levels."""
+  lines = []
+  for name, value in content.items():
+    if isinstance(value, dict) and value:
+      own = ",\n".join(
+        f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()
       )
-    rows.append(row)
-  return (
-    "### Against runs trained for one weighting\n\n"
-    + markdown_table(rows)
-    + "\nThe value is (1 - alpha) sum w R - alpha KL; errors over seeds, of a "
-    "single seed over prompts.\n"
-  )
-
-
-def _costs(cost: Mapping[str, Any]) -> str:
-  times = [
-    {
-      "method": t["method"],
-      "models a token": str(t["models"]),
-      "ms a position, 64 rows": (
-        f"{t['median']:.2f} [{t['low']:.2f}, {t['high']:.2f}]"
-      ),
-      "over full-CLP": f"{t['over_first']:.2f}",
-    }
-    for t in cost["times"]
-  ]
-  parts = [
-    f"`{cost['command']}`; {cost['machine']}; {cost['date']}.\n",
-    "### Decoding\n",
-    markdown_table(times),
-    f"The built-in world's T5, the methods in turns in one process, median and "
-    f"range of {cost['repeats']} batches of 18 positions; the ratio is the "
-    f"median over turns. The machine's load was {cost['load']:.1f}.\n",
-    "### Parameters, two rewards\n",
-  ]
-  sizes = list(cost["parameters"])
-  rows = []
-  for i, first in enumerate(cost["parameters"][sizes[0]]):
-    row = {"method": first["method"]}
-    for size in sizes:
-      p = cost["parameters"][size][i]
-      row[f"{size}: trained / stored"] = (
-        f"{_short(p['trained'])} / {_short(p['stored'])}"
-      )
-    rows.append(row)
-  shares = ", ".join(
-    f"{size} {share:.1%}" for size, share in cost["attention_share"].items()
-  )
-  parts += [
-    markdown_table(rows),
-    "attn-CLP's parameters beyond one model's, as a share of full-CLP's, from "
-    f"the T5 v1.1 presets: {shares}.\n",
-  ]
-  return "\n".join(parts)
-
-
-def _short(number: int) -> str:
-  for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-    if number >= size:
-      return f"{number / size:.2f}{unit}"
-  return str(number)
+      lines.append(f"{json.dumps(name)}: {{\n{own}\n }}")
+    else:
+      lines.append(f"{json.dumps(name)}: {json.dumps(value)}")
+  return "{\n " + ",\n ".join(lines) + "\n}\n"

@@ -23,11 +23,12 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 
 from clp_jax import config as config_lib
@@ -43,7 +44,7 @@ from clp_jax.evaluation import (
   sweep,
 )
 from clp_jax.experiments import methods as methods_lib
-from clp_jax.experiments import plans
+from clp_jax.experiments import plans, protocol
 from clp_jax.experiments.methods import METHODS, Method
 from clp_jax.models.presets import PRESETS
 from clp_jax.train import checkpoints, loop, moft, sft
@@ -64,6 +65,8 @@ class Plan:
   config: ml_collections.ConfigDict  # from plans.base_config
   workdir: str
   command: str
+  # Method -> learning rate; of others it is the config's by their factor.
+  rates: Mapping[str, float]
 
   @property
   def experiment(self) -> plans.Experiment:
@@ -89,6 +92,7 @@ def make_plan(
   num_checkpoints: int,
   workdir: str,
   command: str,
+  rates: Mapping[str, float] | None = None,
 ) -> Plan:
   """A plan that can run to its end, as far as can be told before.
 
@@ -101,6 +105,7 @@ def make_plan(
     num_checkpoints: supervised checkpoints that they start from.
     workdir: the folder of all experiments.
     command: that this plan comes from, for the record.
+    rates: method -> learning rate; others take the config's by their factor.
 
   Raises:
     ConfigError: a method that does not fit, a value that is not one, a config
@@ -138,6 +143,7 @@ def make_plan(
     config=config,
     workdir=workdir,
     command=command,
+    rates=rates or {},
   )
   for cell in cells(plan):
     if METHODS[cell.method].overrides is not None:
@@ -194,6 +200,102 @@ def run(plan: Plan, *, train: bool) -> list[str]:
   if not train:
     write(plan, failures)
   return failures
+
+
+class Stage(NamedTuple):
+  """One training run of a plan: of a method, or of its supervised model."""
+
+  label: str  # of the first method that needs it
+  seed: int
+  folder: str
+  steps: int
+  samples: int  # responses; of a supervised run its documents
+  supervised: bool
+  finished: bool
+  config: ml_collections.ConfigDict  # model.init is the plan's own
+
+
+def stages(plan: Plan) -> Iterator[Stage]:
+  """Every training run of a plan once, in the order that `run` takes."""
+  seen = set()
+  for cell in cells(plan):
+    init, label = _at_value(plan, cell).model.init, _label(plan, cell)
+    if plan.config.sft.steps and _supervised(plan, cell) not in seen:
+      folder, config = _supervised(plan, cell), _supervised_config(plan, cell)
+      seen.add(folder)
+      yield Stage(
+        f"supervised, for {label}",
+        config.seed,
+        folder,
+        config.sft.steps,
+        config.sft.steps * config.sft.batch,
+        True,
+        _has_step(folder, config.sft.steps),
+        config,
+      )
+    for config, folder in _trained(plan, cell):
+      if folder not in seen:
+        seen.add(folder)
+        own = config.copy_and_resolve_references()
+        own.model.init = init
+        yield Stage(
+          label,
+          cell.seed,
+          folder,
+          config.train.steps,
+          _samples(config),
+          False,
+          _has_step(folder, config.train.steps),
+          own,
+        )
+
+
+def supervised_curve(
+  config: ml_collections.ConfigDict,
+  values: tuple[int, ...],
+  workdir: str,
+  command: str,
+) -> list[dict[str, Any]]:
+  """The held-out loss by supervised steps, each with its own decay.
+
+  Args:
+    config: of the model, the data and the supervised stage.
+    values: steps.
+    workdir: the folder of all experiments.
+    command: that this comes from, for the record.
+
+  Returns:
+    [{"steps", "loss", "accuracy"}]; the loss in nats a token.
+  """
+  rows = []
+  for steps in values:
+    own = config.copy_and_resolve_references()
+    own.sft.steps = own.sft.decay_steps = steps
+    folder = f"{workdir}/sft/curve-{_digest(own)}"
+    held_out = sft.report_held_out(own, folder, sft.train(own, folder))
+    if held_out is None:
+      raise ConfigError("no held-out documents: give data.eval.")
+    rows.append(
+      {
+        "steps": steps,
+        "loss": round(held_out.loss, 5),
+        "accuracy": round(held_out.accuracy, 5),
+      }
+    )
+  directory = epath.Path(workdir) / protocol.SUPERVISED
+  directory.mkdir(parents=True, exist_ok=True)
+  run_folder.write_json(
+    directory / RECORD,
+    {
+      "command": command,
+      "date": datetime.date.today().isoformat(),
+      "machine": machine(),
+      "split": config.data.eval_split,
+      "documents": config.eval.prompts,
+      "rows": rows,
+    },
+  )
+  return rows
 
 
 def write(plan: Plan, failures: list[str]) -> compare.Comparison:
@@ -260,11 +362,91 @@ def write(plan: Plan, failures: list[str]) -> compare.Comparison:
       ),
       "failures": failures,
       "missing": missing,
+      "objectives": list(found.objectives),
+      "axis": None
+      if plan.experiment.axis is None
+      else plan.experiment.axis.what,
+      "shown": [METHODS[name].label for name in plan.experiment.shown],
+      "reference_point": list(found.reference_points["hypervolume"].values()),
+      "fronts": _fronts(plan),
+      "tables": comparison.tables(found),
+      "note": comparison.note(found),
       "oracles": _against_oracles(found, plan),
       "config": config_lib.to_json(plan.config),
     },
   )
   return found
+
+
+def _fronts(plan: Plan) -> dict[str, Any]:
+  """Label -> every finished run's points and what its training took.
+
+  Figures are rounded to what their errors leave of them, so that the numbers of
+  all experiments are small enough to keep beside the page.
+  """
+  fronts: dict[str, Any] = {}
+  for cell in cells(plan):
+    if not _is_finished(plan, cell):
+      continue
+    folder = _folder(plan, cell)
+    front = report.load_front(f"{folder}/evaluation/front.json")
+    found = fronts.setdefault(
+      _label(plan, cell),
+      {
+        "method": METHODS[cell.method].label,
+        "value": cell.value,
+        "samples": front.training_samples,
+        "updates": _updates(plan, cell),
+        "weightings": np.round(compare.weightings_of(front), 5).tolist(),
+        "runs": [],
+      },
+    )
+    found["runs"].append(
+      {
+        "seed": cell.seed,
+        "seconds": _seconds(plan, cell),
+        "rewards": np.round(front.rewards, 5).tolist(),
+        "kl": [round(point.kl.mean, 4) for point in front.points],
+      }
+    )
+  return fronts
+
+
+def _updates(plan: Plan, cell: Cell) -> int:
+  """Optimizer steps of all that a cell trains."""
+  total = 0
+  for config, _ in _trained(plan, cell):
+    own = config.ppo if config.algorithm == "ppo" else None
+    total += config.train.steps * (own.epochs * own.minibatches if own else 1)
+  return total
+
+
+def _seconds(plan: Plan, cell: Cell) -> float | None:
+  """Training time of all that a cell trains: steps by the median step's time.
+
+  The median leaves out compilation and what else the machine did now and then.
+  """
+  total = 0.0
+  for config, path in _trained(plan, cell):
+    file = epath.Path(path) / "metrics.jsonl"
+    if not file.exists():
+      return None
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rates = [r["perf/steps_per_second"] for r in rows]
+    total += config.train.steps / float(np.median(rates))
+  return round(total, 1)
+
+
+def _trained(
+  plan: Plan, cell: Cell
+) -> list[tuple[ml_collections.ConfigDict, str]]:
+  """[(config, folder)] of the runs that a cell is made of."""
+  method, config = METHODS[cell.method], _config(plan, cell)
+  if method.overrides is not None:
+    return [(config, _folder(plan, cell))]
+  if method.kind == "oracle":
+    return _oracles(plan, cell, config)
+  return list(_singles(plan, cell, config, method).values())
 
 
 def machine() -> str:
@@ -302,7 +484,7 @@ def _finish(plan: Plan, cell: Cell) -> None:
       make = dera.make_mixture
     make(config, {name: path for name, (_, path) in parts.items()}, folder)
     samples = sum(_samples(single) for single, _ in parts.values())
-  _evaluate(folder, method.title, samples)
+  _evaluate(folder, method.label, samples)
 
 
 def _train(
@@ -340,7 +522,7 @@ def _join_oracles(
   for own, path in _oracles(plan, cell, config):
     _train(plan, cell, own, path)
     if not _is_evaluated(plan, path, own.train.steps):
-      _evaluate(path, METHODS["oracle"].title, _samples(own))
+      _evaluate(path, METHODS["oracle"].label, _samples(own))
     directory = f"{path}/evaluation"
     front = report.load_front(f"{directory}/front.json")
     fronts.append(front)
@@ -350,7 +532,7 @@ def _join_oracles(
   first = fronts[0]
   joined = report.front_from_points(
     [point for front in fronts for point in front.points],
-    method=METHODS["oracle"].title,
+    method=METHODS["oracle"].label,
     objectives=first.objectives,
     step=first.step,
     prompts=first.prompts,
@@ -428,7 +610,11 @@ def _config(plan: Plan, cell: Cell) -> ml_collections.ConfigDict:
     config.model.init = _supervised(plan, cell)
     config.sft.steps = 0
   method = METHODS[cell.method]
-  config.optimizer.learning_rate *= method.rate
+  axis = plan.experiment.axis
+  if axis is None or axis.what != "learning rate":  # there it is the value
+    config.optimizer.learning_rate *= method.rate
+  if cell.method in plan.rates:
+    config.optimizer.learning_rate = plan.rates[cell.method]
   if method.overrides is not None:
     config.update_from_flattened_dict(dict(method.overrides))
   return config
@@ -461,11 +647,7 @@ def _folder(plan: Plan, cell: Cell) -> str:
   config = _config(plan, cell)
   if method.overrides is not None:
     return _named(plan, cell, cell.method, config)
-  if method.kind == "oracle":
-    parts = [path for _, path in _oracles(plan, cell, config)]
-  else:
-    made = _singles(plan, cell, config, method)
-    parts = [path for _, path in made.values()]
+  parts = [path for _, path in _trained(plan, cell)]
   return _named(plan, cell, cell.method, config, tuple(parts))
 
 
@@ -528,7 +710,7 @@ def _is_evaluated(plan: Plan, folder: str, steps: int) -> bool:
 
 
 def _label(plan: Plan, cell: Cell) -> str:
-  label = METHODS[cell.method].title
+  label = METHODS[cell.method].label
   if plan.experiment.axis is None:
     return label
   return f"{label}, {plan.experiment.axis.what} {cell.value}"
@@ -546,7 +728,7 @@ def _against_oracles(
 
   The value is what is optimised, (1 - alpha) sum_i w_i R_i - alpha KL.
   """
-  label = METHODS["oracle"].title
+  label = METHODS["oracle"].label
   rows: list[dict[str, Any]] = []
   if label not in found.methods:
     return rows

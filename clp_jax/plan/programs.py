@@ -89,6 +89,16 @@ def _item_size(dtype: Any) -> int:
   return np.dtype(dtype).itemsize
 
 
+def fill_presets(config: ml_collections.ConfigDict) -> None:
+  """Names the presets of `plan` where a config leaves models to be given."""
+  if config.model.init is None:
+    config.model.init = config.plan.model
+  for name in config.objectives:
+    reward = config.rewards[name]
+    if "model" in reward and reward.model is None:
+      reward.model = config.plan.reward_model
+
+
 def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
   """The config's programs, in the order of their use.
 

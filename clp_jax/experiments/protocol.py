@@ -1,0 +1,166 @@
+"""How the experiments on the built-in world were set up, and what chose it.
+
+The rules, written down before the runs:
+
+  - supervised steps: until the held-out loss gains less than SUPERVISED_GAIN of
+    itself from half as many more;
+  - training steps: such that full-CLP's hypervolume gains less than STEPS_GAIN
+    from half as many more, 4,000 at the most;
+  - learning rates: for every method, soups included, the best hypervolume of
+    the same three, at 1,000 steps of one seed;
+  - everything above on the split `test`; the comparisons are on `validation`,
+    whose prompts are used for nothing else;
+  - two supervised checkpoints, three seeds (two of the ablations), the same
+    prompts, decoding and random keys for all methods, no seed dropped.
+
+`clp experiment` with the names SUPERVISED and CHOOSING measures what the
+choices below rest on; the page shows the tables, and a test holds the choices
+against them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from clp_jax import demo
+from clp_jax.evaluation.comparison import markdown_table
+from clp_jax.experiments import pictures
+
+Json = dict[str, Any]
+
+SUPERVISED_GAIN = 0.005  # relative
+STEPS_GAIN = 0.005  # of the hypervolume
+MAX_STEPS = 4000
+# Steps of the supervised curve, each half as many more as the one before.
+SUPERVISED_VALUES = (1400, 2100, 3150, 4725, 7090)
+
+# What was chosen.
+SUPERVISED_STEPS = 3150
+STEPS = 2000
+# Method -> learning rate, of several rewards and of one against KL.
+CHOSEN_RATES: dict[str, float] = {}
+CHOSEN_RATES_KL: dict[str, float] = {}
+
+SUPERVISED = "choose-supervised"
+CHOOSING = ("choose-steps", "choose-rate", "choose-rate-kl")
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The built-in world's experiments: the demo's run, trained to its end."""
+  config = demo.get_config()
+  config.sft.steps = config.sft.decay_steps = SUPERVISED_STEPS
+  config.train.steps = config.optimizer.decay_steps = STEPS
+  return config
+
+
+def best_rates(content: Json) -> dict[str, float]:
+  """Method's label -> the rate of its largest hypervolume.
+
+  Args:
+    content: of choose-rate or choose-rate-kl.
+  """
+  return {
+    method: max(volumes, key=lambda rate: volumes[rate])
+    for method, volumes in _volumes(content).items()
+  }
+
+
+def converged(values: Mapping[int, float], gain: float, relative: bool) -> int:
+  """The fewest steps from which half as many more gain less than `gain`.
+
+  Args:
+    values: steps -> what should fall (relative: a loss) or rise (a
+      hypervolume); steps are in ratios of about 1.5.
+    gain: the least that counts.
+    relative: whether `gain` is a share of the value.
+
+  Raises:
+    ValueError: when it still gains as much at the end.
+  """
+  steps = sorted(values)
+  for now, later in zip(steps, steps[1:], strict=False):
+    change = values[later] - values[now]
+    if relative:
+      change = -change / values[now]
+    if change < gain:
+      return now
+  raise ValueError(f"still gains {gain} or more after {steps[-1]:,} steps.")
+
+
+def text(contents: Mapping[str, Json]) -> str:
+  """The protocol and the tables that its choices rest on, as markdown."""
+  parts = [
+    f"Written down before the runs. Supervised steps until the held-out loss "
+    f"gains less than {SUPERVISED_GAIN:.1%} of itself from half as many more: "
+    f"{SUPERVISED_STEPS:,}. Training steps such that full-CLP's hypervolume "
+    f"gains less than {STEPS_GAIN} from half as many more, {MAX_STEPS:,} at "
+    f"the most: {STEPS:,}. For every method the best of three learning rates "
+    "at 1,000 steps of one seed. All of these were chosen on the split "
+    "`test`; the comparisons below are on `validation`, whose prompts are used "
+    "for nothing else. Two supervised checkpoints, three seeds (two of the "
+    "ablations), the same prompts, decoding and random keys for all methods.\n"
+  ]
+  if (content := contents.get(SUPERVISED)) is not None:
+    rows = []
+    before = None
+    for row in content["rows"]:
+      gain = "" if before is None else f"{1 - row['loss'] / before:+.1%}"
+      before = row["loss"]
+      rows.append(
+        {
+          "supervised steps": f"{row['steps']:,}",
+          "held-out loss, nats a token": f"{row['loss']:.4f}",
+          "gain": gain,
+        }
+      )
+    parts += [f"`{content['command']}`:\n", markdown_table(rows)]
+  if (content := contents.get("choose-steps")) is not None:
+    rows = []
+    before = None
+    for steps, volume in sorted(step_volumes(content).items()):
+      gain = "" if before is None else f"{volume - before:+.4f}"
+      before = volume
+      rows.append(
+        {
+          "steps": f"{steps:,}",
+          "full-CLP's hypervolume": f"{volume:.4f}",
+          "gain": gain,
+        }
+      )
+    parts += [f"`{content['command']}`:\n", markdown_table(rows)]
+  for name in ("choose-rate", "choose-rate-kl"):
+    if (content := contents.get(name)) is not None:
+      parts += [f"`{content['command']}`:\n", _rate_table(content)]
+  return "\n".join(parts)
+
+
+def step_volumes(content: Json) -> dict[int, float]:
+  """Steps -> full-CLP's hypervolume, of choose-steps."""
+  (volumes,) = _volumes(content).values()
+  return volumes
+
+
+def _volumes(content: Json) -> dict[str, dict[Any, float]]:
+  """Method -> value of the axis -> hypervolume, mean over seeds."""
+  methods = dict.fromkeys(f["method"] for f in content["fronts"].values())
+  found = {}
+  for method in methods:
+    values, volumes = pictures.hypervolumes(content, method)
+    found[method] = {
+      v: float(np.mean(x)) for v, x in zip(values, volumes, strict=True)
+    }
+  return found
+
+
+def _rate_table(content: Json) -> str:
+  rows = []
+  for method, volumes in _volumes(content).items():
+    row = {"hypervolume at rate": method}
+    best = max(volumes, key=lambda rate: volumes[rate])
+    for rate, volume in volumes.items():
+      shown = f"{volume:.4f}"
+      row[f"{rate:g}"] = f"**{shown}**" if rate == best else shown
+    rows.append(row)
+  return markdown_table(rows)

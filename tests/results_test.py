@@ -1,0 +1,147 @@
+"""The results page: from numbers to pictures, tables and costs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from clp_jax.evaluation import fronts
+from clp_jax.experiments import page, pictures, protocol
+
+WEIGHTINGS = [[i / 4, 1 - i / 4, 0.01] for i in range(5)]
+
+
+def run_of(seed, lift):
+  """A concave front that `lift` moves outwards."""
+  at = np.linspace(0, 1, 5)
+  rewards = np.stack([0.6 + 0.2 * at**0.5, 1 - 0.3 * at**1.5], axis=1)
+  return {
+    "seed": seed,
+    "seconds": 100.0,
+    "rewards": (rewards + lift + 0.001 * seed).tolist(),
+    "kl": [5.0] * 5,
+  }
+
+
+def content_of(lifts, axis="steps"):
+  """Numbers of an experiment: {(method, value): lift}."""
+  return {
+    "objectives": ["rouge", "nli"],
+    "axis": axis,
+    "shown": ["full-CLP"],
+    "reference_point": [0.0, 0.0],
+    "fronts": {
+      f"{method}, {value}": {
+        "method": method,
+        "value": value,
+        "samples": 64 * (value or 100),
+        "updates": value,
+        "weightings": WEIGHTINGS,
+        "runs": [run_of(seed, lift) for seed in range(3)],
+      }
+      for (method, value), lift in lifts.items()
+    },
+  }
+
+
+STEPS = content_of(
+  {
+    ("full-CLP", 1000): 0.0,
+    ("full-CLP", 4000): 0.02,
+    ("Rewarded Soups", 1000): -0.01,
+    ("Rewarded Soups", 4000): -0.02,
+  }
+)
+
+
+def test_hypervolumes_and_dominated_shares_are_those_of_each_seed():
+  values, volumes = pictures.hypervolumes(STEPS, "full-CLP")
+  assert values == [1000, 4000]
+  expected = fronts.hypervolume(run_of(2, 0.02)["rewards"], [0, 0])
+  assert volumes[1][2] == pytest.approx(expected, abs=1e-12)
+  values, shares = pictures.dominated(STEPS, "full-CLP", "Rewarded Soups")
+  assert values == [1000, 4000]
+  np.testing.assert_array_equal(shares, np.ones([2, 3]))
+  _, back = pictures.dominated(STEPS, "Rewarded Soups", "full-CLP")
+  np.testing.assert_array_equal(back, np.zeros([2, 3]))
+
+
+def test_seeds_are_paired_by_number_and_not_by_place():
+  content = content_of({("full-CLP", 1): 0.0, ("Rewarded Soups", 1): 0.0})
+  own = content["fronts"]["full-CLP, 1"]
+  # Seed 2 alone: better than the soups' seeds 0 and 1, equal to their seed 2.
+  own["runs"] = own["runs"][2:]
+  _, (shares,) = pictures.dominated(content, "full-CLP", "Rewarded Soups")
+  assert shares.tolist() == [0.0]
+
+
+def test_the_cost_to_a_level_is_between_the_budgets_around_it():
+  _, volumes = pictures.hypervolumes(STEPS, "full-CLP")
+  low, high = (v.mean() for v in volumes)
+  spent = page.reached(STEPS, "full-CLP", (low + high) / 2)
+  assert spent["steps"] == pytest.approx(2000)
+  assert spent["samples"] == pytest.approx(64 * 2000)
+  assert page.reached(STEPS, "full-CLP", low)["steps"] == 1000
+  assert page.reached(STEPS, "full-CLP", high + 1e-3) is None
+  assert page.reached(STEPS, "Rewarded Soups", low) is None
+
+
+@pytest.mark.parametrize("num", [1, 5, 8])
+def test_pictures_show_every_method_once(num, tmp_path):
+  content = content_of(
+    {(f"method {i}", None): -0.01 * i for i in range(num)}, axis=None
+  )
+  pictures.fronts(content, tmp_path / "fronts.png")
+  first = (tmp_path / "fronts.png").read_bytes()
+  pictures.fronts(content, tmp_path / "fronts.png")
+  assert (tmp_path / "fronts.png").read_bytes() == first
+  assert first.startswith(b"\x89PNG")
+
+
+def test_a_front_of_a_reward_against_kl_has_kl_as_its_axis(tmp_path):
+  content = content_of({("full-CLP", None): 0.0}, axis=None)
+  content["objectives"] = ["nli"]
+  for front in content["fronts"].values():
+    front["weightings"] = [[1.0, 0.01 * 2**i] for i in range(5)]
+    for run in front["runs"]:
+      run["rewards"] = [row[1:] for row in run["rewards"]]
+      run["kl"] = [5.0, 4.0, 3.0, 2.0, 1.0]
+  (run, *_) = content["fronts"]["full-CLP, None"]["runs"]
+  np.testing.assert_allclose(
+    pictures.points(content, run)[:, 1], [-5, -4, -3, -2, -1]
+  )
+  pictures.fronts(content, tmp_path / "fronts.png")
+
+
+def test_steps_are_enough_where_half_as_many_more_gain_little():
+  losses = {700: 0.50, 1050: 0.45, 1600: 0.449, 2400: 0.46}
+  assert protocol.converged(losses, 0.005, relative=True) == 1050
+  volumes = {1000: 0.80, 1500: 0.81, 2250: 0.8149, 3375: 0.83}
+  assert protocol.converged(volumes, 0.005, relative=False) == 1500
+  with pytest.raises(ValueError, match="after 3,375 steps"):
+    protocol.converged({2250: 0.8, 3375: 0.81}, 0.005, relative=False)
+
+
+def test_the_best_rate_is_each_methods_own():
+  content = content_of(
+    {
+      ("full-CLP", 3e-4): 0.0,
+      ("full-CLP", 1e-3): 0.02,
+      ("full-CLP", 3e-3): 0.01,
+      ("LoRA", 3e-4): -0.02,
+      ("LoRA", 1e-3): -0.01,
+      ("LoRA", 3e-3): 0.0,
+    },
+    axis="learning rate",
+  )
+  assert protocol.best_rates(content) == {"full-CLP": 1e-3, "LoRA": 3e-3}
+  table = protocol.text({"choose-rate": content | {"command": "clp ..."}})
+  assert table.count("**") == 4
+
+
+def test_numbers_are_json_with_a_line_for_each_front():
+  from clp_jax.experiments import results
+
+  text = results._compact(STEPS | {"note": "x", "empty": {}})
+  assert json.loads(text) == STEPS | {"note": "x", "empty": {}}
+  assert text.count("\n") < 20
