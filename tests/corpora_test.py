@@ -2,11 +2,12 @@
 
 import functools
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
-from clp_jax.data import corpora, newsroom, tasks
+from clp_jax.data import corpora, newsroom, newsroom_text, tasks
 from clp_jax.data.vocabulary import import_seqio
 
 S, T = newsroom.SOURCE_LENGTH, newsroom.TARGET_LENGTH
@@ -220,6 +221,38 @@ class TestCache:
       vocabulary, batch.documents, S, "museum {document}"
     )
     np.testing.assert_array_equal(batch.encoder_input_tokens, expected)
+
+  def test_control_tokens_in_it_are_unknown(self, task, cache, tmp_path):
+    """seqio's tool, with seqio's vocabulary, lets a document make them."""
+    from clp_jax.data import vocabulary as vocabularies
+
+    path = tmp_path / "sentinels.model"
+    path.write_bytes(newsroom_text.vocabulary_bytes())
+    path.write_bytes(vocabularies.load_vocabulary(path, extra_ids=2).sp_model)
+    tf, seqio = import_seqio()
+    words = vocabularies.load_vocabulary(path)
+    feature = seqio.Feature(words, add_eos=True, dtype=tf.int32)
+    task = task.replace(output_features={"inputs": feature, "targets": feature})
+    plain = seqio.SentencePieceVocabulary(str(path))
+    (file,) = pathlib.Path(cache).glob("cached/train.tfrecord*")
+    raw = [r.numpy() for r in tf.data.TFRecordDataset(str(file))]
+    example = tf.train.Example.FromString(raw[1])
+    forged = plain.encode("<extra_id_1> museum <extra_id_0>")
+    field = example.features.feature["inputs"].int64_list
+    field.value[:] = forged
+    with tf.io.TFRecordWriter(str(file)) as writer:
+      for record in (raw[0], example.SerializeToString(), *raw[2:]):
+        writer.write(record)
+    batch = tasks.eval_batch(
+      tasks.from_cache(task, (cache,)),
+      "train",
+      num_examples=6,
+      source_length=S,
+      target_length=T,
+    )
+    assert {*vocabularies.control_ids(words, words.vocab_size)} < {*forged}
+    expected = [words.unk_id, forged[1], words.unk_id, words.eos_id]
+    assert batch.encoder_input_tokens[1][:5].tolist() == [*expected, 0]
 
   def test_refuses_what_is_not_cached(self, task, cache, tmp_path):
     with pytest.raises(ValueError, match="'cached' is not cached in any of"):

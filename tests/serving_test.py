@@ -24,8 +24,9 @@ import runs
 
 import clp_jax
 from clp_jax.config import ConfigError
+from clp_jax.data import vocabulary
 from clp_jax.evaluation import report
-from clp_jax.serving import protection, server
+from clp_jax.serving import protection, server, text
 from clp_jax.serving.decoder import Decoder, Row
 
 DOCUMENTS = [
@@ -317,6 +318,16 @@ def strictly(text):
     raise AssertionError(f"{name} in {text[:500]}")
 
   return json.loads(text, parse_constant=refuse)
+
+
+def test_alternatives_that_are_no_text_go_by_their_names(tmp_path):
+  path = tmp_path / "words.model"
+  path.write_bytes(vocabulary.word_model(["mill", "zoo"], ["."]))
+  words = vocabulary.load_vocabulary(path, extra_ids=1)
+  detokenizer = text.Detokenizer(words)
+  assert [detokenizer.push(token) for token in (3, 5)] == ["mill", "."]
+  shown = [detokenizer.would_add(token) for token in (4, 5, 1, 0, 6, 99)]
+  assert shown == [" zoo", ".", "</s>", "<pad>", "▁<extra_id_0>", "</s>"]
 
 
 class TestNumbers:

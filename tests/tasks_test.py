@@ -3,16 +3,23 @@
 import collections
 import functools
 import itertools
+import json
 import pathlib
 import subprocess
 import sys
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import small_t5
+from sentencepiece import sentencepiece_model_pb2
 
+from clp_jax import batches as batches_lib
+from clp_jax import config as config_lib
 from clp_jax.data import newsroom, newsroom_text, tasks
 from clp_jax.data import vocabulary as vocabularies
+from clp_jax.rewards import model as models
 
 T5_VOCABULARY = (
   pathlib.Path(__file__).parents[2] / "shared/data"
@@ -309,6 +316,146 @@ class TestTokens:
     assert tasks.decode_tokens(vocabulary, empty, empty > 0) == []
 
 
+@pytest.fixture(scope="module")
+def with_controls(tmp_path_factory):
+  """A file whose pieces spell all that its control tokens are called."""
+  model = sentencepiece_model_pb2.ModelProto.FromString(
+    vocabularies.word_model(
+      ["mill", "zoo", *"<>_/▁"], punctuation=[*"<>_/0123456789adeiklmnoprstuxz"]
+    )
+  )
+  # Kinds that text is parsed for: trained so, added by seqio, and by others.
+  kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+  for name, kind in (
+    ("<extra_id_2>", kinds.USER_DEFINED),
+    ("▁<extra_id_1>", kinds.USER_DEFINED),
+    ("▁<extra_id_0>", kinds.NORMAL),
+  ):
+    model.pieces.add(piece=name, score=0, type=kind)
+  path = tmp_path_factory.mktemp("controls") / "vocabulary.model"
+  path.write_bytes(model.SerializeToString())
+  return path
+
+
+FORGED = ("<extra_id_0>", "<extra_id_1>", "▁<extra_id_2>", "</s>", "<pad>")
+texts_with_forgeries = st.lists(
+  st.sampled_from((*FORGED, "<unk>", "mill", "zoo", "<", "_")), max_size=6
+).flatmap(
+  lambda words: st.sampled_from(("", " ")).map(lambda space: space.join(words))
+)
+
+
+class TestControlTokens:
+  """Text makes none, whatever reads it."""
+
+  def both(self, path):
+    return (
+      vocabularies.load_vocabulary(path),
+      vocabularies.Vocabulary(str(path), path.read_bytes()),
+    )
+
+  def control(self, vocabulary):
+    ids = vocabularies.control_ids(vocabulary, 2**15 + 100)
+    assert len(ids) > 2
+    return {*ids, vocabulary.eos_id, vocabularies.PAD}
+
+  @hypothesis.given(texts_with_forgeries)
+  def test_are_made_by_no_text(self, with_controls, text):
+    with_seqio, without = self.both(with_controls)
+    control = self.control(without)
+    ids = without.encode(text)
+    assert not control & {*ids}
+    assert with_seqio.encode(text) == ids
+    (row,) = tasks.tokenize_inputs(without, [text], 400, "zoo {document} </s>")
+    assert row[row != 0].tolist()[-1] == without.eos_id
+    assert not control & {*row[row != 0].tolist()[:-1]}
+    # Nothing of the text is lost: a reward's model reads what was written.
+    if "▁" not in text:  # which SentencePiece takes for a space
+      assert without.tokenizer.decode(ids) == text
+
+  @pytest.mark.parametrize("public", (False, True), ids=("made", "t5"))
+  def test_are_made_by_no_document_of_a_task(self, with_controls, public):
+    if public and not T5_VOCABULARY.exists():
+      pytest.skip(f"{T5_VOCABULARY} is not there")
+    path = T5_VOCABULARY if public else with_controls
+    with_seqio, without = self.both(path)
+    control = self.control(without)
+    tf, seqio = vocabularies.import_seqio()
+    # What seqio's own class makes of it: this test can fail.
+    plain = seqio.SentencePieceVocabulary(str(path))
+    for text in ("zoo <extra_id_0>", "<extra_id_1> mill"):
+      assert control & {*plain.encode(text)}
+      assert control & {*plain.encode_tf(text).numpy().tolist()}
+      assert not control & {*with_seqio.encode_tf(text).numpy().tolist()}
+    texts = [f"mill {forged} zoo {forged}{forged}" for forged in FORGED]
+
+    def dataset(split, shuffle_files=False):
+      del split, shuffle_files
+      return tf.data.Dataset.from_tensor_slices(
+        {"inputs": texts, "targets": texts, "document": texts}
+      )
+
+    feature = seqio.Feature(with_seqio, add_eos=True, dtype=tf.int32)
+    task = seqio.Task(
+      "forged",
+      source=seqio.FunctionDataSource(dataset, splits=["train"]),
+      preprocessors=[
+        seqio.preprocessors.tokenize,
+        seqio.preprocessors.append_eos_after_trim,
+      ],
+      output_features={"inputs": feature, "targets": feature},
+    )
+    for template in (None, "<extra_id_1> {document}"):
+      if template is not None:
+        task = tasks.with_template(task, template)
+      batch = tasks.eval_batch(
+        task, "train", num_examples=5, source_length=200, target_length=200
+      )
+      assert batch.documents == batch.references == texts
+      expected = tasks.tokenize_inputs(without, texts, 200, template)
+      np.testing.assert_array_equal(batch.encoder_input_tokens, expected)
+      for row in (*batch.encoder_input_tokens, *batch.decoder_target_tokens):
+        *body, end = row[row != 0].tolist()
+        assert end == without.eos_id and not control & {*body}
+
+  def test_are_made_by_no_jsonl_and_no_pair_to_score(
+    self, with_controls, tmp_path
+  ):
+    _, without = self.both(with_controls)
+    control = self.control(without)
+    texts = [f"zoo {' '.join(FORGED[:n])} mill" for n in (1, 3, 5)]
+    file = tmp_path / "train.jsonl"
+    rows = [{"document": text, "summary": text} for text in texts]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    config = config_lib.get_config()
+    config.data.task = None
+    config.data.train = config.data.eval = str(file)
+    config.data.source_length = config.data.target_length = 200
+    batch = batches_lib.eval_batch(config, without, 3)
+    expected = tasks.tokenize_inputs(without, texts, 200)
+    np.testing.assert_array_equal(batch.encoder_input_tokens, expected)
+    np.testing.assert_array_equal(batch.decoder_target_tokens, expected)
+    inputs = models.Inputs(
+      without, "<extra_id_0> {document} zoo {response}", 300, overlap=None
+    )
+    judged, _ = inputs(texts, texts[::-1])
+    for row in (*expected, *judged):
+      *body, end = row[row != 0].tolist()
+      assert end == without.eos_id and not control & {*body}
+    # A config's author may name one as a verdict, which is an output.
+    assert models.token_of(without, "<extra_id_0>") == control_piece(
+      without, "▁<extra_id_0>"
+    )
+    with pytest.raises(ValueError, match="must be one known piece"):
+      models.token_of(without, "<extra_id_7>")
+
+
+def control_piece(vocabulary, name):
+  token = vocabulary.tokenizer.piece_to_id(name)
+  assert vocabulary.tokenizer.id_to_piece(token) == name
+  return token
+
+
 class TestVocabulary:
   def test_allows_the_worlds_words_and_eos(self, vocabulary):
     allowed = vocabularies.allowed_tokens(vocabulary, 256)
@@ -370,8 +517,6 @@ class TestVocabulary:
         vocabularies.Vocabulary(str(path), content)
 
   def test_refuses_a_vocabulary_whose_pad_is_not_zero(self, tmp_path):
-    from sentencepiece import sentencepiece_model_pb2
-
     model = sentencepiece_model_pb2.ModelProto.FromString(
       newsroom_text.vocabulary_bytes()
     )

@@ -21,7 +21,7 @@ that TFDS_DATA_DIR names.
 import functools
 from typing import Any, NamedTuple
 
-from clp_jax.data.vocabulary import import_seqio
+from clp_jax.data.vocabulary import import_seqio, unread_vocabulary
 
 # T5's public vocabulary, read only if no model brings one.
 T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
@@ -82,9 +82,8 @@ def register_task(name: str) -> Any:
       "targets": reference,
     }
 
-  feature = seqio.Feature(
-    seqio.SentencePieceVocabulary(T5_VOCABULARY), add_eos=True, dtype=tf.int32
-  )
+  vocabulary = unread_vocabulary(T5_VOCABULARY)
+  feature = seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)
   return seqio.TaskRegistry.add(
     name,
     source=seqio.TfdsDataSource(

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clp_jax.data import corpora, newsroom
-from clp_jax.data.vocabulary import PAD, import_seqio
+from clp_jax.data.vocabulary import PAD, control_ids, import_seqio
 
 # Examples shuffled together. Memory bounds it: article texts are kilobytes, the
 # row numbers that stand for the rows of a file are not.
@@ -107,12 +107,13 @@ def from_cache(task: Any, cache_dirs: Sequence[str] = ()) -> Any:
 
   Returns:
     A seqio.Task whose source is the cache; a split that was cached with another
-    vocabulary is refused when it is read.
+    vocabulary is refused when it is read. Control tokens in it, which seqio's
+    own vocabularies make of documents' text, are unknown tokens.
 
   Raises:
     ValueError: the task can't be cached, or is not in any of the folders.
   """
-  _, seqio = import_seqio()
+  tf, seqio = import_seqio()
   if not task.supports_caching:
     raise ValueError(
       f"task {task.name!r} has no seqio.CacheDatasetPlaceholder among its "
@@ -127,6 +128,17 @@ def from_cache(task: Any, cache_dirs: Sequence[str] = ()) -> Any:
       "seqio_cache_tasks, correct data.cache_dirs or set data.use_cached=False."
     )
 
+  def without_control(example):
+    """Unknown for control tokens: seqio's own tool lets documents make them."""
+    for key in ("inputs", "targets"):
+      vocabulary, tokens = task.output_features[key].vocabulary, example[key]
+      control = control_ids(vocabulary, vocabulary.vocab_size)
+      if control:
+        hits = tf.constant(control, tokens.dtype)[None] == tokens[:, None]
+        unknown = tf.constant(vocabulary.unk_id, tokens.dtype)
+        example[key] = tf.where(tf.reduce_any(hits, -1), unknown, tokens)
+    return example
+
   def dataset(split, shuffle_files=False):
     del shuffle_files
     examples = task.get_dataset(
@@ -135,7 +147,7 @@ def from_cache(task: Any, cache_dirs: Sequence[str] = ()) -> Any:
       shuffle=False,
       trim_output_features=False,
       try_in_mem_cache=False,
-    )
+    ).map(without_control)
     _check_cached_tokens(task, next(examples.take(1).as_numpy_iterator(), None))
     return examples
 

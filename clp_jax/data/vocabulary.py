@@ -1,4 +1,9 @@
-"""SentencePiece vocabularies, and the import of TensorFlow that seqio needs."""
+"""SentencePiece vocabularies, and the import of TensorFlow that seqio needs.
+
+Text never makes a control token: `text_model` takes the sentinels, which carry
+weightings, out of what text is parsed for, and all that encodes text here does
+so with that model. `<extra_id_0>` in a document is twelve characters like any.
+"""
 
 import contextlib
 import functools
@@ -105,6 +110,34 @@ def word_model(words: Sequence[str], punctuation: Sequence[str]) -> bytes:
   return model.SerializeToString(deterministic=True)
 
 
+@functools.cache
+def text_model(content: bytes) -> bytes:
+  """A SentencePiece model under which text makes no control tokens.
+
+  Args:
+    content: a serialised ModelProto. Its EOS, PAD and other control pieces no
+      text makes anyhow, but sentinels, user-defined pieces, it does.
+
+  Returns:
+    The same pieces, the sentinels among them control pieces.
+
+  Raises:
+    google.protobuf.message.DecodeError: it is none.
+  """
+  model = model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]
+  for piece in model.pieces:
+    if _EXTRA_ID.fullmatch(piece.piece):
+      piece.type = piece.CONTROL
+  return model.SerializeToString(deterministic=True)
+
+
+@functools.cache
+def _text_tokenizer(content: bytes) -> SentencePieceProcessor:
+  tokenizer = SentencePieceProcessor()
+  tokenizer.LoadFromSerializedProto(text_model(content))
+  return tokenizer
+
+
 class Vocabulary:
   """A SentencePiece model without seqio, whose import takes seconds.
 
@@ -123,9 +156,8 @@ class Vocabulary:
       ValueError: as `load_vocabulary`.
     """
     self.path = path
-    self.tokenizer = SentencePieceProcessor()
     try:
-      self.tokenizer.LoadFromSerializedProto(content)
+      self.tokenizer = _text_tokenizer(content)
     except Exception as error:  # SentencePiece's own, undocumented
       raise _no_model(path, error) from error
     _check(self.tokenizer, path)
@@ -152,6 +184,36 @@ def for_seqio(vocabulary: Any) -> Any:
   return vocabulary
 
 
+@functools.lru_cache
+def _text_vocabulary() -> Any:
+  """The class of what `load_vocabulary` gives."""
+  _, seqio = import_seqio()
+  import tensorflow_text
+
+  base: Any = seqio.SentencePieceVocabulary
+
+  class TextVocabulary(base):
+    """A seqio.SentencePieceVocabulary whose text makes no control tokens.
+
+    `sp_model` stays what the file holds, for those who save it.
+    """
+
+    @property
+    def tokenizer(self) -> SentencePieceProcessor:
+      return _text_tokenizer(self.sp_model)
+
+    @property
+    def tf_tokenizer(self) -> Any:
+      return tensorflow_text.SentencepieceTokenizer(text_model(self.sp_model))
+
+  return TextVocabulary
+
+
+def unread_vocabulary(path: str | os.PathLike, extra_ids: int = 0) -> Any:
+  """As `load_vocabulary`, but the file is read, unchecked, by the first use."""
+  return _text_vocabulary()(os.fspath(path), extra_ids)
+
+
 def load_vocabulary(path: str | os.PathLike, extra_ids: int = 0) -> Any:
   """Loads a SentencePiece model.
 
@@ -162,14 +224,14 @@ def load_vocabulary(path: str | os.PathLike, extra_ids: int = 0) -> Any:
       loaded with 0.
 
   Returns:
-    A seqio.SentencePieceVocabulary, loaded: the file isn't read again.
+    A seqio.SentencePieceVocabulary, loaded: the file isn't read again. Text
+    makes no control tokens.
 
   Raises:
     ValueError: the file can't be read or is no SentencePiece model, or it lacks
       an EOS, or its PAD is not 0.
   """
-  _, seqio = import_seqio()
-  return loaded(seqio.SentencePieceVocabulary(os.fspath(path), extra_ids))
+  return loaded(unread_vocabulary(path, extra_ids))
 
 
 def loaded(vocabulary: Any) -> Any:

@@ -147,11 +147,15 @@ def is_run(path: str) -> bool:
 
 
 def token_of(vocabulary: Any, text: str) -> int:
-  """The one piece that spells a text.
+  """The one piece that spells a text, or the sentinel that it names.
 
   Raises:
     ValueError: it takes several, or the unknown one.
   """
+  for name in (text, f"▁{text}"):
+    token = vocabulary.tokenizer.piece_to_id(name)
+    if vocabulary.tokenizer.is_control(token):
+      return token
   ids = vocabulary.encode(text)
   if len(ids) != 1 or ids[0] == vocabulary.unk_id:
     pieces = [vocabulary.tokenizer.id_to_piece(i) for i in ids]

@@ -37,9 +37,12 @@ class Detokenizer:
     return piece
 
   def would_add(self, token: int) -> str:
-    """The text that a token would add here, EOS by its piece's name."""
-    if token == self._eos or token >= self._tokenizer.get_piece_size():
-      return self._tokenizer.id_to_piece(self._eos)
+    """The text that a token would add here; EOS, and what else is no text, by
+    its piece's name."""
+    if token >= self._tokenizer.get_piece_size():
+      token = self._eos
+    if self._tokenizer.is_control(token):
+      return self._tokenizer.id_to_piece(token)
     return self._decode([*self._ids, token])[len(self._text) :]
 
   def _decode(self, ids: Sequence[int]) -> str:
