@@ -27,7 +27,8 @@ from clp_jax.cli import setup
 from clp_jax.models import t5
 from clp_jax.rollout import Rollout
 from clp_jax.train import moft, sft
-from clp_jax.train.state import init_state, make_optimizer
+from clp_jax.train.optimizer import make_optimizer
+from clp_jax.train.state import init_state
 
 SAMPLES, WEIGHTINGS = 4, 4
 STEERINGS = {

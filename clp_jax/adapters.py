@@ -104,6 +104,33 @@ class Adapter:
       "svd_right": jax.random.normal(right_key, (*layers, rank, f)) / f**0.5,
     }
 
+  def update_scales(self, kernel: jax.Array) -> Leaves:
+    """The change of each leaf that starts at 0 which, made to all its numbers
+    in one direction of the factors beside it, moves the kernel by as much as
+    the kernel's own root mean square.
+
+    Optimizers whose steps are relative to a parameter's size take it for that
+    size, so that an adapter moves its kernel as far a step as training the
+    kernel itself would.
+
+    Args:
+      kernel: [..., D, F], the base.
+
+    Returns:
+      Leaf -> [...] float32, for every set.
+    """
+    *_, d, f = kernel.shape
+    wide = jnp.square(kernel.astype(jnp.float32))
+    rms = jnp.sqrt(wide.mean((-2, -1))) / self.scale
+    # A's rows have a length of about (r / D)^(1/2), and the columns and rows of
+    # svd_lora's factors of about 1.
+    if self.kind == "lora":
+      return {"lora_b": rms * (d / self.rank) ** 0.5}
+    return {
+      "svd_values": rms * (d * f / self.rank) ** 0.5,
+      "svd_scale": rms * (d * f) ** 0.5,
+    }
+
   def logical_axes(self, axes: tuple[str, ...]) -> Leaves:
     """Logical axes of the leaves of a kernel that has these."""
     *layers, d, f = axes

@@ -125,6 +125,24 @@ class Bank:
       )
     return _unflatten(flat)
 
+  def update_scales(self, reference: Params) -> dict[tuple[str, ...], Any]:
+    """What leaves that start at 0 count as large, for optimizers that ask.
+
+    Args:
+      reference: an ordinary T5's parameters.
+
+    Returns:
+      {path of a trained leaf: [M, L] float32 or less, its stacking dimensions},
+      of the adapters' leaves that `adapters.Adapter.update_scales` names.
+    """
+    scales: dict[tuple[str, ...], Any] = {}
+    if self.adapter is not None:
+      for path, leaf in _flatten(reference).items():
+        if self._adapts(path):
+          own = self.adapter.update_scales(leaf)
+          scales |= {(*path[:-1], name): x for name, x in own.items()}
+    return scales
+
   def mix(
     self, params: Params, reference: Params, coefficients: jax.Array
   ) -> Params:

@@ -20,7 +20,8 @@ from clp_jax.rewards import entailment, model, preference
 from clp_jax.rewards.base import load_reward
 from clp_jax.run_folder import RunError
 from clp_jax.train import checkpoints, reward_model
-from clp_jax.train.state import init_state, make_optimizer
+from clp_jax.train.optimizer import make_optimizer
+from clp_jax.train.state import init_state
 
 REWARD_CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "reward.py"
 WORDS = [f"w{i}" for i in range(20)]

@@ -28,7 +28,8 @@ from clp_jax.rollout import score_groups
 from clp_jax.train import experience as experience_lib
 from clp_jax.train.experience import Experience
 from clp_jax.train.gradients import accumulate, map_parts
-from clp_jax.train.state import TrainState, at_step, step_keys
+from clp_jax.train.optimizer import at_step
+from clp_jax.train.state import TrainState, step_keys
 
 Params = Any
 Batch = dict[str, jax.Array]  # [G, prompts or responses of a group, ...]

@@ -4,11 +4,12 @@ A step holds two trees and a note, each restorable alone:
   params   the parameter sets and the shared parameters
   train    optimizer state, step, the run's key, reward statistics, and where
            there are some, the critic and the estimate of the front
-  data     JSON: how many batches the data iterator has given
+  data     JSON: how many batches the data iterator has given, and LAYOUT
 Saving is asynchronous; Orbax renames a finished step into place, so that a
 step that was interrupted is never picked up.
 """
 
+import json
 import logging
 import sys
 from typing import Any
@@ -20,9 +21,13 @@ from jax.experimental import multihost_utils
 
 from clp_jax import distributed, run_folder
 from clp_jax.run_folder import RunError
+from clp_jax.train.optimizer import is_adafactor
 from clp_jax.train.state import TrainState
 
 Tree = Any
+
+# Of Adafactor's state; 1, of steps that do not say: one scale for all sets.
+LAYOUT = 2
 
 # Every replica of an array writes a part of it, and to cut it Orbax compiles a
 # program for each shape and device: seconds, for leaves that take none. Orbax
@@ -74,7 +79,7 @@ class Checkpoints:
         args=ocp.args.Composite(
           params=ocp.args.StandardSave(params),
           train=ocp.args.StandardSave(train),
-          data=ocp.args.JsonSave({"batches": batches}),
+          data=ocp.args.JsonSave({"batches": batches, "layout": LAYOUT}),
         ),
         force=True,
       )
@@ -93,10 +98,13 @@ class Checkpoints:
       (state, batches of data it has consumed).
 
     Raises:
-      RunError: when there are steps and none of them can be read.
+      RunError: when there are steps and none of them can be read, or the newest
+        has an older layout of Adafactor's state.
     """
     failed = []
     for step in sorted(self._manager.all_steps(), reverse=True):
+      if is_adafactor(abstract_state.opt_state):
+        self._check_layout(step)
       # Each process reads by itself, and then all go by the one that could not:
       # inside Orbax the others would wait for it for ever.
       reason = "another process can't read it"
@@ -124,6 +132,20 @@ class Checkpoints:
         "restore it from a copy."
       )
     return None
+
+  def _check_layout(self, step: int) -> None:
+    file = self.directory / str(step) / "data" / "metadata"
+    try:
+      layout = json.loads(file.read_text()).get("layout", 1)
+    except (OSError, ValueError):
+      return  # reading the step will say what is wrong
+    if layout != LAYOUT:
+      raise RunError(
+        f"checkpoint {step} in {self.directory} has Adafactor's state in an "
+        "older layout, one scale for all parameter sets and layers, and can't "
+        "be trained on; start again in a new --workdir. Evaluating, steering "
+        "and exporting it work as before."
+      )
 
   def _read(
     self, step: int, abstract_state: TrainState

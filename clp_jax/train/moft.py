@@ -53,12 +53,15 @@ from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import experience as experience_lib
 from clp_jax.train.experience import Experience
 from clp_jax.train.gradients import accumulate
-from clp_jax.train.state import (
-  TrainState,
-  init_state,
+from clp_jax.train.optimizer import (
   optimizer_shardings,
   rl_critic_optimizer,
   rl_optimizer,
+  set_floors,
+)
+from clp_jax.train.state import (
+  TrainState,
+  init_state,
   state_shardings,
   step_keys,
 )
@@ -139,7 +142,7 @@ def make_programs(
   bank = config_lib.bank(config, model_config)
   distribution = config_lib.distribution(config)
   adaptation = config_lib.adaptation(config)
-  optimizer = rl_optimizer(config)
+  optimizer = rl_optimizer(config, bank.logical_axes)
   critic_optimizer = rl_critic_optimizer(config)
   has_critic = config_lib.has_critic(config)
   num_values = distribution.num_rewards + distribution.penalises_kl
@@ -151,6 +154,7 @@ def make_programs(
     state = init_state(params, optimizer, key, stats)
     return dataclasses.replace(
       state,
+      opt_state=set_floors(state.opt_state, bank.update_scales(reference)),
       critic=init_critic(key) if has_critic else None,
       front=None if adaptation is None else adaptation.empty(),
     )

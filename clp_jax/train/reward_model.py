@@ -33,12 +33,8 @@ from clp_jax.rewards import model as models
 from clp_jax.rewards import preference
 from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import loop
-from clp_jax.train.state import (
-  TrainState,
-  init_state,
-  make_optimizer,
-  state_shardings,
-)
+from clp_jax.train.optimizer import make_optimizer, set_floors
+from clp_jax.train.state import TrainState, init_state, state_shardings
 
 # What of a config a reward model depends on, and its config.json records.
 SECTIONS = ("seed", "model", "data", "optimizer", "reward_model", "mesh")
@@ -204,6 +200,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
     warmup_steps=settings.warmup_steps,
     decay_steps=settings.decay_steps,
     clip_norm=config.optimizer.clip_norm,
+    axes={"t5": t5.logical_axes(model_config)},
   )
   abstract = preference.abstract_params(model_config, settings.head)
   params_at = preference.param_shardings(
@@ -221,7 +218,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
     if settings.head == "linear":
       # From zero, all responses score alike and the loss is log 2.
       params["head"] = jnp.zeros([model_config.emb_dim], jnp.float32)
-    return init_state(params, optimizer, key)
+    state = init_state(params, optimizer, key)
+    # It starts at 0, and the states that it reads are normalised.
+    floors = {("head",): jnp.asarray(model_config.emb_dim**-0.5)}
+    return dataclasses.replace(
+      state, opt_state=set_floors(state.opt_state, floors)
+    )
 
   init = jax.jit(
     init, in_shardings=(params_at["t5"], whole), out_shardings=state_at

@@ -27,12 +27,8 @@ from clp_jax.models import t5
 from clp_jax.prompting import Prompts
 from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import loop
-from clp_jax.train.state import (
-  TrainState,
-  init_state,
-  make_optimizer,
-  state_shardings,
-)
+from clp_jax.train.optimizer import make_optimizer
+from clp_jax.train.state import TrainState, init_state, state_shardings
 
 Params = Any
 # What of a config this stage depends on, and its config.json records.
@@ -128,6 +124,7 @@ def make_programs(
     warmup_steps=settings.warmup_steps,
     decay_steps=settings.decay_steps,
     clip_norm=config.optimizer.clip_norm,
+    axes=t5.logical_axes(model_config),
   )
   model = t5.T5(
     dataclasses.replace(model_config, dropout_rate=settings.dropout)

@@ -1,0 +1,309 @@
+"""The optimizers: clipping, then Adam or Adafactor, under a schedule.
+
+Adafactor scales an update by statistics of a whole parameter: factored second
+moments, the update's root mean square, which it clips, and the parameter's own,
+which it multiplies by. A leaf that stacks M sets or L layers is M L parameters,
+as t5x's Adafactor takes its `layers` and `stack` axes: here every statistic is
+of each set and each layer by itself, so that one that starts, or jumps, far
+from the others changes nothing of them, and scanned layers train as others do.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from clp_jax import adapters, sharding
+
+Tree = Any
+Path = tuple[Any, ...]  # of a leaf, from jax.tree_util
+
+STACKED = ("objective", "layers")  # leading logical axes of separate parameters
+FLOOR = 1e-3  # least root mean square that a parameter counts as having
+
+
+def make_schedule(
+  learning_rate: float, warmup_steps: int, decay_steps: int | None
+) -> optax.Schedule:
+  """The learning rate at each step; see `make_optimizer`."""
+  if decay_steps is None:
+    if warmup_steps == 0:
+      return optax.constant_schedule(learning_rate)
+    return optax.linear_schedule(0.0, learning_rate, warmup_steps)
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0 if warmup_steps else learning_rate,
+    peak_value=learning_rate,
+    warmup_steps=warmup_steps,
+    decay_steps=max(decay_steps, warmup_steps + 1),
+    end_value=learning_rate / 10,
+  )
+
+
+def make_optimizer(
+  *,
+  name: str,
+  learning_rate: float,
+  warmup_steps: int,
+  decay_steps: int | None,
+  clip_norm: float,
+  axes: Tree = None,
+) -> optax.GradientTransformation:
+  """Clipping, then Adam or Adafactor under the config's schedule.
+
+  Args:
+    name: "adam" or "adafactor".
+    learning_rate: the peak rate.
+    warmup_steps: linear from 0 over so many updates.
+    decay_steps: cosine to a tenth of the rate over so many updates, warm-up
+      included; None keeps it constant.
+    clip_norm: of the global gradient norm, over all sets and layers.
+    axes: logical axes of the parameters, a tuple of names for each leaf;
+      Adafactor takes those in STACKED, which lead, for separate parameters.
+      None: none are.
+  """
+  schedule = make_schedule(learning_rate, warmup_steps, decay_steps)
+  if name == "adam":
+    optimizer = optax.adam(schedule)
+  else:
+    optimizer = adafactor(schedule, _num_stacked(axes))
+  return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+def adafactor(
+  schedule: optax.Schedule, stacked: Mapping[Path, int]
+) -> optax.GradientTransformation:
+  """Adafactor with t5x's finetuning settings, for stacked parameters.
+
+  No momentum, no relative steps; updates are clipped to a root mean square of 1
+  and multiplied by the parameter's. Without stacked leaves this is
+  optax.adafactor.
+
+  Args:
+    schedule: of the learning rate.
+    stacked: path of a leaf -> its leading dimensions that stack parameters; 0
+      where it is not named.
+
+  Source: Shazeer and Stern 2018 (arXiv 1804.04235).
+  """
+  return optax.chain(
+    _scale_by_factored_rms(stacked),
+    _clip_by_rms(stacked),
+    optax.scale_by_learning_rate(schedule, flip_sign=False),
+    _scale_by_parameter(stacked),
+    optax.scale(-1.0),
+  )
+
+
+class ParameterScaleState(NamedTuple):
+  """Of `_scale_by_parameter`.
+
+  Attributes:
+    floor: tree of the parameters' stacking dimensions, float32: the least root
+      mean square that each counts as having.
+  """
+
+  floor: Tree
+
+
+def set_floors(opt_state: optax.OptState, floors: Tree) -> optax.OptState:
+  """Gives Adafactor the scale of parameters that start at 0.
+
+  Such a parameter has no scale of its own, and FLOOR is that of nothing: a
+  low-rank factor would move its kernel by a millionth of what the kernel's own
+  training would.
+
+  Args:
+    opt_state: of any optimizer here; Adam's is returned as it is.
+    floors: {path of names: array of the stacking dimensions} of those leaves.
+  """
+
+  def leaf(path, floor):
+    names = tuple(key.key for key in path)
+    return jnp.broadcast_to(floors.get(names, floor), floor.shape)
+
+  def replace(state):
+    if not isinstance(state, ParameterScaleState):
+      return state
+    return ParameterScaleState(
+      jax.tree_util.tree_map_with_path(leaf, state.floor)
+    )
+
+  return jax.tree.map(
+    replace, opt_state, is_leaf=lambda x: isinstance(x, ParameterScaleState)
+  )
+
+
+def is_adafactor(opt_state: optax.OptState) -> bool:
+  """Whether a state, or its shapes, is Adafactor's."""
+
+  def factored(state):
+    return isinstance(state, optax.FactoredState)
+
+  return any(map(factored, jax.tree.leaves(opt_state, is_leaf=factored)))
+
+
+def _num_stacked(axes: Tree) -> dict[Path, int]:
+  """Path of a leaf -> how many of its leading axes are in STACKED."""
+  found = {}
+  for path, names in jax.tree_util.tree_leaves_with_path(
+    axes, is_leaf=lambda x: isinstance(x, tuple)
+  ):
+    found[path] = sum(name in STACKED for name in names)
+    if any(name in STACKED for name in names[found[path] :]):
+      raise ValueError(f"{names}: {', '.join(STACKED)} must lead.")
+  return found
+
+
+def _scale_by_factored_rms(
+  stacked: Mapping[Path, int],
+) -> optax.GradientTransformation:
+  """optax's, mapped over the stacking dimensions of every leaf."""
+  inner = optax.scale_by_factored_rms()
+  along = optax.FactoredState(count=None, v_row=0, v_col=0, v=0)
+  leaf_state = {"is_leaf": lambda x: isinstance(x, optax.FactoredState)}
+
+  def mapped(function, path, in_axes, out_axes):
+    for _ in range(stacked.get(path, 0)):
+      function = jax.vmap(function, in_axes, out_axes)
+    return function
+
+  def joined(count, states):
+    return optax.FactoredState(
+      count,
+      *(
+        jax.tree.map(
+          lambda s, name=name: getattr(s, name), states, **leaf_state
+        )
+        for name in ("v_row", "v_col", "v")
+      ),
+    )
+
+  def init(params):
+    states = jax.tree_util.tree_map_with_path(
+      lambda path, p: mapped(inner.init, path, 0, along)(p), params
+    )
+    return joined(jnp.zeros([], jnp.int32), states)
+
+  def update(updates, state, params):
+    def leaf(path, gradient, row, column, whole, param):
+      own = optax.FactoredState(state.count, row, column, whole)
+      function = mapped(inner.update, path, (0, along, 0), (0, along))
+      return function(gradient, own, param)
+
+    pairs = jax.tree_util.tree_map_with_path(
+      leaf, updates, state.v_row, state.v_col, state.v, params
+    )
+    is_pair = {"is_leaf": lambda x: isinstance(x, tuple)}
+    scaled = jax.tree.map(lambda pair: pair[0], pairs, **is_pair)
+    states = jax.tree.map(lambda pair: pair[1], pairs, **is_pair)
+    return scaled, joined(optax.safe_increment(state.count), states)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _clip_by_rms(stacked: Mapping[Path, int]) -> optax.GradientTransformation:
+  """Divides what has a root mean square above 1 by it."""
+
+  def leaf(path, update):
+    return update / jnp.maximum(1.0, _rms(update, stacked.get(path, 0)))
+
+  return optax.stateless(
+    lambda updates, _: jax.tree_util.tree_map_with_path(leaf, updates)
+  )
+
+
+def _scale_by_parameter(
+  stacked: Mapping[Path, int],
+) -> optax.GradientTransformation:
+  """Multiplies by the parameter's root mean square, at least its floor."""
+
+  def init(params):
+    return ParameterScaleState(
+      jax.tree_util.tree_map_with_path(
+        lambda path, p: jnp.full(p.shape[: stacked.get(path, 0)], FLOOR), params
+      )
+    )
+
+  def update(updates, state, params):
+    def leaf(path, update, floor, param):
+      scale = _rms(param, stacked.get(path, 0))
+      return update * jnp.maximum(floor.reshape(scale.shape), scale)
+
+    scaled = jax.tree_util.tree_map_with_path(
+      leaf, updates, state.floor, params
+    )
+    return scaled, state
+
+  return optax.GradientTransformation(init, update)
+
+
+def _rms(x: jax.Array, stacked: int) -> jax.Array:
+  """Root mean square of each stacked parameter, with dimensions kept."""
+  own = tuple(range(stacked, x.ndim))
+  return jnp.sqrt(jnp.mean(jnp.square(x), axis=own, keepdims=True))
+
+
+def rl_optimizer(
+  config: ml_collections.ConfigDict, axes: Tree = None
+) -> optax.GradientTransformation:
+  """The optimizer that a training config describes.
+
+  Args:
+    config: a training config.
+    axes: of what is trained, see `make_optimizer`.
+  """
+  optimizer = make_optimizer(**config.optimizer, axes=axes)
+  if config.steering == "svd_lora":
+    penalty = adapters.keep_orthogonal(config.adapters.orthogonality)
+    optimizer = optax.chain(penalty, optimizer)
+  return optimizer
+
+
+def rl_critic_optimizer(config: ml_collections.ConfigDict):
+  """The critic's Adam.
+
+  Without a warm-up, because its values must lead, and without clipping, which
+  would couple the objectives.
+  """
+  rate, decay = config.critic.learning_rate, config.optimizer.decay_steps
+  return optax.adam(make_schedule(rate, 0, decay))
+
+
+def at_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+  """Sets what the learning rate's schedule counts.
+
+  The schedule is in steps of training, and a step may take several updates, or
+  fewer than it could where it stops early.
+  """
+
+  def counts(path, _):
+    return getattr(path[-1], "tuple_name", None) == "ScaleByScheduleState"
+
+  return optax.tree_utils.tree_set(opt_state, counts, count=step)
+
+
+def optimizer_shardings(
+  mesh: Mesh,
+  optimizer: optax.GradientTransformation,
+  abstract_params: Tree,
+  param_shardings: Tree,
+) -> Tree:
+  """Shardings of an optimizer's state: moments lie like their parameters.
+
+  Adafactor's factored ones do so along the dimensions that they have.
+  """
+  whole = sharding.replicated(mesh)
+  return optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda moment, param, s: sharding.moment_sharding(
+      moment.shape, param.shape, s
+    ),
+    jax.eval_shape(optimizer.init, abstract_params),
+    abstract_params,
+    param_shardings,
+    transform_non_params=lambda _: whole,
+  )
