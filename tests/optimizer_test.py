@@ -303,7 +303,6 @@ def test_adapters_move_their_kernels_as_far_as_full_sets(papers_config):
     kind: moved_under(papers_config, kind)
     for kind in ("full", "lora", "svd_lora")
   }
-  print(moved)
   assert 5e-3 < moved["full"] < 2e-2  # 100 steps of 1e-4
   for kind in ("lora", "svd_lora"):
     assert moved["full"] / 3 < moved[kind] < 3 * moved["full"]
