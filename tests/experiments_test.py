@@ -693,3 +693,53 @@ def test_a_small_experiment_from_nothing_to_its_table(tmp_path):
   for file, time in before.items():
     if file.parent.name == "checkpoints":
       assert file.stat().st_mtime_ns == time
+
+
+class TestDryRun:
+  def rows(self, *arguments):
+    status, out, err = runs.clp("experiment", *arguments, "--dry-run")
+    assert status == 0, err
+    *lines, _, summary = out.splitlines()
+    return lines[1:], summary
+
+  def test_it_prints_every_run_once_and_makes_nothing(self, tmp_path):
+    lines, summary = self.rows(
+      *("two-reward", "--seeds", 2, "--workdir", tmp_path / "w"),
+      *("--methods", "clp-full,rewarded-soups,mod,oracle"),
+    )
+    # A seed: a supervised run, full-CLP, two parts, three oracles.
+    assert len(lines) == len({line.split()[-1] for line in lines}) == 2 * 7
+    assert summary.startswith("14 runs, ") and not list(tmp_path.iterdir())
+
+  def test_the_papers_config_needs_no_model(self, tmp_path):
+    base, _ = self.rows(
+      *("two-reward", "--config", "configs/xsum/base.py", "--seeds", 1),
+      *("--methods", "clp-full", "--utilisation", 0.48),
+    )
+    full = base[-1].split()
+    assert full[:4] == ["full-CLP", "0", "10,000", "2,560,000"]
+    # `clp plan` gives 267 ms a step of 8 chips at 48%: 5.9 chip-hours.
+    assert 5.5 < float(full[4]) < 6.3
+
+  def test_hours_grow_with_steps_and_not_with_utilisation(self, tmp_path):
+    def hours(*more):
+      lines, _ = self.rows(
+        *("two-reward", "--methods", "clp-full", "--seeds", 1),
+        *("--workdir", tmp_path / "w", *more),
+      )
+      return float(lines[-1].split()[4])
+
+    once = hours("--steps", 100)
+    assert hours("--steps", 300) == pytest.approx(3 * once, rel=0.02)
+    half = hours("--steps", 100, "--utilisation", 0.2)
+    assert half == pytest.approx(2 * once, rel=0.02)
+
+  def test_unknown_chips_are_refused(self, tmp_path):
+    for arguments, message in (
+      (["--topology", "v9"], "unknown TPU 'v9'"),
+      (["--utilisation", "0"], "expected 0 < X <= 1"),
+    ):
+      status, _, err = runs.clp(
+        *("experiment", "two-reward", "--dry-run", *arguments)
+      )
+      assert status == 2 and message in err

@@ -104,7 +104,7 @@ def text(plan: running.Plan, topology: str, utilisation: float) -> str:
       str(row.stage.seed),
       f"{row.stage.steps:,}",
       f"{row.stage.samples:,}",
-      f"{row.chip_hours:.3g}",
+      _hours(row.chip_hours),
       "finished" if row.stage.finished else "",
       row.stage.folder,
     )
@@ -121,8 +121,12 @@ def text(plan: running.Plan, topology: str, utilisation: float) -> str:
     [
       *(line.rstrip() for line in table),
       "",
-      f"{len(rows)} runs, {total:.3g} chip-hours of {generation} at "
-      f"{utilisation:.0%} of its peak, {left:.3g} of them left; --utilisation "
-      "takes the share that `clp plan` gives of a config on a slice.",
+      f"{len(rows)} runs, {_hours(total)} chip-hours of {generation} at "
+      f"{utilisation:.0%} of its peak, {_hours(left)} of them left; "
+      "--utilisation takes the share that `clp plan` gives of a slice.",
     ]
   )
+
+
+def _hours(hours: float) -> str:
+  return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
