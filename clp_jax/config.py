@@ -73,7 +73,7 @@ def model_reward(source: str, **options) -> ml_collections.ConfigDict:
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The defaults. None means off."""
+  """The defaults. None means off; a placeholder is what may be None."""
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.algorithm = "reinforce"  # or ppo
@@ -88,6 +88,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.rewards = ml_collections.ConfigDict({"rouge": reward("rouge")})
 
   c.model = ml_collections.ConfigDict()
+  c.model.init = config_dict.placeholder(str)
   c.model.init = "tiny"  # a preset or a folder that holds a T5
   # SentencePiece model file; None takes the checkpoint's or the task's own.
   c.model.vocabulary = config_dict.placeholder(str)
@@ -522,15 +523,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
   if config.soft_tokens.length is not None:
     positive += " soft_tokens.length"
   for path in positive.split():
-    if not _get(config, path) > 0:  # also false for NaN
-      raise ConfigError(f"{path} must be > 0, got {_get(config, path)}.")
+    value = _get(config, path)
+    if value is None or not value > 0:  # also false for NaN
+      raise ConfigError(f"{path} must be > 0, got {value}.")
   not_negative = (
     "train.steps sft.steps sft.warmup_steps reward_model.steps "
     "reward_model.warmup_steps adapters.orthogonality"
   )
   for path in not_negative.split():
-    if not _get(config, path) >= 0:
-      raise ConfigError(f"{path} must be >= 0, got {_get(config, path)}.")
+    value = _get(config, path)
+    if value is None or not value >= 0:
+      raise ConfigError(f"{path} must be >= 0, got {value}.")
   if config.eval.grid < 2:
     raise ConfigError(f"eval.grid must be at least 2, got {config.eval.grid}.")
   rollout, train = config.rollout, config.train

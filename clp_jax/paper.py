@@ -12,7 +12,6 @@ below (lengths, batches, rates, steps, alpha, Q) are ours, and so is TFDS's
 from typing import NamedTuple
 
 import ml_collections
-from ml_collections import config_dict
 
 from clp_jax import config as config_lib
 
@@ -80,7 +79,7 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.data.target_length = 64
 
   settings = SIZES[size]
-  config.model.init = config_dict.placeholder(str)
+  config.model.init = None
   config.model.dtype = "bfloat16"
   config.model.scan_layers = True
   # "full" would compute again what the devices must send one another for it.

@@ -147,7 +147,8 @@ def load_config(path: str, overrides: list[str]):
 
   Args:
     path: a Python file with get_config().
-    overrides: the command line's other arguments.
+    overrides: the command line's other arguments. The value None is None, for
+      fields that may be.
 
   Returns:
     The locked ConfigDict.
@@ -165,6 +166,7 @@ def load_config(path: str, overrides: list[str]):
   ]
   if unknown:
     raise ConfigError(f"unknown arguments: {' '.join(unknown)}.")
+  overrides, unset = _without_none(overrides)
   values = flags.FlagValues()
   argv = ["clp", f"--config={path}", *overrides]
   config_flags.DEFINE_config_file(
@@ -173,6 +175,10 @@ def load_config(path: str, overrides: list[str]):
   try:
     rest = values(argv)[1:]
     config = values.config
+    for field in unset:
+      _set_none(config, field)
+  except ConfigError:
+    raise
   except (AttributeError, KeyError) as error:
     raise ConfigError(
       f"unknown config field: {error.args[0] if error.args else error}"
@@ -182,3 +188,42 @@ def load_config(path: str, overrides: list[str]):
   if rest:
     raise ConfigError(f"unknown arguments: {' '.join(rest)}.")
   return config
+
+
+def _without_none(overrides: list[str]) -> tuple[list[str], list[str]]:
+  """Takes out the flags that say None, which ml_collections reads as a text.
+
+  Returns:
+    The other arguments, and the fields whose last flag says None.
+  """
+  words: list[str] = []
+  for word in overrides:
+    if word == "None" and words and "=" not in words[-1]:
+      words[-1] += "=None"  # --config.field None
+    else:
+      words.append(word)
+  none: dict[str, bool] = {}
+  kept = []
+  for word in words:
+    field, _, value = word.removeprefix("--config.").partition("=")
+    none[field] = value == "None"
+    if not none[field]:
+      kept.append(word)
+  return kept, [field for field, last in none.items() if last]
+
+
+def _set_none(config, field: str) -> None:
+  from ml_collections import config_dict
+
+  *sections, name = field.split(".")
+  for section in sections:
+    config = config[section]
+  if config[name] is None:
+    return
+  fields = dict(config.items(preserve_field_references=True))
+  # A placeholder, whatever it holds; any other field keeps its type.
+  if not isinstance(fields[name], config_dict.FieldReference):
+    raise ConfigError(
+      f"{field} can't be None; give it a value, or leave the flag out."
+    )
+  config[name] = None
