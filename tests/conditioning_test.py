@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import clp_jax
 from clp_jax import conditioning
+from clp_jax.bank import Bank
 from clp_jax.models import t5
 
 CONFIG = t5.T5Config(
@@ -58,12 +59,17 @@ def assert_bitwise_equal(a, b):
   )
 
 
-def jitted_mix(kind):
+@functools.cache
+def jitted_mix(kind, by="mix"):
+  """What users call, or what training runs."""
+  if by == "bank":
+    bank = Bank(CONFIG, kind, 3)
+    return jax.jit(lambda sets, c: bank.mix(sets, {}, c))
   steerable = clp_jax.steerable_leaves(t5.abstract_params(CONFIG), kind)
   return jax.jit(lambda sets, c: clp_jax.mix(sets, steerable, c))
 
 
-mix_full, mix_attention = jitted_mix("full"), jitted_mix("attention")
+both_ways = pytest.mark.parametrize("by", ["mix", "bank"])
 simplex = st.lists(st.integers(0, 1000), min_size=3, max_size=3).filter(any)
 
 
@@ -102,12 +108,13 @@ def test_unknown_steering_lists_the_kinds():
     clp_jax.steerable_leaves(ABSTRACT, "mlp")
 
 
+@both_ways
 @pytest.mark.parametrize("kind", ["full", "attention", "logits"])
 @pytest.mark.parametrize("vertex", [0, 1, 2])
-def test_vertex_returns_that_set_bit_for_bit(kind, vertex):
+def test_vertex_returns_that_set_bit_for_bit(kind, vertex, by):
   steerable = clp_jax.steerable_leaves(ABSTRACT, kind)
   sets = sets_of(steerable, 3)
-  mixed = jitted_mix(kind)(sets, jax.nn.one_hot(vertex, 3))
+  mixed = jitted_mix(kind, by)(sets, jax.nn.one_hot(vertex, 3))
   expected = jax.tree.map(lambda p, s: p[vertex] if s else p, sets, steerable)
   assert_bitwise_equal(mixed, expected)
 
@@ -126,18 +133,26 @@ def equal_sets():
   return params, clp_jax.expand(params, steerable, 3)
 
 
-@given(simplex)
-def test_equal_sets_give_the_base_bit_for_bit_for_any_weighting(counts):
+def test_the_banks_first_sets_are_those_of_expand():
+  params, sets = equal_sets()
+  first = Bank(CONFIG, "full", 3).init(params, jax.random.key(0))
+  assert_bitwise_equal(first, sets)
+
+
+@both_ways
+@given(counts=simplex)
+def test_equal_sets_give_the_base_bit_for_bit_for_any_weighting(by, counts):
   params, sets = equal_sets()
   weights = np.asarray(counts, np.float32) / sum(counts)
-  assert_bitwise_equal(mix_full(sets, weights), params)
+  assert_bitwise_equal(jitted_mix("full", by)(sets, weights), params)
 
 
-@given(simplex)
-def test_mix_is_the_convex_combination(counts):
+@both_ways
+@given(counts=simplex)
+def test_mix_is_the_convex_combination(by, counts):
   steerable, sets = attention_sets()
   weights = np.asarray(counts, np.float64) / sum(counts)
-  mixed = mix_attention(sets, weights.astype(np.float32))
+  mixed = jitted_mix("attention", by)(sets, weights.astype(np.float32))
 
   def check(m, p, s):
     p = np.asarray(p, np.float64)
@@ -147,27 +162,27 @@ def test_mix_is_the_convex_combination(counts):
   jax.tree.map(check, mixed, sets, steerable)
 
 
-def test_several_coefficients_give_as_many_policies():
-  steerable = clp_jax.steerable_leaves(ABSTRACT, "attention")
-  sets = sets_of(steerable, 3)
+@both_ways
+def test_several_coefficients_give_as_many_policies(by):
+  steerable, sets = attention_sets()
   weights = jnp.asarray([[0.2, 0.5, 0.3], [0.0, 1.0, 0.0]])
-  mixed = clp_jax.mix(sets, steerable, weights)
+  mix = jitted_mix("attention", by)
+  mixed = mix(sets, weights)
   for g in range(2):
-    one = clp_jax.mix(sets, steerable, weights[g])
+    one = mix(sets, weights[g])
     assert_bitwise_equal(
       jax.tree.map(lambda p, s, g=g: p[g] if s else p, mixed, steerable), one
     )
 
 
-def test_permuting_sets_with_their_coefficients_changes_nothing():
-  steerable = clp_jax.steerable_leaves(ABSTRACT, "full")
-  sets = sets_of(steerable, 3)
+@both_ways
+def test_permuting_sets_with_their_coefficients_changes_nothing(by):
+  sets = sets_of(clp_jax.steerable_leaves(ABSTRACT, "full"), 3)
   order = np.array([2, 0, 1])
   weights = np.array([0.15, 0.6, 0.25], np.float32)
-  a = clp_jax.mix(sets, steerable, weights)
-  b = clp_jax.mix(
-    jax.tree.map(lambda p: p[order], sets), steerable, weights[order]
-  )
+  mix = jitted_mix("full", by)
+  a = mix(sets, weights)
+  b = mix(jax.tree.map(lambda p: p[order], sets), weights[order])
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), a, b
   )
@@ -202,6 +217,29 @@ def test_gradient_through_mix_is_that_of_the_sum(equal):
   np.testing.assert_allclose(
     d_weights, np.einsum("gxy,mxy->gm", d_mixed, s), atol=2e-6
   )
+
+
+@both_ways
+def test_gradient_of_a_whole_bank_is_that_of_the_sum(by):
+  steerable, sets = attention_sets()
+  weights = np.float32([[0.2, 0.5, 0.3], [0.0, 1.0, 0.0]])
+  random = np.random.default_rng(4)
+  targets = jax.tree.map(
+    lambda p, s: random.normal(size=(2, *p.shape[1:]) if s else p.shape),
+    sets,
+    steerable,
+  )
+
+  def loss(sets):
+    mixed = jitted_mix("attention", by)(sets, weights)
+    products = jax.tree.map(lambda p, t: (p * t).sum(), mixed, targets)
+    return sum(jax.tree.leaves(products))
+
+  def check(gradient, target, s):
+    expected = np.einsum("gm,g...->m...", weights, target) if s else target
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-6)
+
+  jax.tree.map(check, jax.grad(loss)(sets), targets, steerable)
 
 
 def test_bfloat16_sets_mix_in_float32_and_keep_their_dtype():

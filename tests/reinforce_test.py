@@ -109,6 +109,36 @@ def test_expected_gradient_is_that_of_the_value():
     )
 
 
+@pytest.mark.parametrize(
+  ("baseline", "share"),
+  [("none", 4), ("leave_one_out", 4), ("group_mean", 3)],
+)
+def test_expected_gradient_of_a_group_with_each_baseline(baseline, share):
+  """Two prompts of 2 samples, one of 3 responses each: all 81 draws."""
+  random = np.random.default_rng(5)
+  theta = jnp.asarray(random.normal(size=(2, 3)), jnp.float32)
+  rewards = jnp.asarray(random.normal(size=(2, 3)), jnp.float32)
+  draws = jnp.asarray(list(itertools.product(range(3), repeat=4)))  # [81, R]
+  prompts = jnp.asarray([0, 0, 1, 1])
+  returns = rewards[prompts, draws]
+  advantages = reinforce.advantages(returns, 2, baseline)
+
+  def expected_loss(theta):
+    logp = jax.nn.log_softmax(theta)[prompts, draws]
+    probability = jax.lax.stop_gradient(jnp.exp(logp.sum(1)))
+    mask = jnp.ones([*draws.shape, 1], bool)
+    return reinforce.loss(
+      logp[..., None], mask, probability[:, None] * advantages
+    )
+
+  def value(theta):  # the mean over prompts
+    return (jax.nn.softmax(theta) * rewards).sum() / 2
+
+  np.testing.assert_allclose(
+    -jax.grad(expected_loss)(theta), share * jax.grad(value)(theta), atol=2e-6
+  )
+
+
 def test_loss_ignores_what_follows_the_end_and_constants():
   logp = jnp.asarray([[-1.0, -2.0, jnp.nan], [-0.5, -0.25, -4.0]])
   mask = jnp.asarray([[True, True, False], [True, True, True]])

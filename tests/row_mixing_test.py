@@ -185,6 +185,40 @@ def shapes(jaxpr):
   return found
 
 
+def test_in_bfloat16_rows_are_as_near_to_float32_as_merged_policies_are():
+  params, steerable = sets_of(V1_1, "full")
+  coefficients = some_coefficients()
+  targets = np.random.default_rng(1).integers(2, 35, (B, 8))
+
+  def logits(policy, dtype, source, targets):
+    model = t5.T5(dataclasses.replace(V1_1, dtype=dtype))
+    return model.apply({"params": policy}, source, targets)
+
+  @functools.partial(jit, static_argnums=1)
+  def of_rows(coefficients, dtype):
+    policy = conditioning.mix_rows(params, steerable, coefficients)
+    return logits(policy, dtype, SOURCE, targets)
+
+  @functools.partial(jit, static_argnums=1)
+  def merged(coefficients, dtype):
+    def one(row):
+      c, source, target = row
+      policy = conditioning.mix(params, steerable, c)
+      return logits(policy, dtype, source[None], target[None])[0]
+
+    return jax.lax.map(one, (coefficients, SOURCE, targets))
+
+  exact = merged(coefficients, "float32")
+  np.testing.assert_allclose(of_rows(coefficients, "float32"), exact, atol=2e-4)
+
+  def error(found):
+    return np.sqrt(np.mean(np.square(found - exact), axis=(1, 2)))  # [B]
+
+  rounding = error(merged(coefficients, "bfloat16"))
+  assert rounding.min() > 1e-3  # it does round
+  assert (error(of_rows(coefficients, "bfloat16")) < 1.5 * rounding).all()
+
+
 def test_coefficients_of_another_number_of_sets_are_an_error():
   params, steerable = sets_of(V1_1, "attention")
   with pytest.raises(ValueError, match=r"holds \(3,\) .* are 2 coefficients"):

@@ -3,7 +3,8 @@
 1. The return of a response y to prompt x at weighting (alpha, w) is
      (1 - alpha) sum_i w_i R_i(x, y) - alpha log(pi(y|x) / pi_ref(y|x)),
    the KL term estimated by the sampled log-ratio (k1) and part of the reward.
-2. A baseline that does not depend on the response is subtracted.
+2. A baseline is subtracted that does not depend on the response, or hardly: the
+   group's mean contains the response's own return.
 3. The loss is -E[advantage log pi(y|x)], the sum over the tokens of y. Its
    gradient is that of the value: the log-ratio's own gradient has mean zero
    under pi, so the returns are constants.
@@ -45,7 +46,13 @@ def scalar_returns(
 def advantages(
   returns: jax.Array, num_samples: int, baseline: str
 ) -> jax.Array:
-  """Returns minus a baseline that does not depend on the response.
+  """Returns minus a baseline.
+
+  The expected gradient of `loss` over R responses is R times the value's own
+  with "none" and "leave_one_out", whose baselines do not depend on the
+  response. The mean has a part 1 / R of the response's own return, which
+  takes as much of the gradient away: it is R - 1 times the value's, its
+  direction the same.
 
   Args:
     returns: [G, R] float32, R = prompts of the group x num_samples, the

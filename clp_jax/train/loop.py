@@ -57,7 +57,8 @@ def run(
     batches_from: data from a numbered batch on.
     step_fn: (state, step, batch, want_texts) -> Step; may donate the state.
     steps: updates in all.
-    checkpoint_every: updates between checkpoints; the last is always saved.
+    checkpoint_every: updates between checkpoints; the last is always saved,
+      the start where `steps` is 0.
     keep: newest checkpoints that are kept.
     log_samples_every: updates between texts.
 
@@ -77,6 +78,8 @@ def run(
     state, consumed = (start(), 0) if restored is None else restored
     step = int(state.step)
     if step >= steps:
+      if restored is None:  # 0 steps: the start is the result
+        checkpoints.save(state, consumed)
       return state
     batches = batches_from(consumed)
     pending: tuple[int, Step, float] | None = None
