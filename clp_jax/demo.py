@@ -153,7 +153,7 @@ def show_steering(workdir: str) -> None:
   rows = [json.loads(line) for line in file.read_text().splitlines()]
   articles = examples.telling(rows, CANDIDATES)
   a, b = policy.objectives
-  greedy = [
+  greedy: list[examples.Row] = [
     {"document": article, "weights": {a: w, b: 1 - w}, "summary": summary}
     for w in SHOWN_WEIGHTS
     for article, summary in zip(

@@ -633,8 +633,8 @@ def _shorten(tokens: np.ndarray) -> np.ndarray:
   Returns:
     [B, up to S] int32.
   """
-  longest = np.flatnonzero(tokens.any(axis=0)).max(initial=0) + 1
-  return tokens[:, : max(decoding.BLOCK, 1 << int(longest - 1).bit_length())]
+  last = int(np.max(np.flatnonzero(tokens.any(axis=0)), initial=0))
+  return tokens[:, : max(decoding.BLOCK, 1 << last.bit_length())]
 
 
 def _per_row(name, num, value, kind):

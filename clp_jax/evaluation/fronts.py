@@ -31,7 +31,7 @@ def non_dominated(rewards: ArrayLike) -> NDArray[np.bool_]:
   """
   rewards = _matrix("rewards", rewards)
   if rewards.shape[1] == 1:
-    return rewards[:, 0] == rewards[:, 0].max()
+    return rewards[:, 0] == np.max(rewards)
   return moocore.is_nondominated(rewards, maximise=True, keep_weakly=True)
 
 
@@ -62,7 +62,7 @@ def hypervolume(rewards: ArrayLike, reference_point: ArrayLike) -> float:
   if not counted.size:
     return 0.0
   if rewards.shape[1] == 1:
-    return float(counted.max() - reference_point[0])
+    return float(np.max(counted) - reference_point[0])
   return float(moocore.hypervolume(counted, ref=reference_point, maximise=True))
 
 
@@ -83,7 +83,7 @@ def spread(rewards: ArrayLike) -> float:
   """
   rewards = _matrix("rewards", rewards)
   differences = rewards[:, None, :] - rewards[None, :, :]
-  return float(np.linalg.norm(differences, axis=2).max())
+  return float(np.max(np.linalg.norm(differences, axis=2)))
 
 
 def monotonicity(weights: ArrayLike, rewards: ArrayLike) -> NDArray[np.float64]:

@@ -343,7 +343,8 @@ def _far_apart(keys: list[tuple]) -> list[tuple]:
   chosen = [0]
   while len(chosen) < SHOWN_WEIGHTINGS:
     gaps = places[:, None] - places[None, chosen]
-    chosen.append(int(np.linalg.norm(gaps, axis=-1).min(axis=1).argmax()))
+    distances = np.linalg.norm(gaps, axis=-1)
+    chosen.append(int(np.argmax(np.min(distances, axis=1))))
   return [keys[i] for i in sorted(chosen)]
 
 

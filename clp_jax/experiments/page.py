@@ -115,10 +115,9 @@ def _curve(content: Json, folder: pathlib.Path) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
-  values = np.asarray(values)
-  text = f"{values.mean():.4f}"
+  text = f"{np.mean(values):.4f}"
   if len(values) > 1:
-    text += f" \u00b1 {values.std(ddof=1) / np.sqrt(len(values)):.4f}"
+    text += f" \u00b1 {np.std(values, ddof=1) / np.sqrt(len(values)):.4f}"
   return text
 
 

@@ -42,7 +42,7 @@ def fronts(content: Json, path: pathlib.Path) -> None:
   figure = Figure(figsize=(9.5, height), layout="constrained")
   top, *below = (
     figure.subfigures(
-      1 + (rows > 0), 1, height_ratios=[4.6, *([1.9 * rows] if rows else [])]
+      2, 1, squeeze=False, height_ratios=[4.6, 1.9 * rows]
     ).ravel()
     if rows
     else [figure]

@@ -34,7 +34,7 @@ SUPERVISED_GAIN = 0.005  # relative
 STEPS_GAIN = 0.005  # of the hypervolume
 MAX_STEPS = 4000
 # Steps of the supervised curve, each half as many more as the one before.
-SUPERVISED_VALUES = (1400, 2100, 3150, 4725)
+SUPERVISED_VALUES: tuple[int, ...] = (1400, 2100, 3150, 4725)
 
 # What was chosen.
 SUPERVISED_STEPS = 3150
