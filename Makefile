@@ -8,6 +8,8 @@
 PYTHON ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Exact versions; CONSTRAINTS= takes the newest that setup.cfg allows.
+CONSTRAINTS ?= constraints.txt
 # Where parity takes torch from: the registry's Linux wheels bring CUDA.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow parity lint format docs clean
+.PHONY: help demo test test-slow parity lint format docs lock clean
 
 help:
 	@echo 'make demo     set up, then train and compare everything on the built-in world'
@@ -26,8 +28,10 @@ help:
 	@echo 'make lint     only ruff and mypy'
 	@echo 'make format   rewrite the source the way ruff wants it'
 	@echo 'make docs     API pages in build/docs'
+	@echo 'make lock     renew constraints.txt, the versions that these install'
 	@echo 'make clean    remove caches and builds (keeps $(VENV) and runs)'
-	@echo 'Variables: PYTHON=python3.12 DEMO_ARGS=... PYTEST_ARGS=... TORCH_INDEX=...'
+	@echo 'Variables: PYTHON=python3.12 DEMO_ARGS=... PYTEST_ARGS=... TORCH_INDEX=...' \
+	  'CONSTRAINTS=...'
 
 demo: $(VENV)/.installed-run
 	$(BIN)/clp demo $(DEMO_ARGS)
@@ -53,26 +57,35 @@ parity: $(VENV)/.installed-test $(VENV)/.installed-parity
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/render.py build/docs
 
+# In an environment of its own, so that nothing that was added by hand is kept.
+lock:
+	rm -rf build/lock
+	$(MAKE) VENV=build/lock CONSTRAINTS= build/lock/.installed-test
+	{ sed -n '/^#/p' constraints.txt; build/lock/bin/python -m pip list \
+	  --format=freeze --exclude clp_jax --exclude pip --exclude setuptools \
+	  --exclude wheel; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	rm -rf .hypothesis .cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that it stands for a finished installation.
-$(VENV)/.installed-run: setup.cfg pyproject.toml
+$(VENV)/.installed-run: setup.cfg pyproject.toml $(CONSTRAINTS)
 	@$(environment)
-	@$(call install,-e '.[serve]')
+	@$(call install,$(exact) -e '.[serve]')
 	@touch $@
 
-$(VENV)/.installed-parity: setup.cfg pyproject.toml
+$(VENV)/.installed-parity: setup.cfg pyproject.toml $(CONSTRAINTS)
 	@$(environment)
 	@$(call install,--index-url $(TORCH_INDEX) torch)
-	@$(call install,-e '.[parity]')
+	@$(call install,$(exact) -e '.[parity]')
 	@touch $@
 
-$(VENV)/.installed-%: setup.cfg pyproject.toml
+$(VENV)/.installed-%: setup.cfg pyproject.toml $(CONSTRAINTS)
 	@$(environment)
-	@$(call install,-e '.[$*]')
+	@$(call install,$(exact) -e '.[$*]')
 	@touch $@ $(VENV)/.installed-run
 
 # Makes .venv where there is none, or one without its installer. An existing one
@@ -98,6 +111,8 @@ echo "Making $(VENV) with $$python, $$("$$python" --version)"; \
 if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python "$$python" $(VENV); \
 else "$$python" -m venv $(VENV); fi
 endef
+
+exact = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 # $(1): what to install, as arguments of pip. uv compiles only when it is told to,
 # and the first command would take 10 s longer.

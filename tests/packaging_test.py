@@ -60,6 +60,18 @@ class TestMetadata:
       version = importlib.metadata.version(requirement.name)
       assert requirement.specifier.contains(version), f"{requirement} {version}"
 
+  def test_every_installed_version_is_pinned_within_the_bounds(self):
+    lines = (_ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {}
+    for line in lines:
+      if not line.startswith("#"):
+        name, version = re.fullmatch(r"([\w.-]+)==([\w.+!-]+)", line).groups()
+        pinned[re.sub(r"[-_.]+", "-", name).lower()] = version
+    for requirement in _requirements("docs", "plan", "serve", "test"):
+      if requirement.name != "clp_jax":
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        assert requirement.specifier.contains(pinned[name]), name
+
   def test_every_dependency_has_a_lower_bound_and_none_is_a_git_head(self):
     extras = set(_CONFIG["options.extras_require"])
     for requirement in _requirements(*extras):
@@ -163,6 +175,10 @@ def _bin():
   return pathlib.Path(sys.executable).parent
 
 
+# What an installation is made from.
+SOURCES = ("setup.cfg", "pyproject.toml", "constraints.txt")
+
+
 class TestMakefile:
   """The set-up, with an installer that only writes down how it was called."""
 
@@ -170,7 +186,7 @@ class TestMakefile:
   def checkout(self, tmp_path):
     checkout = tmp_path / "a checkout"
     checkout.mkdir()
-    for name in ("Makefile", "setup.cfg", "pyproject.toml"):
+    for name in (*SOURCES, "Makefile"):
       shutil.copy(_ROOT / name, checkout)
     self._program(
       tmp_path / "bin" / "uv",
@@ -211,17 +227,23 @@ class TestMakefile:
     status, output, calls = self._make(checkout, ".venv/.installed-run")
     assert status == 0, output
     assert [call.split()[0] for call in calls] == ["venv", "pip"]
-    assert calls[1].endswith("--python .venv/bin/python -e .[serve]")
+    assert calls[1].endswith(
+      "--python .venv/bin/python --constraint constraints.txt -e .[serve]"
+    )
     assert self._make(checkout, ".venv/.installed-run")[2] == []
 
   def test_installs_again_after_the_metadata_changed(self, checkout):
     self._make(checkout, ".venv/.installed-run")
-    for name in ("setup.cfg", "pyproject.toml"):
+    for name in SOURCES:
       stamp = (checkout / ".venv" / ".installed-run").stat().st_mtime
       os.utime(checkout / name, (stamp + 5, stamp + 5))
       _, _, calls = self._make(checkout, ".venv/.installed-run")
       assert [call.split()[0] for call in calls] == ["pip"], name
       os.utime(checkout / name, (0, 0))
+
+  def test_the_newest_versions_can_be_asked_for(self, checkout):
+    _, _, calls = self._make(checkout, ".venv/.installed-run", "CONSTRAINTS=")
+    assert calls[1].endswith("--python .venv/bin/python -e .[serve]")
 
   def test_the_test_set_up_serves_the_demo_too(self, checkout):
     _, _, calls = self._make(checkout, ".venv/.installed-test")
