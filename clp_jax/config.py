@@ -569,6 +569,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
       "reinforce.baseline leave_one_out needs rollout.samples >= 2, got "
       f"{rollout.samples}; raise it or choose group_mean."
     )
+  if (
+    config.algorithm == "reinforce"
+    and config.reinforce.baseline == "group_mean"
+    and rollout.prompts * rollout.samples == groups
+  ):
+    raise ConfigError(
+      "reinforce.baseline group_mean needs at least 2 responses a weighting, "
+      f"got rollout.prompts x rollout.samples = {groups} for "
+      f"rollout.weightings = {groups}; raise rollout.samples or choose none."
+    )
   point = config.eval.reference_point
   if point is not None and len(point) != len(objectives):
     raise ConfigError(

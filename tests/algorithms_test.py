@@ -67,6 +67,14 @@ def test_the_documented_commands_train(number, sft_run, tmp_path):
       {"algorithm": "ppo", "rollout.samples": 1},
       "ppo.leave_one_out needs rollout.samples >= 2, got 1",
     ),
+    (
+      {
+        "reinforce.baseline": "group_mean",
+        "rollout.samples": 1,
+        "rollout.weightings": 16,
+      },
+      "group_mean needs at least 2 responses a weighting",
+    ),
     ({"scalarisation.name": "max"}, "linear, chebyshev, smooth_chebyshev"),
     ({"scalarisation.name": "chebyshev"}, "needs scalarisation.utopia"),
     (
