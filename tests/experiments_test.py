@@ -16,6 +16,7 @@ from clp_jax.config import ConfigError
 from clp_jax.evaluation import report
 from clp_jax.experiments import (
   costs,
+  dry_run,
   methods,
   plans,
   results,
@@ -24,6 +25,7 @@ from clp_jax.experiments import (
 )
 from clp_jax.models import t5
 from clp_jax.models.presets import PRESETS
+from clp_jax.plan import chips
 from clp_jax.run_folder import RunError
 
 
@@ -721,18 +723,21 @@ class TestDryRun:
     # `clp plan` gives 267 ms a step of 8 chips at 48%: 5.9 chip-hours.
     assert 5.5 < float(full[4]) < 6.3
 
-  def test_hours_grow_with_steps_and_not_with_utilisation(self, tmp_path):
-    def hours(*more):
-      lines, _ = self.rows(
-        *("two-reward", "--methods", "clp-full", "--seeds", 1),
-        *("--workdir", tmp_path / "w", *more),
+  def test_hours_grow_with_steps_and_shrink_with_utilisation(self, tmp_path):
+    def hours(steps, utilisation=0.4):
+      plan = plan_of(
+        "two-reward",
+        tmp_path,
+        {"train.steps": steps, "model.init": "micro"},
+        methods=("clp-full",),
+        seeds=1,
       )
-      return float(lines[-1].split()[4])
+      chip = chips.CHIPS["v5e"]
+      return dry_run.planned(plan, chip, utilisation)[-1].chip_hours
 
-    once = hours("--steps", 100)
-    assert hours("--steps", 300) == pytest.approx(3 * once, rel=0.02)
-    half = hours("--steps", 100, "--utilisation", 0.2)
-    assert half == pytest.approx(2 * once, rel=0.02)
+    once = hours(100)
+    assert hours(300) == pytest.approx(3 * once)
+    assert hours(100, 0.2) == pytest.approx(2 * once)
 
   def test_unknown_chips_are_refused(self, tmp_path):
     for arguments, message in (
