@@ -5,7 +5,7 @@
     --config.model.init=PATH_OF_A_T5
 
 A line is an object with "document", "chosen" and "rejected". The result is a
-reward of other runs: --config.rewards.preference.model=runs/reward.
+reward of other runs, whose rewards.preference.model is then runs/reward.
 """
 
 import ml_collections

@@ -703,6 +703,16 @@ class TestDocumentation:
     assert [line.split()[0] for line in lines[:2]] == ["0.0", "1.0"]
     assert lines[2]
 
+  def test_it_lists_every_route_and_every_field(self, address):
+    described = httpx.get(f"{address}/openapi.json").json()
+    listed = re.findall(r"`(?:GET|POST) (\S+)`", DOCS)
+    routes = [p.replace("{model_id}", "NAME") for p in described["paths"]]
+    assert sorted(listed) == sorted([*routes, "/openapi.json"])
+    takes = DOCS.partition("`POST /v1/completions` takes")[2]
+    names = re.findall(r"`([a-z_]+)`", takes.partition("\n\nFields")[0])
+    schemas = described["components"]["schemas"]
+    assert set(names) == set(schemas["CompletionRequest"]["properties"])
+
   @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
   def test_its_request_is_answered(self, address):
     (command,) = re.findall(r"^    (curl .*?)\n\n", DOCS, re.M | re.S)
