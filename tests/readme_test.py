@@ -91,43 +91,15 @@ def folder(tmp_path, monkeypatch):
   return tmp_path
 
 
-def shrunk(command):
-  """A command's arguments with those that make it take seconds."""
-  small = SMALL.get(command[0], ())
-  lengths = LENGTHS if small else ()
-  return [*command, *(f"--config.{field}" for field in (*small, *lengths))]
-
-
-def test_your_own_data_and_a_reward_of_your_own(folder):
-  """The walk but for the reward model, which takes as long as all the rest."""
-  commands = shell_commands(section("Your own model, data and rewards"))
-  sft, reward, train, *steps, plain = commands
-  assert (reward[0], train[0], plain[0]) == ("train-reward", "train", "train")
-  walked = [sft, plain]
-  for command in steps:  # of the run that there is, and its reward
-    text = shlex.join(command).replace("runs/mine", "runs/plain")
-    walked.append(shlex.split(text.replace("preference", "plain")))
-  assert [c[0] for c in walked[2:]] == ["evaluate", "generate", "export"]
-  printed = {}
-  for command in walked:
-    status, out, err = runs.clp(*shrunk(command))
-    assert status == 0, err
-    printed[command[0]] = out
-  summaries = [json.loads(line) for line in printed["generate"].splitlines()]
-  assert len(summaries) == 9 and {"document", "summary"} <= set(summaries[0])
-  policy = clp_jax.Policy.load("runs/plain")
-  mixed = policy.params({"rouge": 0.4, "plain": 0.6})
-  _, exported = interop.load_t5("exports/my-t5-steered")
-  jax.tree.map(np.testing.assert_array_equal, exported, mixed)
-
-
-@pytest.mark.slow
 def test_your_own_model_data_and_rewards(folder):
   commands = shell_commands(section("Your own model, data and rewards"))
   assert len(commands) == 7
   printed = {}
   for command in commands:
-    status, out, err = runs.clp(*shrunk(command))
+    small = SMALL.get(command[0], ())
+    lengths = LENGTHS if small else ()
+    overrides = [f"--config.{field}" for field in (*small, *lengths)]
+    status, out, err = runs.clp(*command, *overrides)
     assert status == 0, err
     printed[command[0]] = out
   assert "held-out loss" in printed["train-sft"]
