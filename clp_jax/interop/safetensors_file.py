@@ -20,7 +20,7 @@ from etils import epath
 from clp_jax.interop.leaves import Index, Leaf
 from clp_jax.interop.storage import Folder
 
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
   "F32": np.dtype(np.float32),
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(jnp.bfloat16),
