@@ -70,7 +70,9 @@ def main() -> None:
       source,
       max_length=args.target,
     )
-    return decoding.sample_from(next_logits, cache, keys, **options)
+    return decoding.sample_from(
+      next_logits, cache, keys, eos_ids=config.eos_ids, **options
+    )
 
   def one_by_one(sets, coefficients, source, keys):
     return [

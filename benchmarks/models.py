@@ -47,7 +47,7 @@ def add_arguments(
 
 def config_of(args: argparse.Namespace) -> t5.T5Config:
   """The model that the arguments describe."""
-  return dataclasses.replace(PRESETS[args.size], dtype=args.dtype)
+  return dataclasses.replace(PRESETS[args.size], dtype=args.dtype, eos_ids=(1,))
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from flax import traverse_util
 
 from clp_jax import adapters, conditioning
 from clp_jax.models import t5
-from clp_jax.models.decoding import EOS_ID
 
 Params = Any
 STEERING = ("full", "attention", "logits", "lora", "svd_lora", "none")
@@ -120,7 +119,7 @@ class Bank:
     if self.soft_tokens:
       table = reference["token_embedder"]["embedding"]
       flat[_SOFT_TOKENS] = jnp.broadcast_to(
-        _first_soft_tokens(table, self.soft_tokens),
+        self._first_soft_tokens(table),
         (trained, self.soft_tokens, table.shape[1]),
       )
     return _unflatten(flat)
@@ -234,14 +233,19 @@ class Bank:
   def _adapts(self, path: tuple[str, ...]) -> bool:
     return self.adapter is not None and self.adapter.adapts(path)
 
+  def _first_soft_tokens(self, table: jax.Array) -> jax.Array:
+    """[V, D] -> [P, D]: the end of sequence, which tells of no document."""
+    if not self.reference_config.eos_ids:
+      raise ValueError(
+        "soft tokens start as the end of sequence; give the T5Config the "
+        "eos_ids of its vocabulary."
+      )
+    first = table[self.reference_config.eos_ids[0]]
+    return jnp.broadcast_to(first, (self.soft_tokens, table.shape[1]))
+
   def _has_sets(self, path: tuple[str, ...]) -> bool:
     """Whether the leaf itself, and no adapter of it, exists M times."""
     return _get(self.steerable, path) and not self._adapts(path)
-
-
-def _first_soft_tokens(table: jax.Array, number: int) -> jax.Array:
-  """[V, D] -> [P, D]: the end of sequence, which says nothing of a document."""
-  return jnp.broadcast_to(table[EOS_ID], (number, table.shape[1]))
 
 
 def _flatten(tree: Params) -> dict[tuple[str, ...], Any]:

@@ -43,7 +43,10 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
   init = config.model.init
   if init in PRESETS:
     vocabulary = _vocabulary(config)
-    model_config = _computation(_preset(config, vocabulary), config)
+    model_config = dataclasses.replace(
+      _computation(_preset(config, vocabulary), config),
+      eos_ids=(vocabulary.eos_id,),
+    )
     # Its own fold of the seed: the run's key must not depend on the model.
     key = jax.random.fold_in(jax.random.key(config.seed), 0x1217)
     # One program, which compiles faster than one for each kind of leaf, and
@@ -64,12 +67,14 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
       params = t5.stack_layers(params)
     model_config = _computation(model_config, config)
     content = run_folder.load_vocabulary_bytes(init)
-    vocabulary = load_vocabulary(run_folder.vocabulary_path(init))
+    vocabulary = run_folder.load_vocabulary(init)
   elif Folder(init).is_folder():
     vocabulary = _vocabulary_beside(config)
     content = vocabulary.sp_model
     model_config, params = _load_checkpoint(config)
-    model_config = _computation(model_config, config)
+    model_config = dataclasses.replace(
+      _computation(model_config, config), eos_ids=vocabulary.eos_ids
+    )
   else:
     raise _nothing(init)
   if vocabulary.vocab_size > model_config.vocab_size:
@@ -117,7 +122,7 @@ def load_vocabulary_of(config: ml_collections.ConfigDict) -> Any:
   if config.model.init in PRESETS:
     return _vocabulary(config)
   if _is_run(config.model.init):
-    return load_vocabulary(run_folder.vocabulary_path(config.model.init))
+    return run_folder.load_vocabulary(config.model.init)
   return _vocabulary_beside(config)
 
 
@@ -169,7 +174,8 @@ def _vocabulary_beside(config: ml_collections.ConfigDict) -> Any:
       "with."
     )
   with config_lib.as_config_error():
-    return load_vocabulary(path)
+    eos_ids = interop.load_config(config.model.init).eos_ids
+    return load_vocabulary(path, eos_ids=eos_ids)
 
 
 def _load_checkpoint(

@@ -89,6 +89,7 @@ class Policy:
     vocabulary = Vocabulary(
       run_folder.vocabulary_path(workdir),
       run_folder.load_vocabulary_bytes(workdir),
+      model_config.eos_ids,
     )
     return cls(config, bank, sets, step, vocabulary, mesh, workdir)
 
@@ -602,6 +603,7 @@ class Policy:
         top_p=settings["top_p"],
         row_lengths=settings["max_lengths"],
         allowed=self.allowed,
+        eos_ids=self.model_config.eos_ids,
       )
 
     return sample

@@ -21,6 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from clp_jax import config as config_lib
+from clp_jax.data import vocabulary as vocabulary_lib
 from clp_jax.interop import storage
 from clp_jax.models.t5 import T5Config
 
@@ -173,10 +174,14 @@ def load_model_config(workdir: str) -> T5Config:
       f"{workdir} holds no model yet (no model.json); let `clp train` run "
       "to its first checkpoint."
     )
-  values = _read(file)
-  return T5Config(
-    **values | {"mlp_activations": tuple(values["mlp_activations"])}
+  config = T5Config(**_read(file))
+  if config.eos_ids:
+    return config
+  # Of a version that took the vocabulary's own.
+  vocabulary = vocabulary_lib.Vocabulary(
+    vocabulary_path(workdir), load_vocabulary_bytes(workdir)
   )
+  return dataclasses.replace(config, eos_ids=vocabulary.eos_ids)
 
 
 def load_reference(workdir: str, abstract: Any) -> Any:
@@ -188,6 +193,19 @@ def load_reference(workdir: str, abstract: Any) -> Any:
 def vocabulary_path(workdir: str) -> str:
   """Path of the run's SentencePiece model."""
   return str(folder(workdir) / "vocabulary.model")
+
+
+def load_vocabulary(workdir: str) -> Any:
+  """`data.vocabulary.load_vocabulary` of a run, with what ends its responses.
+
+  Raises:
+    RunError: the folder holds no model yet.
+    ValueError: its vocabulary.model is none.
+  """
+  eos_ids = load_model_config(workdir).eos_ids
+  return vocabulary_lib.load_vocabulary(
+    vocabulary_path(workdir), eos_ids=eos_ids
+  )
 
 
 def load_vocabulary_bytes(workdir: str) -> bytes:

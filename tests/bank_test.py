@@ -23,6 +23,7 @@ CONFIG = t5.T5Config(
   num_encoder_layers=1,
   num_decoder_layers=1,
   mlp_dim=5,
+  eos_ids=(1,),
 )
 QUERY = ("encoder", "layers_0", "attention", "query")
 BOTH = ("attention", "mlp")

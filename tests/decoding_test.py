@@ -24,10 +24,12 @@ V1_1 = t5.T5Config(
   num_encoder_layers=1,
   num_decoder_layers=2,
   mlp_dim=20,
+  eos_ids=(1,),
 )
 V1_0 = dataclasses.replace(
   V1_1, mlp_activations=("relu",), logits_via_embedding=True
 )
+NO_END = dataclasses.replace(V1_1, eos_ids=())
 ALLOWED = np.ones(V, bool)
 ALLOWED[[0, 35, 36]] = False
 
@@ -215,6 +217,7 @@ class TestGreedy:
         row_keys(2),
         max_length=3,
         allowed=ALLOWED,
+        eos_ids=(1,),
         temperature=temperature,
       )
 
@@ -514,11 +517,32 @@ class TestRows:
       row_keys(2),
       max_length=4,
       allowed=ALLOWED,
+      eos_ids=(1,),
     )
     assert samples.mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert samples.tokens[:, 0].tolist() == [5, 6]
     assert samples.tokens[1].tolist() == [6, 1, 0, 0]
     assert (samples.tokens[0] != 1).all()
+
+  @pytest.mark.parametrize("eos_ids", ((2,), (5,), (9, 2)), ids=str)
+  def test_the_first_end_ends_a_row_whichever_it_is(self, eos_ids):
+    logits = np.zeros((12, 200, V))
+    logits[..., [1, 2, 5, 9]] = 3
+    samples = decoding.sample_from(
+      scripted(*logits),
+      (),
+      row_keys(200),
+      max_length=12,
+      allowed=ALLOWED,
+      eos_ids=eos_ids,
+    )
+    tokens, mask = np.asarray(samples.tokens), np.asarray(samples.mask)
+    ends = np.isin(tokens, eos_ids) & mask
+    np.testing.assert_array_equal(mask, np.cumsum(ends, axis=1) - ends == 0)
+    np.testing.assert_array_equal(tokens > 0, mask)
+    assert {*tokens[ends].tolist()} == {*eos_ids}
+    assert 1 < len(np.unique(mask.sum(-1))) and not mask.all()
+    assert {1, 2, 5, 9} - {*eos_ids} <= {*tokens[mask & ~ends].tolist()}
 
   def test_the_last_token_and_the_cache_are_handed_on(self):
     def next_logits(tokens, cache, position):
@@ -532,6 +556,7 @@ class TestRows:
       row_keys(1),
       max_length=4,
       allowed=ALLOWED,
+      eos_ids=(1,),
     )
     assert samples.tokens[0].tolist() == [2, 5, 9, 14]
 
@@ -563,6 +588,7 @@ class TestEarlyStop:
       row_keys(3),
       max_length=50,
       allowed=ALLOWED,
+      eos_ids=(1,),
     )
     jax.block_until_ready(samples)
     assert steps == [0, 1, 2, 3, 4]
@@ -579,6 +605,7 @@ class TestEarlyStop:
         keys,
         max_length=50,
         allowed=ALLOWED,
+        eos_ids=(1,),
       )
 
     def batched(logits, keys):
@@ -588,7 +615,7 @@ class TestEarlyStop:
         return logits[last], cache
 
       return decoding.sample_from(
-        next_logits, (), keys, max_length=50, allowed=ALLOWED
+        next_logits, (), keys, max_length=50, allowed=ALLOWED, eos_ids=(1,)
       )
 
     keys = row_keys(2)[:, None]
@@ -673,12 +700,13 @@ class TestErrors:
       "num_samples": 2,
       "max_length": 3,
       "allowed": ALLOWED,
+      "model": t5.T5(V1_1),
     } | kwargs
-    keys = kwargs.pop("keys")
+    keys, model = kwargs.pop("keys"), kwargs.pop("model")
     # Shapes alone decide, except for the two that are checked when drawing.
     return jax.eval_shape(
       lambda params: decoding.sample(
-        t5.T5(V1_1), params, ragged_source(3), keys, **kwargs
+        model, params, ragged_source(3), keys, **kwargs
       ),
       t5.abstract_params(V1_1),
     )
@@ -696,8 +724,9 @@ class TestErrors:
       ({"temperature": np.ones(2)}, r"each of the 6 rows, got shape \(2,\)"),
       ({"logp_temperature": 0}, "logp_temperature must be positive, got 0"),
       ({"allowed": ALLOWED[:5]}, r"vocabulary, \(37,\), got \(5,\)"),
-      ({"allowed": np.arange(V) > 1}, "include the end of sequence, 1"),
+      ({"allowed": np.arange(V) > 1}, r"include the end of sequence, \(1,\)"),
       ({"allowed": np.ones(V, bool)}, "exclude padding, 0"),
+      ({"model": t5.T5(NO_END)}, "nothing ends a response: give eos_ids"),
     ),
   )
   def test_sampling_says_what_does_not_fit(self, kwargs, message):

@@ -94,6 +94,7 @@ class TestWhatTransformersWrote:
       num_encoder_layers=2,
       num_decoder_layers=3,
       mlp_dim=28,
+      eos_ids=(1,),
     )
 
   def test_is_written_back_as_it_was(self, tmp_path):

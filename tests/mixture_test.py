@@ -19,6 +19,7 @@ CONFIG = t5.T5Config(
   num_encoder_layers=1,
   num_decoder_layers=1,
   mlp_dim=12,
+  eos_ids=(1,),
 )
 MODEL = t5.T5(CONFIG)
 ALLOWED = np.ones(V, bool)
@@ -57,7 +58,7 @@ def _sampler():
       max_length=T,
     )
     return decoding.sample_from(
-      next_logits, cache, keys, max_length=T, allowed=ALLOWED
+      next_logits, cache, keys, max_length=T, allowed=ALLOWED, eos_ids=(1,)
     )
 
   return sample
@@ -141,7 +142,7 @@ def test_samples_follow_the_mixed_distribution():
       max_length=1,
     )
     return decoding.sample_from(
-      next_logits, cache, keys, max_length=1, allowed=ALLOWED
+      next_logits, cache, keys, max_length=1, allowed=ALLOWED, eos_ids=(1,)
     ).tokens[:, 0]
 
   counts = np.bincount(np.asarray(first(keys)), minlength=V) / rows

@@ -21,6 +21,7 @@ MODEL = t5.T5Config(
   num_encoder_layers=1,
   num_decoder_layers=1,
   mlp_dim=8,
+  eos_ids=(1,),
 )
 ALLOWED = np.asarray([False, True, False] + [True] * 11 + [False] * 2)
 PROMPTS, SAMPLES, SOURCE, TARGET = 8, 2, 7, 5

@@ -273,6 +273,7 @@ class TestSettingsOfARow:
         row_keys(4),
         max_length=6,
         allowed=ALLOWED,
+        eos_ids=(1,),
         row_lengths=lengths,
       )
     )

@@ -50,6 +50,11 @@ def train_arguments(workdir, sft, **fields):
 def make_run(workdir, sft, *, draw=0, **fields):
   """A run's folder whose sets differ at random: trained, but for the time."""
   config = load_config(CONFIG, overrides(sft, **fields))
+  save_untrained(config, workdir, draw)
+
+
+def save_untrained(config, workdir, draw=0):
+  """That of any config."""
   moft.prepare(config, str(workdir))
   abstract = t5.abstract_params(run_folder.load_model_config(str(workdir)))
   reference = run_folder.load_reference(str(workdir), abstract)

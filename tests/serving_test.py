@@ -348,7 +348,7 @@ class TestNumbers:
     class Broken:
       """A decoder of a model whose numbers end in their third place."""
 
-      rows, max_tokens, eos_id = 8, decoder.max_tokens, decoder.eos_id
+      rows, max_tokens, eos_ids = 8, decoder.max_tokens, decoder.eos_ids
       length = decoder.length
 
       def begin(self, rows):
@@ -521,7 +521,7 @@ class TestErrors:
     class Slow:
       """A decoder that waits before it begins."""
 
-      rows, max_tokens, eos_id = 8, decoder.max_tokens, decoder.eos_id
+      rows, max_tokens, eos_ids = 8, decoder.max_tokens, decoder.eos_ids
       length = decoder.length
       go = threading.Event()
 

@@ -19,6 +19,7 @@ CONFIG = t5.T5Config(
   num_encoder_layers=1,
   num_decoder_layers=1,
   mlp_dim=12,
+  eos_ids=(1,),
 )
 
 

@@ -24,6 +24,7 @@ V1_1 = t5.T5Config(
   num_encoder_layers=1,
   num_decoder_layers=2,
   mlp_dim=20,
+  eos_ids=(1,),
 )
 V1_0 = dataclasses.replace(
   V1_1, mlp_activations=("relu",), logits_via_embedding=True

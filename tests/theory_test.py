@@ -251,6 +251,7 @@ MODEL = t5.T5Config(
   num_encoder_layers=1,
   num_decoder_layers=1,
   mlp_dim=8,
+  eos_ids=(1,),
 )
 EOS = 1
 TEMPERATURE = 0.8

@@ -527,10 +527,10 @@ def decode_tokens(
     [R] texts, up to EOS; ids without a piece read as unknown.
   """
   tokens, mask = np.asarray(tokens), np.asarray(mask)
+  ended = np.cumsum(np.isin(tokens, vocabulary.eos_ids), axis=1) > 0
   tokenizer = vocabulary.tokenizer
   known = tokens < tokenizer.get_piece_size()
   tokens = np.where(known, tokens, tokenizer.unk_id())
-  ended = np.cumsum(tokens == vocabulary.eos_id, axis=1) > 0
   mask = mask & ~ended
   rows = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
   return tokenizer.decode(rows) if rows else []

@@ -19,7 +19,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-PAD = 0  # everywhere; EOS differs between vocabularies, ask for `eos_id`
+PAD = 0  # everywhere; EOS differs between vocabularies, ask for `eos_ids`
 _EXTRA_ID = re.compile(r"▁?<extra_id_(\d+)>")
 
 
@@ -111,30 +111,33 @@ def word_model(words: Sequence[str], punctuation: Sequence[str]) -> bytes:
 
 
 @functools.cache
-def text_model(content: bytes) -> bytes:
+def text_model(content: bytes, eos_ids: tuple[int, ...] = ()) -> bytes:
   """A SentencePiece model under which text makes no control tokens.
 
   Args:
     content: a serialised ModelProto. Its EOS, PAD and other control pieces no
       text makes anyhow, but sentinels, user-defined pieces, it does.
+    eos_ids: tokens that end a response beside its own EOS.
 
   Returns:
-    The same pieces, the sentinels among them control pieces.
+    The same pieces, the sentinels and the ends among them control pieces.
 
   Raises:
     google.protobuf.message.DecodeError: it is none.
   """
   model = model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]
-  for piece in model.pieces:
-    if _EXTRA_ID.fullmatch(piece.piece):
+  for number, piece in enumerate(model.pieces):
+    if _EXTRA_ID.fullmatch(piece.piece) or number in eos_ids:
       piece.type = piece.CONTROL
   return model.SerializeToString(deterministic=True)
 
 
 @functools.cache
-def _text_tokenizer(content: bytes) -> SentencePieceProcessor:
+def _text_tokenizer(
+  content: bytes, eos_ids: tuple[int, ...]
+) -> SentencePieceProcessor:
   tokenizer = SentencePieceProcessor()
-  tokenizer.LoadFromSerializedProto(text_model(content))
+  tokenizer.LoadFromSerializedProto(text_model(content, eos_ids))
   return tokenizer
 
 
@@ -147,25 +150,32 @@ class Vocabulary:
   Attributes:
     path: of the file.
     tokenizer: a sentencepiece.SentencePieceProcessor.
+    eos_ids: tokens any of which ends a response; the first one, the file's own,
+      ends inputs and targets.
   """
 
-  def __init__(self, path: str, content: bytes):
+  def __init__(self, path: str, content: bytes, eos_ids: Sequence[int] = ()):
     """Parses a model.
+
+    Args:
+      path: of the file.
+      content: of the file.
+      eos_ids: as for `load_vocabulary`.
 
     Raises:
       ValueError: as `load_vocabulary`.
     """
     self.path = path
     try:
-      self.tokenizer = _text_tokenizer(content)
+      self.tokenizer = _text_tokenizer(content, tuple(eos_ids))
     except Exception as error:  # SentencePiece's own, undocumented
       raise _no_model(path, error) from error
-    _check(self.tokenizer, path)
+    self.eos_ids = _checked_eos_ids(self.tokenizer, path, eos_ids)
 
   @property
   def eos_id(self) -> int:
-    """The token that ends a text."""
-    return self.tokenizer.eos_id()
+    """The token that ends an input or a target."""
+    return self.eos_ids[0]
 
   @property
   def unk_id(self) -> int:
@@ -180,7 +190,7 @@ class Vocabulary:
 def for_seqio(vocabulary: Any) -> Any:
   """The seqio.SentencePieceVocabulary of a `Vocabulary`, or of itself."""
   if isinstance(vocabulary, Vocabulary):
-    return load_vocabulary(vocabulary.path)
+    return load_vocabulary(vocabulary.path, eos_ids=vocabulary.eos_ids)
   return vocabulary
 
 
@@ -195,26 +205,41 @@ def _text_vocabulary() -> Any:
   class TextVocabulary(base):
     """A seqio.SentencePieceVocabulary whose text makes no control tokens.
 
-    `sp_model` stays what the file holds, for those who save it.
+    `sp_model` stays what the file holds, for those who save it. It has the
+    attributes of `Vocabulary`, but for the path.
     """
+
+    def __init__(self, path, extra_ids, eos_ids):
+      super().__init__(path, extra_ids)
+      self._named_eos_ids = eos_ids
 
     @property
     def tokenizer(self) -> SentencePieceProcessor:
-      return _text_tokenizer(self.sp_model)
+      return _text_tokenizer(self.sp_model, self._named_eos_ids)
 
     @property
     def tf_tokenizer(self) -> Any:
-      return tensorflow_text.SentencepieceTokenizer(text_model(self.sp_model))
+      model = text_model(self.sp_model, self._named_eos_ids)
+      return tensorflow_text.SentencepieceTokenizer(model)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+      path = self.sentencepiece_model_file
+      return _checked_eos_ids(self.tokenizer, path, self._named_eos_ids)
 
   return TextVocabulary
 
 
-def unread_vocabulary(path: str | os.PathLike, extra_ids: int = 0) -> Any:
+def unread_vocabulary(
+  path: str | os.PathLike, extra_ids: int = 0, eos_ids: Sequence[int] = ()
+) -> Any:
   """As `load_vocabulary`, but the file is read, unchecked, by the first use."""
-  return _text_vocabulary()(os.fspath(path), extra_ids)
+  return _text_vocabulary()(os.fspath(path), extra_ids, tuple(eos_ids))
 
 
-def load_vocabulary(path: str | os.PathLike, extra_ids: int = 0) -> Any:
+def load_vocabulary(
+  path: str | os.PathLike, extra_ids: int = 0, eos_ids: Sequence[int] = ()
+) -> Any:
   """Loads a SentencePiece model.
 
   Args:
@@ -222,16 +247,18 @@ def load_vocabulary(path: str | os.PathLike, extra_ids: int = 0) -> Any:
     extra_ids: how many of T5's sentinel pieces to append, where the file has
       none; `vocabulary.sp_model` holds the bytes with them, to be saved and
       loaded with 0.
+    eos_ids: tokens that end a response of the model, the file's EOS among them;
+      () for that alone.
 
   Returns:
     A seqio.SentencePieceVocabulary, loaded: the file isn't read again. Text
-    makes no control tokens.
+    makes no control tokens. Its `eos_ids` start with its own.
 
   Raises:
     ValueError: the file can't be read or is no SentencePiece model, or it lacks
-      an EOS, or its PAD is not 0.
+      an EOS, or that is not one of eos_ids, or its PAD is not 0.
   """
-  return loaded(unread_vocabulary(path, extra_ids))
+  return loaded(unread_vocabulary(path, extra_ids, eos_ids))
 
 
 def loaded(vocabulary: Any) -> Any:
@@ -254,7 +281,9 @@ def loaded(vocabulary: Any) -> Any:
     raise ValueError(f"can't read the vocabulary {path}: {error}") from error
   except Exception as error:  # protobuf's and SentencePiece's own, undocumented
     raise _no_model(path, error) from error
-  _check(vocabulary.tokenizer, path)
+  _checked_eos_ids(
+    vocabulary.tokenizer, path, getattr(vocabulary, "eos_ids", ())
+  )
   return vocabulary
 
 
@@ -264,13 +293,28 @@ def _no_model(path: str, error: Exception) -> ValueError:
   )
 
 
-def _check(tokenizer: SentencePieceProcessor, path: str) -> None:
-  if tokenizer.pad_id() != PAD or tokenizer.eos_id() < 0:
+def _checked_eos_ids(
+  tokenizer: SentencePieceProcessor, path: str, named: Sequence[int]
+) -> tuple[int, ...]:
+  """The tokenizer's own EOS, then the other ones that a model names.
+
+  Raises:
+    ValueError: as `load_vocabulary`.
+  """
+  own = tokenizer.eos_id()
+  if tokenizer.pad_id() != PAD or own < 0:
     raise ValueError(
-      f"the vocabulary {path} has PAD {tokenizer.pad_id()} and EOS "
-      f"{tokenizer.eos_id()}; expected PAD {PAD} and an EOS, as T5's has: "
-      "train it with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1."
+      f"the vocabulary {path} has PAD {tokenizer.pad_id()} and EOS {own}; "
+      f"expected PAD {PAD} and an EOS, as T5's has: train it with --pad_id=0 "
+      "--eos_id=1 --unk_id=2 --bos_id=-1."
     )
+  if named and own not in named:
+    raise ValueError(
+      f"the vocabulary {path} ends a text with token {own}, but the model's "
+      f"eos_token_id is {', '.join(map(str, named))}; give the vocabulary that "
+      "the model was trained with, or correct eos_token_id."
+    )
+  return tuple(dict.fromkeys((own, *named)))
 
 
 def allowed_tokens(vocabulary: Any, vocab_size: int) -> np.ndarray:
@@ -303,7 +347,7 @@ def allowed_tokens(vocabulary: Any, vocab_size: int) -> np.ndarray:
       or tokenizer.is_unused(i)
       or _EXTRA_ID.fullmatch(piece)
     )
-  allowed[vocabulary.eos_id] = True
+  allowed[list(vocabulary.eos_ids)] = True
   return allowed
 
 
@@ -325,7 +369,5 @@ def control_ids(vocabulary: Any, vocab_size: int) -> list[int]:
     match = _EXTRA_ID.fullmatch(tokenizer.id_to_piece(i))
     if match is not None:
       sentinels[int(match[1])] = i
-  return [
-    *(sentinels[n] for n in sorted(sentinels)),
-    *range(pieces, vocab_size),
-  ]
+  ids = (*(sentinels[n] for n in sorted(sentinels)), *range(pieces, vocab_size))
+  return [i for i in ids if i not in vocabulary.eos_ids]

@@ -231,6 +231,7 @@ def make_measure(
       temperature=temperature,
       logp_temperature=logp_temperature,
       allowed=policy.allowed,
+      eos_ids=policy.model_config.eos_ids,
     )
     ref_logp, _ = decoding.token_logp(
       t5.T5(policy.bank.reference_config),

@@ -18,7 +18,6 @@ import numpy as np
 
 from clp_jax import conditioning
 from clp_jax.models import decoding, mixture, t5
-from clp_jax.models.decoding import EOS_ID
 from clp_jax.models.mixture import Mixture
 from clp_jax.models.presets import PRESETS
 from clp_jax.rollout import row_keys
@@ -119,16 +118,22 @@ def decode_times(
   )
   rows = row_keys(jax.random.key(2), prompts)
   allowed = np.arange(config.vocab_size) > 0
+  last = config.vocab_size - 1  # stands for the end, and never comes
 
   def decode(start, steered):
     next_logits, cache = start(model, steered, tokens, max_length=target_length)
 
     def endless(last, cache, position):
       logits, cache = next_logits(last, cache, position)
-      return logits.at[:, EOS_ID].set(-1e9), cache
+      return logits.at[:, last].set(-1e9), cache
 
     return decoding.sample_from(
-      endless, cache, rows, max_length=target_length, allowed=allowed
+      endless,
+      cache,
+      rows,
+      max_length=target_length,
+      allowed=allowed,
+      eos_ids=(last,),
     ).tokens
 
   def mixed(steering):

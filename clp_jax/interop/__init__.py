@@ -7,6 +7,7 @@
 is t5x's, which is also the network's; the stored dtype is kept.
 """
 
+import dataclasses
 import os
 from typing import Any
 
@@ -144,7 +145,7 @@ def save_t5(
   Raises:
     ValueError: for an unknown format, params that are not the config's, a
       model that the format can't tell, or a vocabulary larger than the
-      embedding.
+      embedding or with another EOS than the config's.
   """
   if format not in FORMATS:
     raise ValueError(
@@ -159,6 +160,13 @@ def save_t5(
         f"the vocabulary has {described.size} pieces, but the model embeds "
         f"{config.vocab_size}; give the one that it was trained with."
       )
+    eos_ids = config.eos_ids or (described.eos_id,)
+    if described.eos_id not in eos_ids:
+      raise ValueError(
+        f"the vocabulary ends a text with token {described.eos_id}, but the "
+        f"model's eos_ids are {eos_ids}; give the one that it was trained with."
+      )
+    config = dataclasses.replace(config, eos_ids=eos_ids)
   if format == "hf":
     huggingface.save(
       epath.Path(path), config, views, described, max_shard_bytes

@@ -65,6 +65,7 @@ _FIELDS = {
   "num_encoder_layers": "num_layers",
   "mlp_dim": "d_ff",
 }
+_GENERATION = "generation_config.json"
 _KEPT = "token_embedder/embedding"  # not transposed
 _EMBEDDING = "shared.weight"
 _HEAD = "lm_head.weight"
@@ -128,6 +129,7 @@ def _config(folder: Folder, values: Mapping[str, Any], tied: bool) -> T5Config:
         f"{values[name]!r}."
       )
   fields = {ours: values[theirs] for ours, theirs in _FIELDS.items()}
+  eos_ids = _eos_ids(folder, values)
   depth = values.get("num_decoder_layers")
   try:
     return T5Config(
@@ -142,9 +144,22 @@ def _config(folder: Folder, values: Mapping[str, Any], tied: bool) -> T5Config:
       relative_attention_max_distance=values.get(
         "relative_attention_max_distance", 128
       ),
+      eos_ids=eos_ids,
     )
   except (TypeError, ValueError) as error:
     raise ValueError(f"{folder.path}/config.json: {error}") from error
+
+
+def _eos_ids(folder: Folder, values: Mapping[str, Any]) -> tuple[Any, ...]:
+  """eos_token_id, one or a list: what generation reads, else the config's."""
+  given = values.get("eos_token_id")
+  if folder.has(_GENERATION):
+    generation = weight_files.read_json(folder, _GENERATION)
+    if generation.get("eos_token_id") is not None:
+      given = generation["eos_token_id"]
+  if given is None:
+    return ()
+  return tuple(given) if isinstance(given, list) else (given,)
 
 
 def _unify_embeddings(folder: Folder, stored: dict[str, Leaf]) -> None:
@@ -319,7 +334,7 @@ def save(
   Raises:
     ValueError: when transformers has no name for the activations.
   """
-  values = _config_values(config, views, vocabulary)
+  values = _config_values(config, views)
   path.mkdir(parents=True, exist_ok=True)
   (path / "config.json").unlink(missing_ok=True)
   for pattern in WEIGHTS:
@@ -327,7 +342,7 @@ def save(
       old.unlink()
   _save_weights(path, views, max_shard_bytes)
   _write_json(
-    path / "generation_config.json",
+    path / _GENERATION,
     {
       name: values[name]
       for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
@@ -345,9 +360,7 @@ def save(
 
 
 def _config_values(
-  config: T5Config,
-  views: Mapping[str, View],
-  vocabulary: Vocabulary | None,
+  config: T5Config, views: Mapping[str, View]
 ) -> dict[str, Any]:
   names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
   if config.mlp_activations not in names:
@@ -355,6 +368,8 @@ def _config_values(
       f"transformers has no T5 with mlp_activations {config.mlp_activations}; "
       f"expected one of {', '.join(map(str, names))}."
     )
+  # 1 is what transformers takes for a field that is absent.
+  first, *others = config.eos_ids or (1,)
   return {
     "architectures": ["T5ForConditionalGeneration"],
     "model_type": "t5",
@@ -368,7 +383,7 @@ def _config_values(
     "relative_attention_max_distance": config.relative_attention_max_distance,
     "is_encoder_decoder": True,
     **_CONSTANTS,
-    "eos_token_id": 1 if vocabulary is None else vocabulary.eos_id,
+    "eos_token_id": [first, *others] if others else first,
     "torch_dtype": str(views[_KEPT].dtype),
   }
 

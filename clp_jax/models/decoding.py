@@ -34,7 +34,6 @@ Cache = Any
 # (last tokens [R] int32, cache, position [] int32) -> (logits [R, V], cache)
 NextLogits = Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
 
-EOS_ID = 1
 BLOCK = 128  # tokens; the width of a TPU's vector lane
 _TINY = float(jnp.finfo(jnp.float32).tiny)  # smaller ones are subnormal
 _LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -90,12 +89,11 @@ def sample(
   top_p: jax.Array | float | None = None,
   logp_temperature: jax.Array | float = 1.0,
   row_lengths: jax.Array | None = None,
-  eos_id: int = EOS_ID,
 ) -> Samples:
   """Samples N responses to each prompt.
 
   Args:
-    model: the T5.
+    model: the T5; the `eos_ids` of its config end rows.
     params: its parameters; for a batch in which every row is a policy of its
       own, those of `conditioning.mix_rows`.
     encoder_input_tokens: [B, S] int; 0 is padding.
@@ -116,7 +114,6 @@ def sample(
       `temperature`, `top_k`, `top_p` and `allowed` are.
     row_lengths: [R] int32, from 1: rows that are to end earlier than at
       max_length; None for none.
-    eos_id: token that ends a row.
 
   Returns:
     Samples, whose logp is that of `token_logp` at logp_temperature.
@@ -143,7 +140,7 @@ def sample(
     top_p=top_p,
     logp_temperature=logp_temperature,
     row_lengths=row_lengths,
-    eos_id=eos_id,
+    eos_ids=model.config.eos_ids,
   )
 
 
@@ -162,12 +159,11 @@ def sample_groups(
   top_k: int | None = None,
   top_p: float | None = None,
   logp_temperature: jax.Array | float = 1.0,
-  eos_id: int = EOS_ID,
 ) -> Samples:
   """Cuts the prompts into G groups, answered by G sets of parameters.
 
   Args:
-    model: the T5.
+    model: the T5, as in `sample`.
     params: parameters, some leaves [G, ...].
     params_axes: 0 for those leaves and None for the others, as jax.vmap's
       in_axes for params.
@@ -181,7 +177,6 @@ def sample_groups(
     top_k: None or int.
     top_p: None or float.
     logp_temperature: [] or [R] float.
-    eos_id: int.
 
   Returns:
     Samples, R rows as in `sample`.
@@ -214,7 +209,6 @@ def sample_groups(
       top_k=top_k,
       top_p=top_p,
       logp_temperature=logp_temperature,
-      eos_id=eos_id,
     )
 
   samples = sharding.map_groups(sample_group, (params_axes, 0, 0, 0, 0))(
@@ -427,12 +421,12 @@ def sample_from(
   *,
   max_length: int,
   allowed: jax.Array | np.ndarray,
+  eos_ids: tuple[int, ...],
   temperature: jax.Array | float = 1.0,
   top_k: jax.Array | int | None = None,
   top_p: jax.Array | float | None = None,
   logp_temperature: jax.Array | float = 1.0,
   row_lengths: jax.Array | None = None,
-  eos_id: int = EOS_ID,
 ) -> Samples:
   """Samples rows from any next-token distribution.
 
@@ -446,12 +440,12 @@ def sample_from(
     keys: [R] typed keys.
     max_length: T.
     allowed: [V] bool.
+    eos_ids: tokens any of which ends a row.
     temperature: [] or [R] float.
     top_k: None, or [] or [R] int.
     top_p: None, or [] or [R] float.
     logp_temperature: [] or [R] float.
     row_lengths: None, or [R] int32.
-    eos_id: int.
 
   Returns:
     Samples. The arguments mean what they mean in `sample`.
@@ -466,12 +460,12 @@ def sample_from(
     keys,
     max_length,
     allowed=allowed,
+    eos_ids=eos_ids,
     temperature=temperature,
     top_k=top_k,
     top_p=top_p,
     logp_temperature=logp_temperature,
     row_lengths=row_lengths,
-    eos_id=eos_id,
   ).samples
 
 
@@ -500,12 +494,12 @@ def advance(
   until: jax.Array | int,
   *,
   allowed: jax.Array | np.ndarray,
+  eos_ids: tuple[int, ...],
   temperature: jax.Array | float = 1.0,
   top_k: jax.Array | int | None = None,
   top_p: jax.Array | float | None = None,
   logp_temperature: jax.Array | float = 1.0,
   row_lengths: jax.Array | None = None,
-  eos_id: int = EOS_ID,
 ) -> Loop:
   """Goes on with a decoding, up to a position or until all rows have ended.
 
@@ -518,12 +512,12 @@ def advance(
     keys: [R] typed keys.
     until: [] int, the position to stop before; may be traced.
     allowed: [V] bool.
+    eos_ids: tokens any of which ends a row.
     temperature: [] or [R] float.
     top_k: None, or [] or [R] int.
     top_p: None, or [] or [R] float.
     logp_temperature: [] or [R] float.
     row_lengths: None, or [R] int32.
-    eos_id: int.
 
   Returns:
     The loop; its samples hold what there is so far.
@@ -531,7 +525,7 @@ def advance(
   Raises:
     ValueError: for values out of range.
   """
-  _check_allowed(allowed, eos_id)
+  _check_ends(allowed, eos_ids)
   if isinstance(temperature, int | float) and temperature < 0:
     raise ValueError(f"temperature must not be negative, got {temperature}.")
   _check_positive("logp_temperature", logp_temperature)
@@ -559,7 +553,9 @@ def advance(
     going = ~loop.ended
     token = jnp.where(going, token, PAD_ID)
     now = Samples(token, jnp.where(going, logp, 0.0), going)
-    ended = loop.ended | (token == eos_id)
+    ended = loop.ended
+    for eos_id in eos_ids:
+      ended |= token == eos_id
     if row_lengths is not None:
       ended |= loop.position + 1 >= row_lengths
     return Loop(
@@ -839,11 +835,18 @@ def _check_keys(keys: jax.Array, rows: int) -> None:
     )
 
 
-def _check_allowed(allowed: jax.Array | np.ndarray, eos_id: int) -> None:
+def _check_ends(
+  allowed: jax.Array | np.ndarray, eos_ids: tuple[int, ...]
+) -> None:
+  if not eos_ids:
+    raise ValueError(
+      "nothing ends a response: give eos_ids, in the T5Config those of its "
+      "vocabulary."
+    )
   # Only where the values are on the host: reading an array from a device here
   # would hold up the caller.
   if isinstance(allowed, np.ndarray):
-    if not allowed[eos_id]:
-      raise ValueError(f"allowed must include the end of sequence, {eos_id}.")
+    if not allowed[list(eos_ids)].all():
+      raise ValueError(f"allowed must include the end of sequence, {eos_ids}.")
     if allowed[PAD_ID]:
       raise ValueError(f"allowed must exclude padding, {PAD_ID}.")

@@ -66,6 +66,8 @@ class T5Config:
       but the outputs of linear maps and attention, "full" whole layers.
     soft_tokens: learned embeddings that stand before the encoder's input; 0 in
       an ordinary T5.
+    eos_ids: tokens any of which ends a response; the first one ends inputs and
+      targets. They are the vocabulary's to say: () where none has.
   """
 
   vocab_size: int = 32128
@@ -84,6 +86,7 @@ class T5Config:
   scan_layers: bool = False
   remat: str = "none"
   soft_tokens: int = 0
+  eos_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
     for name in (
@@ -131,6 +134,13 @@ class T5Config:
         f"relative_attention_num_buckets = {buckets}, got "
         f"{self.relative_attention_max_distance!r}."
       )
+    object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
+    for token in self.eos_ids:
+      if not isinstance(token, int) or not PAD_ID < token < self.vocab_size:
+        raise ValueError(
+          f"eos_ids must be tokens in [1, {self.vocab_size}), got "
+          f"{self.eos_ids!r}."
+        )
 
   @property
   def compute_dtype(self) -> jnp.dtype:

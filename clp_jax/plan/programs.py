@@ -111,7 +111,9 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
     ConfigError: when the config's numbers do not fit the mesh, or it names a
       model that is nowhere.
   """
-  model_config = load_model_config(config)
+  # Presets of public sizes have no vocabulary to ask, and no program depends on
+  # which token ends a response.
+  model_config = dataclasses.replace(load_model_config(config), eos_ids=(1,))
   data, rollout = config.data, config.rollout
   config_lib.check_rows("rollout.prompts", rollout.prompts, mesh)
   prompts = None

@@ -91,7 +91,7 @@ def load(
     raise ValueError(
       f"{path} holds no SentencePiece model; set .vocabulary to its file."
     )
-  pieces = load_vocabulary(vocabulary)
+  pieces = load_vocabulary(vocabulary, eos_ids=config.eos_ids)
   if pieces.vocab_size > config.vocab_size:
     raise ValueError(
       f"the vocabulary {vocabulary} has {pieces.vocab_size} pieces, but the "

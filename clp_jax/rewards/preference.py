@@ -19,7 +19,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clp_jax import run_folder, sharding
-from clp_jax.data.vocabulary import load_vocabulary
 from clp_jax.models import t5
 from clp_jax.rewards import model as models
 from clp_jax.rewards.base import Score
@@ -104,7 +103,7 @@ def _load_trained(
   return models.Judge(
     t5.T5(config),
     params,
-    load_vocabulary(run_folder.vocabulary_path(folder)),
+    run_folder.load_vocabulary(folder),
   )
 
 

@@ -434,7 +434,7 @@ class _Choice:
 
   def __init__(self, vocabulary: Any, logprobs: int | None):
     self._detokenizer = Detokenizer(vocabulary)
-    self._eos = vocabulary.eos_id
+    self._eos_ids = vocabulary.eos_ids
     self._wanted = logprobs
     self.text = ""
     self.finish_reason: str | None = None
@@ -455,7 +455,7 @@ class _Choice:
           text = self._detokenizer.would_add(other)
           top[text] = max(logp, top.get(text, logp))
       added = self._detokenizer.push(token, last=last)
-      if token == self._eos:
+      if token in self._eos_ids:
         self.text += added  # of half a character that remains half
         continue
       self.tokens.append(added)

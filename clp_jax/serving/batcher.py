@@ -233,7 +233,7 @@ class Batcher:
     tokens = sampled.tokens[i, part].tolist()
     finish_reason = None
     if sampled.ended[i]:
-      stopped = tokens[-1] == self._decoder.eos_id
+      stopped = tokens[-1] in self._decoder.eos_ids
       finish_reason = "stop" if stopped else "length"
     top = []
     if row.alternatives:

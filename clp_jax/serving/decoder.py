@@ -71,7 +71,7 @@ class Decoder:
     rows: R, decoded together.
     lengths: S of each shape, ascending; the last is for the longest document.
     max_tokens: T, the most that a row can have.
-    eos_id: token that ends a row.
+    eos_ids: tokens any of which ends a row.
     trace_count: programs traced so far; constant after `compile`.
   """
 
@@ -91,7 +91,7 @@ class Decoder:
       {longest} | {n for n in (longest // 4, longest // 2) if n >= SHORTEST}
     )
     self.max_tokens = policy.config.data.target_length
-    self.eos_id = policy.vocabulary.eos_id
+    self.eos_ids = policy.model_config.eos_ids
     self.trace_count = 0
     self._policy = policy
     self._model = t5.T5(policy.model_config)
@@ -158,10 +158,10 @@ class Decoder:
       jax.vmap(_key)(settings.seeds, settings.numbers),
       until,
       allowed=self._policy.allowed,
+      eos_ids=self.eos_ids,
       temperature=settings.temperature,
       top_p=settings.top_p,
       row_lengths=settings.max_tokens,
-      eos_id=self.eos_id,
     )
 
 

@@ -16,7 +16,7 @@ class Detokenizer:
   def __init__(self, vocabulary: Any):
     """vocabulary: a seqio.SentencePieceVocabulary."""
     self._tokenizer = vocabulary.tokenizer
-    self._eos = vocabulary.eos_id
+    self._eos_ids = vocabulary.eos_ids
     self._ids: list[int] = []
     self._text = ""
 
@@ -27,7 +27,7 @@ class Detokenizer:
       token: id; EOS and ids without a piece add nothing.
       last: whether no other follows.
     """
-    if token != self._eos:
+    if token not in self._eos_ids:
       self._ids.append(token)
     text = self._decode(self._ids)
     if text.endswith(_INCOMPLETE) and not last:
@@ -40,7 +40,7 @@ class Detokenizer:
     """The text that a token would add here; EOS, and what else is no text, by
     its piece's name."""
     if token >= self._tokenizer.get_piece_size():
-      token = self._eos
+      token = self._eos_ids[0]
     if self._tokenizer.is_control(token):
       return self._tokenizer.id_to_piece(token)
     return self._decode([*self._ids, token])[len(self._text) :]

@@ -35,7 +35,7 @@ from clp_jax.bank import Bank
 from clp_jax.batches import check_data, train_batches
 from clp_jax.critic import CriticState
 from clp_jax.data import tasks
-from clp_jax.data.vocabulary import allowed_tokens, load_vocabulary
+from clp_jax.data.vocabulary import allowed_tokens
 from clp_jax.initial import load_initial
 from clp_jax.masked import Mean, mean_of
 from clp_jax.models import t5
@@ -433,7 +433,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
   rewards = config_lib.load_rewards(config, mesh)
   prepare(config, workdir)
   model_config = run_folder.load_model_config(workdir)
-  vocabulary = load_vocabulary(run_folder.vocabulary_path(workdir))
+  vocabulary = run_folder.load_vocabulary(workdir)
   programs = make_programs(
     config,
     model_config,

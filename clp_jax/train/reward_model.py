@@ -25,7 +25,6 @@ from jax.experimental import multihost_utils
 from clp_jax import config as config_lib
 from clp_jax import run_folder, sharding
 from clp_jax.data import jsonl
-from clp_jax.data.vocabulary import load_vocabulary
 from clp_jax.initial import load_initial
 from clp_jax.masked import Mean, mean_of
 from clp_jax.models import t5
@@ -186,7 +185,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
       workdir, initial.model_config, initial.vocabulary, initial.params
     )
   model_config = run_folder.load_model_config(workdir)
-  vocabulary = load_vocabulary(run_folder.vocabulary_path(workdir))
+  vocabulary = run_folder.load_vocabulary(workdir)
   with config_lib.as_config_error():
     inputs = models.Inputs(
       vocabulary, settings.template, config.data.source_length, overlap=None

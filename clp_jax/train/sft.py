@@ -20,7 +20,6 @@ from clp_jax.batches import (
   eval_batch,
   train_batches,
 )
-from clp_jax.data.vocabulary import load_vocabulary
 from clp_jax.initial import Initial, load_initial
 from clp_jax.masked import Mean, masked_sum
 from clp_jax.models import t5
@@ -234,7 +233,7 @@ def report_held_out(
   """
   if config.data.train is not None and config.data.eval is None:
     return None
-  vocabulary = load_vocabulary(run_folder.vocabulary_path(workdir))
+  vocabulary = run_folder.load_vocabulary(workdir)
   report = held_out(config, initial, vocabulary)
   if jax.process_index() == 0:
     folder = epath.Path(workdir) / "evaluation"
@@ -274,7 +273,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
       workdir, initial.model_config, initial.vocabulary, initial.params
     )
   model_config = run_folder.load_model_config(workdir)
-  vocabulary = load_vocabulary(run_folder.vocabulary_path(workdir))
+  vocabulary = run_folder.load_vocabulary(workdir)
   mesh = config_lib.make_mesh(config)
   settings = config.sft
   config_lib.check_rows("sft.batch", settings.batch, mesh)

@@ -43,6 +43,7 @@ def config_fields(version: str) -> dict[str, Any]:
   return SIZES | {
     "mlp_activations": ("relu",) if v1_0 else ("gelu", "linear"),
     "logits_via_embedding": v1_0,
+    "eos_ids": (1,),
   }
 
 
