@@ -25,6 +25,8 @@ from clp_jax.data import vocabulary as vocabulary_lib
 from clp_jax.interop import storage
 from clp_jax.models.t5 import T5Config
 
+PARTS = "parts.json"  # of a folder that is made of other runs
+
 # What a resumed run may change: how long, how often, and on which mesh.
 _FREE = (
   *("train.steps", "train.checkpoint_every", "train.keep"),

@@ -7,7 +7,7 @@ is the reference, and the others were finetuned at the least alpha: then the
 soup interpolates between the two, by `weightings.realignment`.
 
 parts.json in its folder says what it was made of: of each run the folder, the
-step and a digest of the parameters.
+step, a digest of the parameters, and the moments of its reward.
 
 Source: Rame et al. 2023 (arXiv 2306.04488).
 """
@@ -31,7 +31,6 @@ from clp_jax.policy import Policy
 from clp_jax.train import checkpoints
 
 Params = Any
-PARTS = "parts.json"
 
 
 def stack(policies: list[Params]) -> Params:
@@ -109,7 +108,7 @@ def combine(
   if reference is not None:
     start = _load_reference(config, reference, first, vocabulary)
   made_of = [
-    _part(name, runs[name], part.step, part.sets)
+    _part(name, runs[name], part.step, part.sets) | {"moments": _moments(part)}
     for name, part in zip(config.objectives, parts, strict=True)
   ]
   made_of.append(_part("reference", reference or first.workdir, 0, start))
@@ -118,12 +117,23 @@ def combine(
     sets.append(start)
   # Nothing is written before all of it fits.
   run_folder.start(workdir, config)
-  run_folder.write_json(run_folder.folder(workdir) / PARTS, made_of)
+  run_folder.write_json(run_folder.folder(workdir) / run_folder.PARTS, made_of)
   if not run_folder.has_model(workdir):
     run_folder.save_model(workdir, first.model_config, vocabulary, start)
   step = sum(part.step for part in parts)
   if checkpoints.newest_step(workdir) != step:
     checkpoints.save_params(workdir, step, stack(sets))
+
+
+def _moments(part: Policy) -> list[float] | None:
+  """[mean, deviation] of the part's reward, where it was normalised."""
+  (name,) = part.objectives
+  if part.config.rewards[name].normalise == "none":
+    return None
+  stats = checkpoints.load_reward_stats(part.workdir, part.step, 1)
+  if stats is None or not stats.count[0]:
+    return None
+  return [float(stats.mean[0]), float(stats.deviation()[0])]
 
 
 def _part(name: str, folder: str, step: int, params: Params) -> dict[str, Any]:
@@ -144,12 +154,12 @@ def _part(name: str, folder: str, step: int, params: Params) -> dict[str, Any]:
 
 def _check_made_of(workdir: str, new: list[dict[str, Any]]) -> None:
   """Raises ConfigError where a folder was made of other parts."""
-  file = run_folder.folder(workdir) / PARTS
+  file = run_folder.folder(workdir) / run_folder.PARTS
   if not file.exists():
     if checkpoints.newest_step(workdir) is not None:
       raise ConfigError(
-        f"{workdir} holds checkpoints and no {PARTS} that says what they were "
-        "made of; choose another folder, or delete this one."
+        f"{workdir} holds checkpoints and no {run_folder.PARTS} that says what "
+        "they were made of; choose another folder, or delete this one."
       )
     return
   old = json.loads(file.read_text())

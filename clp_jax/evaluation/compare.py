@@ -111,6 +111,63 @@ def load_run(workdir: str, seed: int | None) -> Run:
   )
 
 
+def in_one_unit(
+  methods: Mapping[str, Sequence[Run]],
+) -> dict[str, list[Run]]:
+  """Runs whose normalised objectives are all in the first run's units.
+
+  Each run has optimised in units of its own reference's scores. Those of
+  methods with another reference, prompting's, differ a little.
+
+  Raises:
+    FrontError: an objective is normalised in one run and not in another.
+  """
+  first = next(iter(methods.values()))[0]
+
+  def convert(run: Run) -> Run:
+    own, units = run.front.units, first.front.units
+    if set(own) != set(units):
+      raise FrontError(
+        f"{first.path} and {run.path} differ in what is normalised ("
+        f"{', '.join(units) or 'none'} and {', '.join(own) or 'none'}); "
+        "evaluate runs of one kind."
+      )
+    if own == units:
+      return run
+    objectives = first.front.objectives
+    scale, shift = np.ones(len(objectives)), np.zeros(len(objectives))
+    for i, name in enumerate(objectives):
+      if name in units:
+        (mean, deviation), (to_mean, to_deviation) = own[name], units[name]
+        scale[i] = deviation / to_deviation
+        shift[i] = (mean - to_mean) / to_deviation
+    points = []
+    for point in run.front.points:
+      rewards = {
+        o: Estimate(e.mean * scale[i] + shift[i], e.stderr * scale[i])
+        for i, o in enumerate(objectives)
+        for e in [point.rewards[o]]
+      }
+      moved = sum(
+        point.weights[o] * (rewards[o].mean - point.rewards[o].mean)
+        for o in rewards
+      )
+      value = point.value.mean + (1 - point.alpha) * moved
+      points.append(
+        dataclasses.replace(
+          point, rewards=rewards, value=Estimate(value, point.value.stderr)
+        )
+      )
+    front = dataclasses.replace(run.front, points=tuple(points), units=units)
+    return dataclasses.replace(
+      run, front=front, rewards=run.rewards * scale + shift
+    )
+
+  return {
+    name: [convert(run) for run in runs] for name, runs in methods.items()
+  }
+
+
 def group_runs(
   named: Sequence[tuple[str | None, str]],
 ) -> tuple[dict[str, list[Run]], ml_collections.ConfigDict | None]:
@@ -199,6 +256,7 @@ def compare(
   Raises:
     FrontError: when the runs are not comparable; says which and why.
   """
+  methods = in_one_unit(methods)
   everything = [run for runs in methods.values() for run in runs]
   _check_comparable(everything)
   front = everything[0].front
@@ -283,6 +341,7 @@ def mean_front(runs: Sequence[Run], method: str) -> Front:
           o: estimate([p.rewards[o].mean for p in same])
           for o in first.objectives
         },
+        raw={o: estimate([p.raw[o].mean for p in same]) for o in same[0].raw},
         kl=estimate([p.kl.mean for p in same]),
         value=estimate([p.value.mean for p in same]),
       )
@@ -296,6 +355,7 @@ def mean_front(runs: Sequence[Run], method: str) -> Front:
     decoding=first.decoding,
     reference_point=first.reference_point,
     training_samples=first.training_samples,
+    units=first.units,
   )
 
 

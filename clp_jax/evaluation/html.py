@@ -186,9 +186,10 @@ def _points(front: report.Front) -> str:
     }
     row["\u03b1"] = f"{point.alpha:.3g}"
     row |= {o: svg.shown(point.rewards[o]) for o in front.objectives}
+    row |= {f"{o}, raw": svg.shown(raw) for o, raw in point.raw.items()}
     row |= {"KL (nats)": svg.shown(point.kl), "value": svg.shown(point.value)}
     rows.append(row)
-  note = f"Step {front.step}. {_decoding(front)}"
+  note = f"Step {front.step}. {_decoding(front)}{report.units_note(front)}"
   return (
     f"<details><summary>{escape(front.method)}, {len(rows)} points</summary>"
     f"{_grid(rows)}<p class=note>{escape(note)}</p></details>"

@@ -23,7 +23,7 @@ FILE = "rewards.npz"
 class Measurements(NamedTuple):
   """Of one sweep: P points, n samples for each of its prompts."""
 
-  rewards: NDArray[np.float32]  # [P, prompts, n, m], raw
+  rewards: NDArray[np.float32]  # [P, prompts, n, m], units of the front
   kl: NDArray[np.float32]  # [P, prompts, n], summed log-ratio, nats
   prompts: str  # digest of the documents, to tell other prompts from these
 

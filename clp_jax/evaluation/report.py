@@ -44,9 +44,11 @@ class Point:
 
   weights: Mapping[str, float]  # by objective, on the simplex
   alpha: float  # KL weight
-  rewards: Mapping[str, Estimate]  # by objective, raw scores
+  rewards: Mapping[str, Estimate]  # by objective, in the units optimised
   kl: Estimate  # nats per response, to the reference policy
   value: Estimate  # (1 - alpha) sum_i w_i R_i - alpha KL
+  # Scores as the reward gives them, of objectives that training normalised.
+  raw: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,10 @@ class Front:
   training_samples: int | None = None
   # Over training seeds; None: one seed.
   hypervolume_stderr: float | None = None
+  # (mean, deviation) by which normalised objectives were: units.py.
+  units: Mapping[str, tuple[float, float]] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def weights(self) -> NDArray[np.float64]:
@@ -142,6 +148,7 @@ def front_from_points(
   decoding: Mapping[str, Any],
   reference_point: Sequence[float],
   training_samples: int | None = None,
+  units: Mapping[str, tuple[float, float]] | None = None,
 ) -> Front:
   """A front with its hypervolume and spread computed from the points.
 
@@ -162,6 +169,7 @@ def front_from_points(
     spread=0.0,
     points=tuple(points),
     training_samples=training_samples,
+    units=dict(units or {}),
   )
   _check(front)
   return dataclasses.replace(
@@ -253,6 +261,7 @@ def _check(front: Front) -> None:
       numbers[f"{where}.weights.{name}"] = weight
     estimates = {f"rewards.{name}": e for name, e in point.rewards.items()}
     estimates |= {"kl": point.kl, "value": point.value}
+    estimates |= {f"raw.{name}": e for name, e in point.raw.items()}
     for name, estimate in estimates.items():
       numbers[f"{where}.{name}.mean"] = estimate.mean
       numbers[f"{where}.{name}.stderr"] = estimate.stderr
@@ -280,6 +289,10 @@ def to_json(front: Front) -> dict[str, Any]:
     "monotonicity": front.monotonicity,
     "expected_utility": front.expected_utility,
     "training_samples": front.training_samples,
+    "units": {
+      name: {"mean": mean, "deviation": deviation}
+      for name, (mean, deviation) in front.units.items()
+    },
     "points": [
       {
         "weights": {o: float(point.weights[o]) for o in front.objectives},
@@ -288,6 +301,11 @@ def to_json(front: Front) -> dict[str, Any]:
         "kl": estimate(point.kl),
         "value": estimate(point.value),
       }
+      | (
+        {"raw": {o: estimate(e) for o, e in point.raw.items()}}
+        if point.raw
+        else {}
+      )
       for point in front.points
     ],
   }
@@ -315,11 +333,16 @@ def _from_json(content: Mapping[str, Any]) -> Front:
         rewards={name: estimate(e) for name, e in point["rewards"].items()},
         kl=estimate(point["kl"]),
         value=estimate(point["value"]),
+        raw={name: estimate(e) for name, e in point.get("raw", {}).items()},
       )
       for point in content["points"]
     ),
     training_samples=content.get("training_samples"),
     hypervolume_stderr=content.get("hypervolume_stderr"),
+    units={
+      name: (float(unit["mean"]), float(unit["deviation"]))
+      for name, unit in content.get("units", {}).items()
+    },
   )
 
 
@@ -333,6 +356,7 @@ def _to_csv(front: Front) -> str:
     row["alpha"] = point.alpha
     estimates = {f"reward_{o}": point.rewards[o] for o in front.objectives}
     estimates |= {"kl": point.kl, "value": point.value}
+    estimates |= {f"raw_{o}": estimate for o, estimate in point.raw.items()}
     for name, estimate in estimates.items():
       row |= {f"{name}_mean": estimate.mean, f"{name}_stderr": estimate.stderr}
     rows.append({**row, "non_dominated": int(non_dominated)})
@@ -467,10 +491,17 @@ def methods_rows(fronts: Sequence[Front]) -> list[dict[str, str]]:
       ),
       "utility": f"{front.expected_utility:.3f}",
     }
+    | {f"raw {o}": _raw_range(front, o) for o in fronts[0].units}
     for front in fronts
   ]
   shown = [c for c in rows[0] if any(row[c].strip("- ") for row in rows)]
   return [{column: row[column] for column in shown} for row in rows]
+
+
+def _raw_range(front: Front, objective: str) -> str:
+  """Raw scores from the lowest point to the highest."""
+  raw = [p.raw[objective].mean for p in front.points if objective in p.raw]
+  return f"{min(raw):.3f} to {max(raw):.3f}" if raw else "-"
 
 
 def methods_caption(fronts: Sequence[Front]) -> str:
@@ -486,7 +517,19 @@ def methods_caption(fronts: Sequence[Front]) -> str:
     f"Hypervolume above ({reference_point}) in {', '.join(objectives)}. Rank "
     "corr.: of each reward with its weight. Utility: the weighted rewards, "
     f"mean over the sweep. Mean standard error of a point: {errors}."
+    f"{units_note(fronts[0])}"
   )
+
+
+def units_note(front: Front) -> str:
+  """What normalised objectives are measured in, or ""."""
+  if not front.units:
+    return ""
+  shown = ", ".join(
+    f"{name} in deviations of {deviation:.3g} from {mean:.3g}"
+    for name, (mean, deviation) in front.units.items()
+  )
+  return f" As optimised: {shown}."
 
 
 def methods_table(fronts: Sequence[Front]) -> Table:

@@ -61,6 +61,7 @@ def describe(front: Front, point: Point) -> list[str]:
   weights = ", ".join(f"{o} {point.weights[o]:.2f}" for o in front.objectives)
   lines = [front.method, f"weights: {weights}", f"\u03b1: {point.alpha:.3g}"]
   lines += [f"{o}: {shown(point.rewards[o])}" for o in front.objectives]
+  lines += [f"{o}, raw: {shown(raw)}" for o, raw in point.raw.items()]
   lines += [f"KL: {shown(point.kl)} nats", f"value: {shown(point.value)}"]
   return lines
 

@@ -20,6 +20,7 @@ from clp_jax import progress, sharding, weightings
 from clp_jax.batches import eval_batch
 from clp_jax.data import tasks
 from clp_jax.evaluation import measurements, report
+from clp_jax.evaluation import units as units_lib
 from clp_jax.models import decoding, t5
 from clp_jax.policy import Policy
 from clp_jax.rewards import base as rewards_lib
@@ -83,6 +84,7 @@ def sweep(
   """
   config = policy.config
   batch = eval_batch(config, policy.vocabulary, num_prompts)
+  units = units_lib.units_of(config, policy.workdir, policy.step)
   measure = make_measure(policy, rewards, batch, seed)
   points, samples, rewards_seen, kl_seen = [], [], [], []
   todo = weightings_grid(policy, grid)
@@ -94,9 +96,10 @@ def sweep(
         policy.steered(named, steer),
         Weighting(jnp.asarray(weights)[None], jnp.asarray([alpha])),
       )
-      value = (1 - alpha) * measured.rewards @ weights - alpha * measured.kl
+      optimised = units.of(measured.rewards)
+      value = (1 - alpha) * optimised @ weights - alpha * measured.kl
       means = {
-        name: report.standard_error(measured.rewards[:, :, i])
+        name: report.standard_error(optimised[:, :, i])
         for i, name in enumerate(policy.objectives)
       }
       points.append(
@@ -106,15 +109,17 @@ def sweep(
           rewards=means,
           kl=report.standard_error(measured.kl),
           value=report.standard_error(value),
+          raw={
+            name: report.standard_error(measured.rewards[:, :, i])
+            for i, name in enumerate(policy.objectives)
+            if name in units.names
+          },
         )
       )
       samples += _sample_rows(policy, batch, named, alpha, measured)
-      rewards_seen.append(measured.rewards)
+      rewards_seen.append(optimised)
       kl_seen.append(measured.kl)
       advance(1, {name: mean.mean for name, mean in means.items()})
-  reference_point = config.eval.reference_point
-  if reference_point is None:
-    reference_point = (0.0,) * len(policy.objectives)
   front = report.front_from_points(
     points,
     method=method,
@@ -131,8 +136,15 @@ def sweep(
       "source_length": config.data.source_length,
       "cut_documents": batch.num_cut,
     },
-    reference_point=reference_point,
+    reference_point=units_lib.reference_point(config),
     training_samples=training_samples,
+    units={
+      name: (float(mean), float(deviation))
+      for name, mean, deviation in zip(
+        policy.objectives, units.mean, units.deviation, strict=True
+      )
+      if name in units.names
+    },
   )
   return Sweep(
     front,

@@ -42,6 +42,7 @@ from clp_jax.evaluation import (
   measurements,
   report,
   sweep,
+  units,
 )
 from clp_jax.experiments import methods as methods_lib
 from clp_jax.experiments import plans, protocol
@@ -539,6 +540,7 @@ def _join_oracles(
     decoding=first.decoding,
     reference_point=first.reference_point,
     training_samples=sum(front.training_samples or 0 for front in fronts),
+    units=first.units,
   )
   sweep.save(
     f"{folder}/evaluation",
@@ -696,7 +698,10 @@ def _is_evaluated(plan: Plan, folder: str, steps: int) -> bool:
   asked = config_lib.to_json(plan.config)["eval"] | {"seed": EVALUATION_SEED}
   del asked["batch"]  # changes nothing
   if asked["reference_point"] is None:
-    asked["reference_point"] = [0.0] * len(front.objectives)
+    kinds = [plan.config.rewards[o].normalise for o in front.objectives]
+    asked["reference_point"] = [
+      0.0 if kind == "none" else units.BELOW for kind in kinds
+    ]
   found = {
     **front.decoding,
     "prompts": front.prompts,

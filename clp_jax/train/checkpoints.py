@@ -9,6 +9,7 @@ Saving is asynchronous; Orbax renames a finished step into place, so that a
 step that was interrupted is never picked up.
 """
 
+import dataclasses
 import json
 import logging
 import sys
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from clp_jax import distributed, run_folder
+from clp_jax.rewards.normalisation import RewardStats
 from clp_jax.run_folder import RunError
 from clp_jax.train.optimizer import is_adafactor
 from clp_jax.train.state import TrainState
@@ -263,6 +265,45 @@ def save_params(workdir: str, step: int, params: Tree) -> None:
     step, args=ocp.args.Composite(params=ocp.args.StandardSave(params))
   )
   manager.close()
+
+
+def load_reward_stats(
+  workdir: str, step: int, num_rewards: int
+) -> RewardStats | None:
+  """The moments of a step's rewards, without the rest of its state.
+
+  Args:
+    workdir: the run's folder.
+    step: that it has saved.
+    num_rewards: m.
+
+  Returns:
+    RewardStats of NumPy arrays, [m] float32; None where nothing was trained.
+
+  Raises:
+    RunError: when it can't be read.
+  """
+  path = run_folder.folder(workdir) / "checkpoints" / str(step) / "train"
+  if not path.exists():
+    return None
+  names = [field.name for field in dataclasses.fields(RewardStats)]
+  shapes = {n: np.zeros(num_rewards, np.float32) for n in names}
+  arrays = {n: ocp.RestoreArgs(restore_type=np.ndarray) for n in names}
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      restored = reader.restore(
+        path,
+        args=ocp.args.PyTreeRestore(
+          item={"reward_stats": shapes},
+          restore_args={"reward_stats": arrays},
+          partial_restore=True,
+        ),
+      )
+  except Exception as error:  # Orbax raises many types for a bad file
+    raise RunError(
+      f"the rewards' moments in {path} can't be read: {one_line(error)}."
+    ) from error
+  return RewardStats(**restored["reward_stats"])
 
 
 def newest_step(workdir: str) -> int | None:

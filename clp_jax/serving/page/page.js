@@ -497,10 +497,11 @@ function showFront() {
     shape(svg, "line", { class: "bar", x1: cx, x2: cx, y1, y2 });
     const dot = shape(svg, "circle", { class: "point", cx, cy, r: 5 });
     const weights = names.map((n) => p.weights[n]);
-    const rewards = names.map(
-      (n) =>
-        `${n} ${p.rewards[n].mean.toFixed(3)} ± ${p.rewards[n].stderr.toFixed(3)}`,
-    );
+    const value = (e) => `${e.mean.toFixed(3)} ± ${e.stderr.toFixed(3)}`;
+    const rewards = names.map((n) => {
+      const raw = p.raw?.[n];  // of what training normalised
+      return `${n} ${value(p.rewards[n])}${raw ? `, raw ${value(raw)}` : ""}`;
+    });
     shape(dot, "title", {}, `weights: ${shown(weights)}\n${rewards.join("\n")}`);
     dot.addEventListener("click", () => steer(weights));
   }
