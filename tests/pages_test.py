@@ -167,8 +167,23 @@ def fields(values, prefix=""):
       yield from fields(value, f"{prefix}{name}.")
 
 
+@functools.cache
+def all_fields():
+  """Those of any of the configs."""
+  return {f for path in CONFIGS for f in fields(load_config(str(path), []))}
+
+
+def test_fields_in_advice_exist():
+  """In what clp_jax prints and says of itself."""
+  texts = [p.read_text() for p in (ROOT / "clp_jax").rglob("*.py")]
+  named = set(re.findall(r"--config\.([a-z_.]+)=", "".join(texts)))
+  assert {"mesh.fsdp", "train.microbatches"} < named
+  named -= {"path.to.field"}
+  assert named <= all_fields()
+
+
 def test_fields_and_flags_in_sentences_exist():
-  known = {f for path in CONFIGS for f in fields(load_config(str(path), []))}
+  known = all_fields()
   sections = {f.partition(".")[0] for f in known}
   flags = USAGE + "".join(map(help_of, main.COMMANDS))
   functions = {"conditioning.mix_rows", "sft.make_programs"}
