@@ -12,8 +12,8 @@ import runs
 from clp_jax.evaluation import (
   compare,
   comparison,
-  fronts,
   measurements,
+  metrics,
   report,
   sweep,
 )
@@ -107,7 +107,7 @@ def compared(methods, bootstrap=50, **kwargs):
 
 
 def test_figures_are_the_fronts_own(tmp_path):
-  run = write_run(tmp_path / "a", noise=0.02)
+  run = write_run(tmp_path / "a", noise=0.0)
   values = compared({"a": [run]}).values["a"]
   assert values["hypervolume"].mean == pytest.approx(run.front.hypervolume)
   assert values["spread"].mean == pytest.approx(run.front.spread)
@@ -126,32 +126,22 @@ def test_figures_are_the_fronts_own(tmp_path):
   assert values["value"].mean == pytest.approx(value, abs=2e-3)
 
 
-def test_rank_correlations_are_those_of_one_front_ties_included():
-  rng = np.random.default_rng(0)
-  x = np.array([0.0, 0.5, 0.5, 1.0])
-  y = rng.integers(0, 3, (50, 4)).astype(float)
-  y[0] = 2.0  # never changes
-  found = compare.rank_correlations(x, y)
-  expected = [fronts.monotonicity(x[:, None], row[:, None])[0] for row in y]
-  np.testing.assert_allclose(found, expected, atol=1e-12)
-  assert np.isnan(found[0])
-
-
 def test_q_weighs_the_points():
   grid = np.array([[w, 1 - w, 0.01] for w in (0, 0.5, 1)])
-  uniform = compare.point_weights(Distribution(2), grid)
+  uniform = metrics.point_weights(Distribution(2), grid)
   np.testing.assert_allclose(uniform, [0.25, 0.5, 0.25], atol=0.02)
-  ends = compare.point_weights(Distribution(2, concentration=0.05), grid)
+  ends = metrics.point_weights(Distribution(2, concentration=0.05), grid)
   assert ends[1] < 0.1 and ends.sum() == pytest.approx(1)
   # Log-uniform alphas: nearest in the logarithm.
   grid = np.array([[1, a] for a in (0.01, 0.1, 1.0)])
-  alphas = compare.point_weights(Distribution(1, alpha_range=(0.01, 1.0)), grid)
+  alphas = metrics.point_weights(Distribution(1, alpha_range=(0.01, 1.0)), grid)
   np.testing.assert_allclose(alphas, [0.25, 0.5, 0.25], atol=0.02)
 
 
 def test_methods_are_means_over_seeds_with_their_error(tmp_path):
   seeds = [
-    write_run(tmp_path / str(s), seed=s, shift=(0.01 * s, 0)) for s in range(3)
+    write_run(tmp_path / str(s), seed=s, shift=(0.01 * s, 0), noise=0.0)
+    for s in range(3)
   ]
   values = compared({"a": seeds}).values["a"]["hypervolume"]
   volumes = [run.front.hypervolume for run in seeds]
@@ -223,7 +213,7 @@ def test_seeds_are_paired_where_they_are_the_same(tmp_path):
 
 def test_one_reward_is_compared_in_the_plane_with_kl(tmp_path):
   alphas = (0.01, 0.1, 1.0)
-  one = {"objectives": ("nli",), "alphas": alphas, "noise": 0.01}
+  one = {"objectives": ("nli",), "alphas": alphas, "noise": 0.0}
   a = write_run(tmp_path / "a", **one)
   b = write_run(tmp_path / "b", shift=(0.05, 0), **one)
   found = compared(
@@ -245,6 +235,35 @@ def test_one_reward_is_compared_in_the_plane_with_kl(tmp_path):
   assert found.dominated["b"]["a"] == pytest.approx(1 / 3)
   points = compared({"a": [a]}, near={"nli": 0.8, "kl": 4.0}).reference_points
   assert [p["-kl"] for p in points.values()] == [-5.0, -4.0]
+
+
+def test_igd_is_to_the_best_points_of_all_mean_fronts(tmp_path):
+  """By hand: each point of the better front is 0.1 above one of the other."""
+  a = write_run(tmp_path / "a", noise=0.0)
+  b = write_run(tmp_path / "b", noise=0.0, shift=(0, 0.1))
+  found = compared({"a": [a], "b": [b]})
+  np.testing.assert_allclose(found.best_points, b.front.rewards, atol=1e-6)
+  expected = np.mean(
+    [
+      min(np.linalg.norm(np.maximum(z - p, 0)) for p in a.front.rewards)
+      for z in b.front.rewards
+    ]
+  )
+  assert found.values["a"]["IGD+"].mean == pytest.approx(expected)
+  assert found.values["b"]["IGD+"].mean == 0
+  assert found.differences["b"]["IGD+"].mean == pytest.approx(-expected)
+  # Of two seeds the mean front counts, whose points here are those of none.
+  seeds = [
+    write_run(tmp_path / f"s{i}", noise=0.0, seed=i, shift=(0.1 * i, 0))
+    for i in range(2)
+  ]
+  both = compared({"seeds": seeds})
+  mean = compare.mean_front(seeds, "seeds").rewards
+  np.testing.assert_allclose(both.best_points, mean, atol=1e-6)
+  value = both.values["seeds"]["IGD+"]
+  assert value.mean == 0 and value.stderr is None
+  assert "IGD+: mean distance" in comparison.note(found)
+  assert comparison.to_json(found)["best_points"] == found.best_points
 
 
 def test_a_point_alone_has_no_utility(tmp_path):

@@ -133,6 +133,36 @@ class TestHypervolume:
       fronts.hypervolume(rewards, reference),
     )
 
+  @hypothesis.given(st.integers(1, 3), st.integers(0, 9))
+  def test_many_fronts_at_once_are_those_of_each(self, m, seed):
+    rng = np.random.default_rng(seed)
+    many = rng.choice([-0.5, 0.1, 0.3, 0.3, 0.8], (4, 3, 7, m))
+    reference = np.linspace(-0.1, 0.2, m)
+    expected = [[fronts.hypervolume(f, reference) for f in row] for row in many]
+    np.testing.assert_allclose(
+      fronts.hypervolumes(many, reference), expected, atol=1e-12
+    )
+
+
+class TestIgdPlus:
+  def test_by_hand(self):
+    # (0.5, 0.9): 0.1 short in the one reward, above in the other. (0.9, 0.2):
+    # nearest is (0.8, 0.1), short by 0.1 in both.
+    assert fronts.igd_plus(
+      [[0.6, 0.8], [0.8, 0.1]], [[0.5, 0.9], [0.9, 0.2]]
+    ) == pytest.approx((0.1 + 0.1 * np.sqrt(2)) / 2)
+
+  @hypothesis.given(_rewards(rewards=(2, 2)), _rewards(rewards=(2, 2)))
+  def test_agrees_with_a_double_loop(self, rewards, best):
+    short = [
+      min(np.linalg.norm(np.maximum(z - p, 0)) for p in rewards) for z in best
+    ]
+    assert fronts.igd_plus(rewards, best) == pytest.approx(np.mean(short))
+
+  def test_a_set_of_other_rewards(self):
+    with pytest.raises(ValueError, match="2 rewards and reference_set has 1"):
+      fronts.igd_plus([[0.1, 0.2]], [[0.1]])
+
 
 class TestSpread:
   def test_is_the_distance_of_the_two_farthest_points(self):
@@ -184,6 +214,16 @@ class TestMonotonicity:
       atol=1e-12,
     )
 
+  def test_many_rows_at_once_are_those_of_each_front(self):
+    rng = np.random.default_rng(0)
+    x = np.array([0.0, 0.5, 0.5, 1.0])
+    y = rng.integers(0, 3, (50, 4)).astype(float)
+    y[0] = 2.0  # never changes
+    expected = [fronts.monotonicity(x[:, None], row[:, None])[0] for row in y]
+    found = fronts.rank_correlations(x, y)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert np.isnan(found[0])
+
   def test_a_reward_that_never_moves_is_nan(self):
     weights = [[0.1, 0.9], [0.6, 0.4]]
     rewards = [[0.5, 0.8], [0.5, 0.7]]
@@ -229,6 +269,7 @@ class TestErrors:
       fronts.non_dominated,
       fronts.spread,
       lambda r: fronts.hypervolume(r, [0.0, 0.0]),
+      lambda r: fronts.igd_plus(r, r),
       lambda r: fronts.monotonicity(r, r),
       lambda r: fronts.expected_utility(r, r),
       lambda r: fronts.dominated_share(r, [[0.1, 0.2]]),

@@ -1,29 +1,18 @@
 """Fronts of several methods compared, with intervals.
 
-A method has one run or several, which differ in their seed. Of each run's front
-this takes
+A method has one run or several, which differ in their seed. `metrics.py` says
+what is measured of each run's front; of a method it is the mean over its runs,
+with the standard error over them.
 
-  hypervolume   above one fixed reference point
-  spread        the largest distance between two points
-  rank corr.    of each reward with its weight (with one reward: with -alpha)
-  utility       E_Q sum_i w_i R_i, Q the weightings' distribution
-  value         E_Q of what is optimised, (1 - alpha) sum_i w_i R_i - alpha KL
-
-and averages over the method's runs, with the standard error over them. A front
-of one reward over several alphas lies in the plane of the reward and -KL.
-
-Intervals are bootstrapped over prompts and seeds at once: prompts are drawn
-with replacement, the same ones for every method, since all answer the same;
-seeds too, the same ones for methods that were run on the same seeds. What is
-computed from noisy means is biased (noise pushes a front outwards), so
-intervals are basic ones, [2 x - q_97.5, 2 x - q_2.5]. With three seeds or so
-the part of the seeds is underestimated; the standard errors are beside it.
+`intervals.py` makes estimates and 95% intervals of it. Prompts are resampled
+together for all methods, since all answer the same, and a difference is paired
+by seed where both methods were run from the same seeds.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -33,7 +22,12 @@ from numpy.typing import NDArray
 from clp_jax import config as config_lib
 from clp_jax import run_folder
 from clp_jax.evaluation import fronts as fronts_lib
-from clp_jax.evaluation import measurements
+from clp_jax.evaluation import intervals, measurements
+from clp_jax.evaluation.intervals import Sample, Value
+from clp_jax.evaluation.metrics import (
+  Measure,
+  in_plane,
+)
 from clp_jax.evaluation.report import (
   Estimate,
   Front,
@@ -44,9 +38,7 @@ from clp_jax.evaluation.report import (
 from clp_jax.weightings import Distribution
 
 Array = NDArray[np.float64]
-Metrics = dict[str, float]
 
-DRAWS = 20_000  # weightings drawn from Q to weigh the points of a grid
 SETTINGS = ("temperature", "samples", "max_length", "split", "source_length")
 
 
@@ -62,21 +54,13 @@ class Run:
   seed: int | None  # of the training, where it is known
 
 
-class Value(NamedTuple):
-  """A metric of a method."""
-
-  mean: float  # over its runs
-  stderr: float | None  # over its runs; None: one run
-  low: float  # 95% interval over prompts and seeds
-  high: float
-
-
 @dataclasses.dataclass(frozen=True)
 class Comparison:
   """The result, methods in the order given; the first is the baseline."""
 
   objectives: tuple[str, ...]
   reference_points: dict[str, dict[str, float]]  # of a hypervolume, by axis
+  best_points: list[list[float]]  # the reference set of IGD+
   metrics: tuple[str, ...]
   methods: tuple[str, ...]
   runs: dict[str, tuple[Run, ...]]
@@ -265,35 +249,43 @@ def compare(
   points = {"hypervolume": point}
   if near is not None:
     points["near hypervolume"] = _reference_point(everything, near, 0)
-  names = (
-    *points,
-    "spread",
-    *(f"rank corr. {o}" for o in front.objectives),
-    "utility",
-    "value",
-  )
-  measure = _Measure(
-    tuple(tuple(p.values()) for p in points.values()),
+  measure = Measure(
+    [[run.front for run in runs] for runs in methods.values()],
+    {name: tuple(p.values()) for name, p in points.items()},
     distribution,
-    weightings_of(front),
   )
-  values = {m: _over_runs(runs, measure) for m, runs in methods.items()}
-  drawn = _bootstrap(methods, measure, bootstrap, np.random.default_rng(seed))
+  seen = [_per_prompt(run).mean(axis=1) for run in everything]
+  rng = np.random.default_rng(seed)
+  samples = _samples(methods, measure, seen, bootstrap, rng)
+  values = {
+    name: intervals.estimates(
+      [(1, sample)], measure.lowest, measure.highest, rng
+    )
+    for name, sample in samples.items()
+  }
+
+  def difference(name: str) -> list[Value]:
+    terms = [(1, samples[name]), (-1, samples[first])]
+    if _same_seeds(methods[first], methods[name]):
+      terms = [(1, intervals.paired(samples[first], samples[name]))]
+    # No farther apart than both intervals let them be.
+    pairs = list(zip(values[first], values[name], strict=True))
+    lowest = np.array([b.low - a.high for a, b in pairs])
+    highest = np.array([b.high - a.low for a, b in pairs])
+    return intervals.estimates(terms, lowest, highest, rng)
+
+  def named(found: list[Value]) -> dict[str, Value]:
+    return dict(zip(measure.names, found, strict=True))
+
   return Comparison(
     objectives=front.objectives,
     reference_points=points,
-    metrics=names,
+    best_points=measure.best_points(measure.mean_points(seen)).tolist(),
+    metrics=measure.names,
     methods=tuple(methods),
     runs={name: tuple(runs) for name, runs in methods.items()},
-    values={m: _values(names, values[m], drawn[m]) for m in methods},
-    differences={
-      m: _values(
-        names,
-        _paired(methods[first], methods[m], values[first], values[m]),
-        drawn[m] - drawn[first],
-      )
-      for m in others
-    },
+    values={m: named(found) for m, found in values.items()},
+    differences={m: named(difference(m)) for m in others},
     dominated={
       a: {b: _dominated(methods[a], methods[b]) for b in methods if b != a}
       for a in methods
@@ -302,15 +294,34 @@ def compare(
   )
 
 
-def in_plane(front: Front) -> bool:
-  """Whether the front is one of a reward against KL."""
-  return len(front.objectives) == 1
+def _samples(
+  methods: Mapping[str, Sequence[Run]],
+  measure: Measure,
+  seen: Sequence[Array],
+  num: int,
+  rng: np.random.Generator,
+) -> dict[str, Sample]:
+  """Every method's metrics, with draws of their errors."""
+  first, *_ = methods.values()
+  prompts = first[0].rewards.shape[1]
+  counts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), num)
+  shared = intervals.luck(len(first), num, rng)
+  noise, luck, whose = [], [], []
+  for name, runs in methods.items():
+    noise += [intervals.noise(_per_prompt(run), counts) for run in runs]
+    same = _same_seeds(first, runs)
+    luck += shared if same else intervals.luck(len(runs), num, rng)
+    whose += [name] * len(runs)
+  sample = measure.sample(seen, noise, luck)
+  return {
+    name: sample.of([i for i, other in enumerate(whose) if other == name])
+    for name in methods
+  }
 
 
-def weightings_of(front: Front) -> Array:
-  """[P, m + 1]: the weights and the alpha of every point."""
-  alphas = [[point.alpha] for point in front.points]
-  return np.concatenate([front.weights, alphas], axis=1)
+def _per_prompt(run: Run) -> Array:
+  """[P, prompts, m + 1]: the rewards and -KL."""
+  return np.concatenate([run.rewards, -run.kl[..., None]], axis=2)
 
 
 def mean_front(runs: Sequence[Run], method: str) -> Front:
@@ -359,111 +370,6 @@ def mean_front(runs: Sequence[Run], method: str) -> Front:
   )
 
 
-def point_weights(distribution: Distribution, weightings: Array) -> Array:
-  """[P] probabilities that Q gives the points of a sweep.
-
-  Each weighting of Q counts for the point next to it, in the weights and in
-  log alpha.
-
-  Args:
-    distribution: Q over as many rewards.
-    weightings: [P, m + 1] from `weightings_of`.
-  """
-  rng = np.random.default_rng(0)  # an integral, the same for all who ask
-  m = distribution.num_rewards
-  if distribution.weights is not None:
-    drawn = np.tile(distribution.weights, (DRAWS, 1))
-  else:
-    drawn = rng.dirichlet([distribution.concentration] * m, DRAWS)
-  nearest = _nearest(weightings[:, :m], drawn)
-  if distribution.alpha_range is not None:
-    low, high = np.log(distribution.alpha_range)
-    log_alpha = rng.uniform(low, high, (DRAWS, 1))
-    nearest = nearest & _nearest(np.log(weightings[:, m:]), log_alpha)
-  # A point that stands twice shares its part.
-  shares = nearest / nearest.sum(axis=1, keepdims=True)
-  return shares.mean(axis=0)
-
-
-def _nearest(points: Array, drawn: Array) -> NDArray[np.bool_]:
-  """[draws, P]: which points are next to each draw."""
-  distances = np.linalg.norm(drawn[:, None] - points[None], axis=2)
-  return distances <= distances.min(axis=1, keepdims=True) + 1e-9
-
-
-@dataclasses.dataclass(frozen=True)
-class _Measure:
-  """Metrics of one front, given means over some choice of prompts."""
-
-  reference_points: tuple[tuple[float, ...], ...]
-  distribution: Distribution
-  grid: Array  # the weightings on which utility and value are means over Q
-
-  def __post_init__(self):
-    shares = point_weights(self.distribution, self.grid)
-    object.__setattr__(self, "shares", shares)
-
-  def __call__(self, run: Run, counts: Array) -> Array:
-    """[draws, metrics], NaN where one is not defined.
-
-    Args:
-      run: a run.
-      counts: [draws, prompts], how often each prompt was drawn.
-    """
-    shares = counts / counts.sum(axis=1, keepdims=True)
-    num_points, prompts, _ = run.rewards.shape
-    flat = run.rewards.transpose(1, 0, 2).reshape(prompts, -1)
-    rewards = (shares @ flat).reshape(len(counts), num_points, -1)
-    kl = shares @ run.kl.T  # [draws, P]
-    weightings = weightings_of(run.front)
-    weights, alphas = weightings[:, :-1], weightings[:, -1]
-    points = rewards
-    asked = weights
-    if in_plane(run.front):
-      points = np.stack([rewards[..., 0], -kl], axis=2)
-      asked = -alphas[:, None]
-    metrics: list[Any] = [
-      [fronts_lib.hypervolume(p, reference) for p in points]
-      for reference in self.reference_points
-    ]
-    apart = rewards[:, :, None] - rewards[:, None]
-    metrics.append(np.linalg.norm(apart, axis=3).max(axis=(1, 2)))
-    for i in range(rewards.shape[2]):
-      metrics.append(rank_correlations(asked[:, i], rewards[:, :, i]))
-    unknown = np.full(len(counts), math.nan)
-    utility, value = unknown, unknown
-    if weightings.shape == self.grid.shape and np.allclose(
-      weightings, self.grid, atol=1e-6
-    ):
-      q = self.shares  # type: ignore[attr-defined]
-      utilities = (weights * rewards).sum(axis=2)
-      utility = utilities @ q
-      value = ((1 - alphas) * utilities - alphas * kl) @ q
-    return np.stack([*metrics, utility, value], axis=1)
-
-
-def rank_correlations(x: Array, y: Array) -> Array:
-  """`fronts.monotonicity` of x [P] with each row of y [draws, P]."""
-
-  def ranks(values: Array) -> Array:  # about their mean; ties share theirs
-    other, own = values[..., None, :], values[..., :, None]
-    return (0.5 * (other < own) - 0.5 * (other > own)).sum(axis=-1)
-
-  x_ranks, y_ranks = ranks(x), ranks(y)
-  scale = np.sqrt((x_ranks**2).sum() * (y_ranks**2).sum(axis=1))
-  # What never changes has no rank order.
-  defined = scale > 0
-  found = (y_ranks @ x_ranks) / np.where(defined, scale, 1.0)
-  return np.where(defined, found, math.nan)
-
-
-def _over_runs(runs: Sequence[Run], measure: _Measure) -> Array:
-  """[runs, metrics] on all prompts."""
-  return np.concatenate(
-    [measure(run, np.ones([1, run.rewards.shape[1]])) for run in runs]
-  )
-
-
 def _same_seeds(a: Sequence[Run], b: Sequence[Run]) -> bool:
   seeds = [run.seed for run in a]
   return (
@@ -471,55 +377,6 @@ def _same_seeds(a: Sequence[Run], b: Sequence[Run]) -> bool:
     and None not in seeds
     and len(set(seeds)) == len(seeds)
   )
-
-
-def _bootstrap(
-  methods: Mapping[str, Sequence[Run]],
-  measure: _Measure,
-  num: int,
-  rng: np.random.Generator,
-) -> dict[str, Array]:
-  """Method -> [num, metrics] of resampled prompts and seeds."""
-  first = next(iter(methods.values()))
-  prompts = first[0].rewards.shape[1]
-  counts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), num)
-  shared = rng.integers(len(first), size=(num, len(first)))
-  drawn = {}
-  for name, runs in methods.items():
-    chosen = shared
-    if not _same_seeds(first, runs):
-      chosen = rng.integers(len(runs), size=(num, len(runs)))
-    each = np.stack([measure(run, counts.astype(np.float64)) for run in runs])
-    # Of draw n the runs chosen[n].
-    drawn[name] = each[chosen, np.arange(num)[:, None]].mean(axis=1)
-  return drawn
-
-
-def _paired(
-  first: Sequence[Run], other: Sequence[Run], a: Array, b: Array
-) -> Array:
-  """[runs or 1, metrics]: differences by seed, or else of the means."""
-  if _same_seeds(first, other):
-    return b - a
-  return b.mean(axis=0, keepdims=True) - a.mean(axis=0, keepdims=True)
-
-
-def _values(
-  names: Sequence[str], runs: Array, drawn: Array
-) -> dict[str, Value]:
-  values = {}
-  for i, name in enumerate(names):
-    mean = float(runs[:, i].mean())
-    stderr = None
-    if len(runs) > 1:
-      stderr = float(runs[:, i].std(ddof=1) / math.sqrt(len(runs)))
-    low = high = math.nan
-    if np.isfinite(mean):
-      # Of resamplings in which it is defined.
-      q_low, q_high = np.nanpercentile(drawn[:, i], [2.5, 97.5])
-      low, high = float(2 * mean - q_high), float(2 * mean - q_low)
-    values[name] = Value(mean, stderr, low, high)
-  return values
 
 
 def _dominated(a: Sequence[Run], b: Sequence[Run]) -> float:

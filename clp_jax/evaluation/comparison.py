@@ -21,7 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from clp_jax.evaluation import html, report
-from clp_jax.evaluation.compare import Comparison, Value, in_plane, mean_front
+from clp_jax.evaluation.compare import Comparison, mean_front
+from clp_jax.evaluation.intervals import Value
+from clp_jax.evaluation.metrics import in_plane
 
 Row = dict[str, str]
 
@@ -45,7 +47,7 @@ def tables(found: Comparison) -> dict[str, list[Row]]:
     rows = []
     for name, values in found.differences.items():
       row = {"method": name}
-      for m in (*found.reference_points, "spread", "utility", "value"):
+      for m in (m for m in found.metrics if not m.startswith("rank corr.")):
         row[m] = shown(values[m], _digits(m), sign=True)
       row[f"dominated by {first}"] = f"{found.dominated[first][name]:.2f}"
       row[f"dominates of {first}"] = f"{found.dominated[name][first]:.2f}"
@@ -62,15 +64,21 @@ def note(found: Comparison) -> str:
     + ")"
     for name, point in found.reference_points.items()
   ]
-  several = any(len(runs) > 1 for runs in found.runs.values())
+  seeds = [len(runs) > 1 for runs in found.runs.values()]
   front = found.runs[found.methods[0]][0].front
   plane = in_plane(front)
+  over = "prompts alone: one seed says nothing about others"
+  if any(seeds):
+    over = "prompts and seeds" + ("" if all(seeds) else " (one run: prompts)")
   return (
     f"{'; '.join(points)}. "
-    + ("Means over runs +- standard error over them. " if several else "")
-    + f"In brackets 95% intervals over prompts{' and seeds' * several}, "
-    f"{found.bootstrap} basic bootstrap resamples of {front.prompts} prompts. "
-    "Rank corr.: Spearman's, of each reward with "
+    "IGD+: mean distance from the best points of all methods, the "
+    f"{len(found.best_points)} non-dominated ones of their mean fronts, to the "
+    "method's mean front, where it is worse; lower is better. "
+    + ("Means over runs +- standard error over them. " if any(seeds) else "")
+    + f"In brackets 95% intervals over {over}, of {found.bootstrap} resamples "
+    f"of {front.prompts} prompts; what noise is expected to add is taken off "
+    "the estimates. Rank corr.: Spearman's, of each reward with "
     + ("-alpha. " if plane else "its weight. ")
     + "Utility and value: means over the distribution Q of the weighted "
     "rewards, and of the objective with its KL term. Dominated: share of "
@@ -138,6 +146,7 @@ def to_json(found: Comparison) -> dict[str, Any]:
   return {
     "objectives": list(found.objectives),
     "reference_points": found.reference_points,
+    "best_points": found.best_points,
     "bootstrap": found.bootstrap,
     "methods": {
       name: {

@@ -2,10 +2,10 @@
 
 A front is measured at P weightings; point p has rewards [m], each to be
 maximised, and the weights [m] that it was asked for. Two questions, kept apart:
-how good the points are (`non_dominated`, `hypervolume`, `expected_utility`,
-`dominated_share`) and whether the weights steer (`spread`, `monotonicity`).
-Exact non-dominated filtering and hypervolume are moocore's. NumPy only: nothing
-here runs on a device.
+how good the points are (`non_dominated`, `hypervolume`, `igd_plus`,
+`expected_utility`, `dominated_share`) and whether the weights steer (`spread`,
+`monotonicity`). Exact non-dominated filtering, hypervolume and IGD+ are
+moocore's. NumPy only: nothing here runs on a device.
 """
 
 import moocore
@@ -66,6 +66,31 @@ def hypervolume(rewards: ArrayLike, reference_point: ArrayLike) -> float:
   return float(moocore.hypervolume(counted, ref=reference_point, maximise=True))
 
 
+def hypervolumes(
+  fronts: NDArray[np.float64], reference_point: ArrayLike
+) -> NDArray[np.float64]:
+  """`hypervolume` of many fronts, without checks; those of two rewards at once.
+
+  Args:
+    fronts: [..., P, m] float.
+    reference_point: [m] float.
+
+  Returns:
+    [...] float64.
+  """
+  if fronts.shape[-1] != 2:
+    flat = fronts.reshape(-1, *fronts.shape[-2:])
+    found = [hypervolume(front, reference_point) for front in flat]
+    return np.reshape(found, fronts.shape[:-2])
+  sides = np.maximum(fronts - np.asarray(reference_point), 0)
+  # From the widest box to the narrowest, each adds what is above the others.
+  order = np.argsort(-sides[..., 0], axis=-1)
+  sides = np.take_along_axis(sides, order[..., None], axis=-2)
+  heights = np.maximum.accumulate(sides[..., 1], axis=-1)
+  widths = -np.diff(sides[..., 0], append=0, axis=-1)
+  return (widths * heights).sum(axis=-1)
+
+
 def spread(rewards: ArrayLike) -> float:
   """Diameter of the sweep: the largest distance between two of its points.
 
@@ -107,14 +132,33 @@ def monotonicity(weights: ArrayLike, rewards: ArrayLike) -> NDArray[np.float64]:
   weights, rewards = _pair(weights, rewards)
   if len(rewards) < 2:
     raise ValueError("A rank correlation needs 2 points or more; there is 1.")
-  return np.array(
-    [
-      np.nan
-      if np.ptp(w) == 0 or np.ptp(r) == 0
-      else np.corrcoef(_ranks(w), _ranks(r))[0, 1]
-      for w, r in zip(weights.T, rewards.T, strict=True)
-    ]
-  )
+  pairs = zip(weights.T, rewards.T, strict=True)
+  return np.array([float(rank_correlations(w, r)) for w, r in pairs])
+
+
+def rank_correlations(
+  x: NDArray[np.float64], y: NDArray[np.float64]
+) -> NDArray[np.float64]:
+  """Spearman's rank correlation of x with every row of y, without checks.
+
+  Args:
+    x: [P] float.
+    y: [..., P] float.
+
+  Returns:
+    [...] float64 in [-1, 1], or NaN where x or a row never changes.
+  """
+  x_ranks, y_ranks = centred_ranks(x), centred_ranks(y)
+  scale = np.sqrt((x_ranks**2).sum() * (y_ranks**2).sum(axis=-1))
+  defined = scale > 0
+  found = (y_ranks @ x_ranks) / np.where(defined, scale, 1.0)
+  return np.where(defined, np.clip(found, -1, 1), np.nan)
+
+
+def centred_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+  """[..., P] ranks about their mean; equal values share theirs."""
+  other, own = values[..., None, :], values[..., :, None]
+  return (0.5 * (other < own) - 0.5 * (other > own)).sum(axis=-1)
 
 
 def expected_utility(weights: ArrayLike, rewards: ArrayLike) -> float:
@@ -161,6 +205,33 @@ def dominated_share(a: ArrayLike, b: ArrayLike, margin: float = 0.0) -> float:
   return float(beaten.any(axis=0).mean())
 
 
+def igd_plus(rewards: ArrayLike, reference_set: ArrayLike) -> float:
+  """How far the points fall short of a reference set, on average (IGD+).
+
+  Mean over the set of the Euclidean distance to the nearest point, in which
+  only those rewards count in which the point is worse.
+
+  Args:
+    rewards: [P, m] float, larger is better, P >= 1.
+    reference_set: [Q, m] float, Q >= 1.
+
+  Returns:
+    Distance in the rewards' units, >= 0, lower is better; 0 where every point
+    of the set is reached.
+
+  Raises:
+    ValueError: wrong shapes, or a value that is not finite.
+  """
+  rewards = _matrix("rewards", rewards)
+  reference_set = _matrix("reference_set", reference_set)
+  if rewards.shape[1] != reference_set.shape[1]:
+    raise ValueError(
+      f"rewards has {rewards.shape[1]} rewards and reference_set has "
+      f"{reference_set.shape[1]}; they must be the same rewards."
+    )
+  return float(moocore.igd_plus(rewards, ref=reference_set, maximise=True))
+
+
 def _matrix(name: str, values: ArrayLike) -> NDArray[np.float64]:
   """values as a finite, non-empty [P, m] array of float64."""
   array = np.asarray(values, np.float64)
@@ -186,16 +257,9 @@ def _pair(
   return weights, rewards
 
 
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-  """[P] ranks from 1; equal values share their mean rank."""
-  _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-  return (np.cumsum(counts) - (counts - 1) / 2)[group]
-
-
 def _require_finite(name: str, array: NDArray[np.float64]) -> None:
-  bad = np.argwhere(~np.isfinite(array))
-  if bad.size:
-    where = tuple(int(i) for i in bad[0])
+  if not np.isfinite(array).all():
+    where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
     raise ValueError(
       f"{name} must be finite; {name}{list(where)} is {array[where]}."
     )
