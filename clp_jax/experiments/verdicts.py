@@ -1,17 +1,124 @@
-"""What the figures say about each claim of the paper, and by which rule."""
+"""What the figures say about each claim of the paper, and by which rule.
+
+A claim is tests of some methods against others, in every experiment that bears
+on it. A test looks at the 95% interval of an advantage, A's metric less B's
+(paired where A or B is what the experiment compares with), and at a margin, a
+share of B's value:
+
+  better     holds where the interval is above 0, fails where it is below the
+             margin: there is no advantage as large as that
+  not worse  holds where the interval is above minus the margin, fails where it
+             is below that
+  dominates  holds where A dominates all of B's points but the margin and B no
+             more of A's than that, fails where B dominates more of A's than A
+             of B's; shares have no interval
+
+and is not clear otherwise. A claim holds where all tests do, in part where some
+do, and does not where none does and some fail.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 Json = dict[str, Any]
 
+HOLDS, PART, FAILS, UNCLEAR, UNTESTED = (
+  "holds here",
+  "holds in part",
+  "does not hold",
+  "not clear",
+  "not tested",
+)
+
+
+class Test(NamedTuple):
+  """Of one method against another."""
+
+  kind: str  # better, not worse, dominates
+  margin: float  # a share of the other's value; of dominates, of the points
+  metric: str = ""
+
+  def __str__(self) -> str:
+    if self.kind == "dominates":
+      return f"at least {1 - self.margin:.0%} of its points dominated"
+    if self.kind == "better":
+      return f"{self.metric} better (margin {self.margin:.0%})"
+    return f"{self.metric} not worse by {self.margin:.0%}"
+
+
+class Claim(NamedTuple):
+  """Methods A that should pass tests against methods B."""
+
+  text: str
+  a: tuple[str, ...]
+  b: tuple[str, ...]
+  tests: tuple[Test, ...]
+  experiments: tuple[str, ...]
+
 
 class Verdict(NamedTuple):
-  """On one claim of the paper."""
+  """On one claim."""
 
   claim: str
-  verdict: str  # holds here, holds in part, does not hold, not tested
+  rule: str
+  verdict: str
   figures: str
+
+
+_SOUPS = ("Rewarded Soups", "Rewarded Soups, m x")
+_REWARDS = ("two-reward", "three-reward")
+_KL = ("single-reward-multi-kl",)
+_VOLUMES = ("hypervolume", "near hypervolume")
+
+CLAIMS = (
+  Claim(
+    "CLP Pareto-dominates Rewarded Soups",
+    ("full-CLP",),
+    _SOUPS,
+    (Test("better", 0.01, "hypervolume"), Test("dominates", 0.1)),
+    (*_REWARDS, *_KL),
+  ),
+  Claim(
+    "full- and attn-CLP keep a more spread-out, steerable front than logit-CLP "
+    "and prompting",
+    ("full-CLP", "attn-CLP"),
+    ("logit-CLP", "prompting"),
+    (Test("better", 0.05, "spread"),),
+    (*_REWARDS, *_KL),
+  ),
+  Claim(
+    "attn-CLP is a good balance of front, steerability and number of "
+    "parameters: with fewer of them it is not worse than full-CLP",
+    ("attn-CLP",),
+    ("full-CLP",),
+    (
+      Test("not worse", 0.01, "hypervolume"),
+      Test("not worse", 0.05, "near hypervolume"),
+      Test("not worse", 0.05, "spread"),
+    ),
+    (*_REWARDS, *_KL),
+  ),
+  Claim(
+    "With one reward and many KL weights CLP is better than Rewarded Soups and "
+    "DeRa",
+    ("full-CLP",),
+    (*_SOUPS, "DeRa"),
+    tuple(Test("better", 0.01, metric) for metric in _VOLUMES),
+    _KL,
+  ),
+  Claim(
+    "PPO reaches REINFORCE's front at equal samples (not the paper's)",
+    ("full-CLP, PPO",),
+    ("full-CLP",),
+    (
+      Test("not worse", 0.01, "hypervolume"),
+      Test("not worse", 0.05, "near hypervolume"),
+    ),
+    _REWARDS,
+  ),
+)
+# Of DeRa's time a token, what CLP may take to cost half of it.
+HALF, HALF_MARGIN = 0.5, 0.1
 
 
 def verdicts(
@@ -23,14 +130,8 @@ def verdicts(
     found: experiment -> content of its comparison.json.
     cost: content of costs.json, or None.
   """
-  rows = []
-  for experiment in ("two-reward", "three-reward"):
-    rows.append(_dominates(found.get(experiment), experiment))
-  rows.append(_spread(found.get("two-reward")))
-  rows.append(_attention(found.get("two-reward"), cost))
+  rows = [judge(claim, found) for claim in CLAIMS]
   rows.append(_half_of_dera(cost))
-  rows.append(_kl(found.get("single-reward-multi-kl")))
-  rows.append(_ppo(found.get("two-reward")))
   for claim in (
     "Theory: logit mixing is exact for the KL trade-off",
     "Theory: zero-shot averaging can be near-optimal where the optima align, "
@@ -39,156 +140,118 @@ def verdicts(
     rows.append(
       Verdict(
         claim,
-        "holds here",
-        "on finite response sets with closed-form optima, which the tests "
-        "check: [theory.md](theory.md) has the figures; not a statement about "
-        "trained networks",
+        "tests of closed forms pass",
+        HOLDS,
+        "on finite response sets with closed-form optima: "
+        "[theory.md](theory.md) has the figures; not a statement about trained "
+        "networks",
       )
     )
   rows.append(
     Verdict(
       "A language model as a judge prefers CLP's generations",
-      "not tested",
+      "a judge's win rate above half",
+      UNTESTED,
       "no judge was at hand; evaluation/judge.py is what would ask one",
     )
   )
   return rows
 
 
-def _methods(found: Json | None) -> dict[str, Json]:
-  return {} if found is None else found["methods"]
+def judge(claim: Claim, found: Mapping[str, Json]) -> Verdict:
+  """The verdict on a claim.
+
+  Args:
+    claim: see the module.
+    found: experiment -> content of its comparison.json.
+  """
+  rule = "; ".join(map(str, claim.tests))
+  outcomes, figures, missing = [], [], []
+  for experiment in claim.experiments:
+    methods = found.get(experiment, {}).get("methods", {})
+    pairs = [
+      (a, b) for a in claim.a for b in claim.b if {a, b} <= methods.keys()
+    ]
+    if not pairs:
+      missing.append(experiment)
+    for a, b in pairs:
+      for test in claim.tests:
+        outcome, figure = apply(test, methods, a, b)
+        if outcome != UNTESTED:
+          outcomes.append(outcome)
+          mark = "" if outcome == HOLDS else f" ({outcome})"
+          figures.append(f"{experiment}, {a} over {b}: {figure}{mark}")
+  if missing:
+    figures.append(f"not run: {', '.join(missing)}")
+  verdict = UNTESTED
+  if outcomes:
+    verdict = UNCLEAR
+    if FAILS in outcomes:
+      verdict = FAILS
+    if HOLDS in outcomes:
+      verdict = HOLDS if set(outcomes) == {HOLDS} else PART
+  return Verdict(claim.text, rule, verdict, "; ".join(figures))
 
 
-def _interval(value: Json | None, digits: int = 4) -> str:
-  if value is None or value["mean"] is None:
-    return "-"
-  text = f"{value['mean']:+.{digits}f}"
-  if value["low"] is not None:
-    text += f" [{value['low']:+.{digits}f}, {value['high']:+.{digits}f}]"
-  return text
+def apply(
+  test: Test, methods: Mapping[str, Json], a: str, b: str
+) -> tuple[str, str]:
+  """(outcome, figures) of a test; not tested where a metric is not defined.
 
-
-def _dominates(found: Json | None, experiment: str) -> Verdict:
-  claim = f"CLP Pareto-dominates Rewarded Soups ({experiment})"
-  methods = _methods(found)
-  soups = [n for n in methods if n.startswith("Rewarded Soups")]
-  if "full-CLP" not in methods or not soups:
-    return Verdict(claim, "not tested", "no runs yet")
-  figures, strict, larger = [], True, True
-  for name in soups:
-    difference = methods[name]["difference"]["hypervolume"]
-    share = methods["full-CLP"]["dominates"][name]
-    back = methods[name]["dominates"]["full-CLP"]
-    strict &= share == 1
-    larger &= difference["high"] is not None and difference["high"] < 0
-    figures.append(
-      f"{name}: hypervolume {_interval(difference)} against full-CLP, "
-      f"{share:.0%} of its points dominated, {back:.0%} of full-CLP's"
-    )
-  verdict = "does not hold"
-  if strict:
-    verdict = "holds here"
-  elif larger:
-    verdict = "holds in part: larger hypervolume, not point by point"
-  return Verdict(claim, verdict, "; ".join(figures))
-
-
-def _spread(found: Json | None) -> Verdict:
-  claim = (
-    "full- and attn-CLP keep a more spread-out, steerable front than logit-CLP "
-    "and prompting"
+  Args:
+    test: see the module.
+    methods: name -> its part of comparison.json.
+    a: a method.
+    b: another, that a should do better than.
+  """
+  if test.kind == "dominates":
+    share, back = methods[a]["dominates"][b], methods[b]["dominates"][a]
+    outcome = UNCLEAR
+    if share >= 1 - test.margin and back <= test.margin:
+      outcome = HOLDS
+    elif back > share:
+      outcome = FAILS
+    return outcome, f"dominates {share:.0%} of its points, it {back:.0%}"
+  found = _advantage(methods, a, b, test.metric)
+  if found is None:
+    return UNTESTED, ""
+  mean, low, high = found
+  margin = test.margin * abs(methods[b]["metrics"][test.metric]["mean"])
+  outcome = UNCLEAR
+  if test.kind == "better":
+    outcome = HOLDS if low > 0 else FAILS if high < margin else UNCLEAR
+  elif low > -margin:
+    outcome = HOLDS
+  elif high < -margin:
+    outcome = FAILS
+  return outcome, (
+    f"{test.metric} {mean:+.4f} [{low:+.4f}, {high:+.4f}], margin {margin:.4f}"
   )
-  methods = _methods(found)
-  narrow = [n for n in ("logit-CLP", "prompting") if n in methods]
-  wide = [n for n in ("full-CLP", "attn-CLP") if n in methods]
-  if not narrow or not wide:
-    return Verdict(claim, "not tested", "no runs yet")
-
-  def spread(name: str) -> float:
-    return methods[name]["metrics"]["spread"]["mean"]
-
-  figures = ", ".join(
-    f"{n} {_interval(methods[n]['metrics']['spread'], 3)}"
-    for n in (*wide, *narrow)
-  )
-  holds = min(map(spread, wide)) > max(map(spread, narrow))
-  untested = "" if "prompting" in methods else "; prompting not run yet"
-  verdict = "holds here" if holds else "does not hold"
-  return Verdict(claim, verdict, f"spread: {figures}{untested}")
 
 
-def _attention(found: Json | None, cost: Mapping[str, Any] | None) -> Verdict:
-  claim = (
-    "attn-CLP is a good balance of front, steerability and number of parameters"
-  )
-  methods = _methods(found)
-  if not {"full-CLP", "attn-CLP"} <= set(methods):
-    return Verdict(claim, "not tested", "no runs yet")
-  difference = methods["attn-CLP"]["difference"]
-  figures = (
-    f"hypervolume {_interval(difference['hypervolume'])}, spread "
-    f"{_interval(difference['spread'], 3)} against full-CLP"
-  )
-  if cost is not None:
-    shares = [f"{s}: {x:.0%}" for s, x in cost["attention_share"].items()]
-    figures += f"; of the extra parameters {', '.join(shares)}"
-  high = difference["hypervolume"]["high"]
-  holds = high is not None and high >= 0
-  verdict = "holds here" if holds else "holds in part: smaller hypervolume"
-  return Verdict(claim, verdict, figures)
+def _advantage(
+  methods: Mapping[str, Json], a: str, b: str, metric: str
+) -> tuple[float, float, float] | None:
+  """(mean, low, high) of a's metric less b's, or None."""
+  values = [methods[name]["metrics"].get(metric) for name in (a, b)]
+  if any(value is None or value["mean"] is None for value in values):
+    return None
+  for name, other, sign in ((a, b, 1), (b, a, -1)):
+    # The first method has no difference, the others' are from it.
+    if methods[other]["difference"] is None:
+      found = methods[name]["difference"][metric]
+      low, high = sorted((sign * found["low"], sign * found["high"]))
+      return sign * found["mean"], low, high
+  x, y = values
+  return x["mean"] - y["mean"], x["low"] - y["high"], x["high"] - y["low"]
 
 
 def _half_of_dera(cost: Mapping[str, Any] | None) -> Verdict:
   claim = "CLP costs half of DeRa at inference"
+  rule = f"{HALF} of its time a token (margin {HALF_MARGIN})"
   if cost is None:
-    return Verdict(claim, "not tested", "not measured yet")
+    return Verdict(claim, rule, UNTESTED, "not measured yet")
   over = {t["method"]: t["over_first"] for t in cost["times"]}
   ratio = 1 / over["DeRa"]
-  verdict = "holds here" if ratio < 0.6 else "holds in part"
-  return Verdict(claim, verdict, f"{ratio:.2f} of DeRa's time a token")
-
-
-def _kl(found: Json | None) -> Verdict:
-  claim = "With one reward and many KL weights CLP is better than RS and DeRa"
-  methods = _methods(found)
-  others = [n for n in methods if n.startswith(("Rewarded Soups", "DeRa"))]
-  if "full-CLP" not in methods or not others:
-    return Verdict(claim, "not tested", "no runs yet")
-  figures, holds, fails = [], True, False
-  for name in others:
-    difference = methods[name]["difference"]["hypervolume"]
-    known = difference["low"] is not None
-    holds &= known and difference["high"] < 0
-    fails |= known and difference["low"] > 0
-    figures.append(f"{name} {_interval(difference)}")
-  verdict = "holds here" if holds else "not clear"
-  if fails:
-    verdict = "does not hold"
-  return Verdict(
-    claim,
-    verdict,
-    f"hypervolume in reward and KL against full-CLP: {', '.join(figures)}",
-  )
-
-
-def _ppo(found: Json | None) -> Verdict:
-  claim = (
-    "PPO reaches REINFORCE's hypervolume at equal samples (not the paper's)"
-  )
-  methods = _methods(found)
-  name = next((n for n in methods if "PPO" in n), None)
-  if name is None or "full-CLP" not in methods:
-    return Verdict(claim, "not tested", "no runs yet")
-  difference = methods[name]["difference"]["hypervolume"]
-  mean = difference["mean"]
-  verdict = "holds here" if mean >= 0 else "does not hold"
-  if (
-    difference["low"] is not None and difference["low"] < 0 < difference["high"]
-  ):
-    verdict += ", within the interval"
-  return Verdict(
-    claim,
-    verdict,
-    f"hypervolume {_interval(difference)}; what was tried is in "
-    "[BUILD_NOTES.md](../BUILD_NOTES.md)",
-  )
+  verdict = HOLDS if ratio < HALF + HALF_MARGIN else FAILS
+  return Verdict(claim, rule, verdict, f"{ratio:.2f} of DeRa's time a token")
