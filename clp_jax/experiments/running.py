@@ -40,6 +40,7 @@ from clp_jax.evaluation import (
   compare,
   comparison,
   measurements,
+  metrics,
   report,
   sweep,
   units,
@@ -398,7 +399,7 @@ def _fronts(plan: Plan) -> dict[str, Any]:
         "value": cell.value,
         "samples": front.training_samples,
         "updates": _updates(plan, cell),
-        "weightings": np.round(compare.weightings_of(front), 5).tolist(),
+        "weightings": np.round(metrics.weightings_of(front), 5).tolist(),
         "runs": [],
       },
     )
