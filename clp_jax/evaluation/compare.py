@@ -304,7 +304,8 @@ def _samples(
   """Every method's metrics, with draws of their errors."""
   first, *_ = methods.values()
   prompts = first[0].rewards.shape[1]
-  counts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), num)
+  drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), num)
+  counts = drawn.astype(np.float64)
   shared = intervals.luck(len(first), num, rng)
   noise, luck, whose = [], [], []
   for name, runs in methods.items():

@@ -269,7 +269,7 @@ def steered(points: Array, weightings: Array) -> Array:
   made = points.copy()
   for i, asked in enumerate(_asked(weightings)):
     ranks = fronts_lib.centred_ranks(asked)
-    slope = ranks @ points[:, i] / max(ranks @ ranks, 1)
+    slope = ranks @ points[:, i] / max(float(ranks @ ranks), 1.0)
     made[:, i] = points[:, i].mean() + slope * ranks
   return made
 
