@@ -19,6 +19,7 @@ import runs
 import scipy.stats
 import small_t5
 
+from clp_jax import config as config_lib
 from clp_jax import run_folder
 from clp_jax.data import vocabulary
 from clp_jax.evaluation import judge, judge_endpoint
@@ -573,6 +574,47 @@ def test_samples_of_runs_are_read_by_weighting(tmp_path):
   }
   assert "x=0.25,y=0.75" in out
   assert result["win_rate"]["n"] == 1  # one document
+
+
+def test_documents_may_be_in_the_runs_own_field(tmp_path):
+  """The run's samples beside a file, and two files."""
+  config = config_lib.get_config()
+  config.data.document_field = "dialogue"
+  run = tmp_path / "run" / "evaluation"
+  run.mkdir(parents=True)
+  run_folder.write_json(run.parent / "config.json", config_lib.to_json(config))
+  samples_file(run / "samples.jsonl", "w")
+  rows = map(json.loads, (run / "samples.jsonl").read_text().splitlines())
+  files = [tmp_path / f"{name}.jsonl" for name in "ab"]
+  lines = [
+    json.dumps({"dialogue": row["document"], "summary": f"{row['summary']} w"})
+    for row in rows
+  ]
+  files[0].write_text("\n".join(lines))
+  files[1].write_text("\n".join(lines).replace(' w"', '"'))
+
+  def judged(name, *arguments):
+    return (
+      *("judge", *arguments, "--output", tmp_path / name),
+      *("--endpoint", stub.url, "--model", "m"),
+    )
+
+  with Server(prefers_short) as stub:
+    for name, arguments in {
+      "folder": (run.parent, files[0]),
+      "files": (files[1], files[0], "--document-field", "dialogue"),
+    }.items():
+      status, out, err = runs.clp(*judged(name, *arguments))
+      assert status == 0, err
+      assert "6 wins, 0 ties" in out
+    fails(1, 'an object with a "document" string', judged("no", *files))
+    files[0].write_text('{"text": "x", "summary": "y"}')
+    fails(
+      1,
+      'a.jsonl, line 1: expected an object with a "dialogue" or "document" '
+      "string.",
+      judged("no", run.parent, files[0]),
+    )
 
 
 @pytest.mark.slow

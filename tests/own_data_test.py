@@ -3,6 +3,7 @@
 import json
 import pathlib
 import socket
+import types
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from clp_jax.batches import train_batches
 from clp_jax.cli.arguments import load_config
 from clp_jax.data import newsroom, newsroom_text, vocabulary
 from clp_jax.models import t5
+from clp_jax.serving import server
 from clp_jax.train import checkpoints
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -148,6 +150,40 @@ def test_a_policy_reads_its_documents_through_the_template(sft):
   )[0]
   logp = jax.nn.log_softmax(logits)
   np.testing.assert_allclose(score, logp[0, museum] + logp[1, 1], rtol=1e-4)
+
+
+def test_generate_reads_the_runs_own_field_before_document(
+  sft, folder, tmp_path
+):
+  own = (folder / "dev.jsonl").read_text().splitlines()[:2]
+  text = json.loads(own[0])["text"]
+  rows = [*own, json.dumps({"document": text, "tldr": "x"})]
+  rows.append(json.dumps({"text": text, "document": "mill"}))
+  file = tmp_path / "in.jsonl"
+  file.write_text("\n".join(rows))
+  command = ("generate", "--workdir", sft[0], "--input", file)
+  status, out, err = runs.clp(*command, "--temperature", 0)
+  assert status == 0, err
+  written = [json.loads(line) for line in out.splitlines()]
+  summaries = [row.pop("summary") for row in written]
+  assert written == [json.loads(row) for row in rows]
+  assert summaries[0] == summaries[2] == summaries[3]
+  file.write_text('{"dialogue": "x"}')
+  status, _, err = runs.clp(*command)
+  assert status == 1
+  assert 'line 1: expected an object with a "text" or "document" string.' in err
+
+
+def test_the_server_offers_documents_of_the_runs_own_field(sft, tmp_path):
+  config = run_folder.load_config(str(sft[0]))
+  policy = types.SimpleNamespace(config=config, workdir=str(tmp_path))
+  samples = tmp_path / "evaluation" / "samples.jsonl"
+  samples.parent.mkdir()
+  shared = {"reference": "r", "weights": {}, "summary": "s"}
+  rows = [shared | {"text": "own"}, shared | {"document": "as written"}]
+  samples.write_text("\n".join(map(json.dumps, rows)))
+  offered = server.example_documents(policy).data
+  assert [document.document for document in offered] == ["own", "as written"]
 
 
 def test_what_is_cut_is_logged_once(folder, caplog):

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--input",
     default="-",
     metavar="FILE",
-    help='JSONL with "document", and optional "weights" and "alpha" '
-    "(default: -, standard input)",
+    help='JSONL with the run\'s data.document_field or "document", and '
+    'optional "weights" and "alpha" (default: -, standard input)',
   )
   parser.add_argument(
     "--temperature", type=float, default=1.0, help="0 is greedy (default: 1)"
@@ -70,14 +70,14 @@ def _generate(policy, lines: TextIO, name: str, args: argparse.Namespace):
   done = 0
   for rows in _chunks(_read(policy, lines, name, args)):
     summaries = policy.generate(
-      [row["document"] for row, _, _ in rows],
-      [weights for _, weights, _ in rows],
-      [alpha for _, _, alpha in rows],
+      [document for _, document, _, _ in rows],
+      [weights for _, _, weights, _ in rows],
+      [alpha for _, _, _, alpha in rows],
       temperature=args.temperature,
       seed=args.seed,
       first_row=done,
     )
-    for (row, _, _), summary in zip(rows, summaries, strict=True):
+    for (row, *_), summary in zip(rows, summaries, strict=True):
       print(json.dumps(row | {"summary": summary}, ensure_ascii=False))
     sys.stdout.flush()
     done += len(rows)
@@ -85,8 +85,10 @@ def _generate(policy, lines: TextIO, name: str, args: argparse.Namespace):
 
 def _read(
   policy, lines: TextIO, name: str, args: argparse.Namespace
-) -> Iterator[tuple[dict[str, Any], Any, Any]]:
-  """(row, weights, alpha) of every line that is not blank, checked."""
+) -> Iterator[tuple[dict[str, Any], str, Any, Any]]:
+  """(row, document, weights, alpha) of every line that is not blank."""
+  from clp_jax.data import jsonl
+
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
@@ -95,15 +97,17 @@ def _read(
       row = json.loads(line)
     except ValueError as error:
       raise RunError(f"{where}: not valid JSON: {error}.") from error
-    if not isinstance(row, dict) or not isinstance(row.get("document"), str):
-      raise RunError(f'{where}: expected an object with a "document" string.')
+    try:
+      document = jsonl.document_of(row, [policy.config.data.document_field])
+    except ValueError as error:
+      raise RunError(f"{where}: {error}") from error
     weights = row.get("weights", args.weights)
     alpha = row.get("alpha", args.alpha)
     try:
       policy.coefficients(weights, alpha)
     except (AttributeError, TypeError, ValueError) as error:
       raise RunError(f"{where}: {error}") from error
-    yield row, weights, alpha
+    yield row, document, weights, alpha
 
 
 def _chunks(rows):

@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "rate is the first one's",
   )
   parser.add_argument(
+    "--document-field",
+    metavar="NAME",
+    help="of the JSONL files' documents (default: data.document_field of a run "
+    'among the two, or "document")',
+  )
+  parser.add_argument(
     "--output", required=True, metavar="DIR", help="for answers and result"
   )
   model = parser.add_argument_group("a language model behind HTTP")
@@ -187,9 +193,16 @@ def _samples(path: str, args: argparse.Namespace) -> list[dict]:
     return _fresh(path, args)
   from etils import epath
 
+  from clp_jax.data import jsonl
+
   file = epath.Path(path)
   if file.is_dir():
+    fields = _document_fields([path])
     file = file / "evaluation" / "samples.jsonl"
+  elif args.document_field is not None:
+    fields = [args.document_field]
+  else:
+    fields = _document_fields(args.runs)
   if not file.exists():
     raise RunError(
       f"there is no {file}; `clp evaluate --workdir {path}` writes it."
@@ -199,10 +212,28 @@ def _samples(path: str, args: argparse.Namespace) -> list[dict]:
     if not line.strip():
       continue
     try:
-      rows.append(json.loads(line))
+      row = json.loads(line)
     except ValueError as error:
       raise RunError(f"{file}, line {number}: not JSON: {error}.") from error
+    try:
+      document = jsonl.document_of(row, fields)
+    except ValueError as error:
+      raise RunError(f"{file}, line {number}: {error}") from error
+    rows.append(row | {"document": document})
   return rows
+
+
+def _document_fields(paths: list[str]) -> list[str]:
+  """data.document_field of those that are runs."""
+  from etils import epath
+
+  from clp_jax.run_folder import load_config
+
+  return [
+    load_config(path).data.document_field
+    for path in paths
+    if (epath.Path(path) / "config.json").exists()
+  ]
 
 
 def _fresh(path: str, args: argparse.Namespace) -> list[dict]:

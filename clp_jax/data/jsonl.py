@@ -89,6 +89,26 @@ def read_rows(pattern: str, fields: Sequence[str]) -> Rows:
   return rows
 
 
+def document_of(row: Any, fields: Sequence[str]) -> str:
+  """The document of a row that was made for a run, or by one.
+
+  Args:
+    row: a line's content.
+    fields: names that the run knows it by, the first that is there counts;
+      "document", as rows that runs write have it, is always the last.
+
+  Raises:
+    ValueError: it is none, or has no such field that is a string.
+  """
+  names = tuple(dict.fromkeys((*fields, "document")))
+  if isinstance(row, dict):
+    for name in names:
+      if isinstance(row.get(name), str):
+        return row[name]
+  known = " or ".join(f'"{name}"' for name in names)
+  raise ValueError(f"expected an object with a {known} string.")
+
+
 def make_task(
   *,
   train: str,

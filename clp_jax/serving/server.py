@@ -14,6 +14,7 @@ from etils import epath
 
 from clp_jax import batches, run_folder
 from clp_jax.config import ConfigError
+from clp_jax.data import jsonl
 from clp_jax.evaluation import examples, report
 from clp_jax.policy import Policy
 from clp_jax.serving import schema
@@ -160,7 +161,9 @@ def example_documents(policy: Policy) -> schema.Documents:
   file = run_folder.folder(policy.workdir) / "evaluation" / "samples.jsonl"
   try:
     if file.exists():
+      fields = [policy.config.data.document_field]
       rows = [json.loads(line) for line in file.read_text().splitlines()]
+      rows = [r | {"document": jsonl.document_of(r, fields)} for r in rows]
       references = {row["document"]: row["reference"] for row in rows}
       chosen = examples.telling(rows, EXAMPLES)
       pairs = {document: references[document] for document in chosen}
