@@ -225,7 +225,8 @@ def weights_array(
     values = [float(weights.get(name, 0.0)) for name in objectives]
   except (TypeError, ValueError) as error:
     raise ValueError(f"weights must be numbers, got {weights}.") from error
-  array = np.asarray(values, np.float32)
+  with np.errstate(over="ignore"):  # infinite is refused below
+    array = np.asarray(values, np.float32)
   check_weights(array, len(objectives))
   return array
 

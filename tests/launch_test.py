@@ -25,6 +25,13 @@ from fake_gcloud import cloud as cloud_lib
 from clp_jax.cli import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Runs the command that follows. A suite that was started in the background
+# ignores SIGINT, and a shell can't trap what was ignored before it.
+HEARS_SIGINT = (
+  *(sys.executable, "-ISc"),
+  "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+  "os.execv(sys.argv[1], sys.argv[1:])",
+)
 
 # On the workers' PATH: makes the environment that worker.sh asks for, with
 # CLP from the cloud's folder as its `clp`.
@@ -103,16 +110,13 @@ class Launcher:
       (self.folder / "err").open("w") as err,
     ):
       return subprocess.Popen(
-        [self.checkout / "launch" / "tpu.sh", *arguments],
+        [*HEARS_SIGINT, self.checkout / "launch" / "tpu.sh", *arguments],
         env=self.environment,
         cwd="/",
         stdin=subprocess.DEVNULL,
         stdout=out,
         stderr=err,
         start_new_session=True,
-        # A suite that was started in the background ignores it, and a shell
-        # can't trap what was ignored before it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
       )
 
   def wait_for(self, text):

@@ -63,6 +63,11 @@ def test_alpha_out_of_range_is_an_error(alpha):
     weightings.Distribution(2, alpha=alpha)
 
 
+def test_a_weight_beyond_float32_is_an_error_without_a_warning():
+  with pytest.raises(ValueError, match="must be finite"):
+    weightings.weights_array({"a": 1e300}, ["a", "b"])
+
+
 def test_named_weights_take_the_order_of_the_objectives():
   array = weightings.weights_array({"c": 0.25, "a": 0.75}, ("a", "b", "c"))
   np.testing.assert_array_equal(array, np.float32([0.75, 0, 0.25]))
