@@ -148,9 +148,11 @@ class TestIgdPlus:
   def test_by_hand(self):
     # (0.5, 0.9): 0.1 short in the one reward, above in the other. (0.9, 0.2):
     # nearest is (0.8, 0.1), short by 0.1 in both.
-    assert fronts.igd_plus(
-      [[0.6, 0.8], [0.8, 0.1]], [[0.5, 0.9], [0.9, 0.2]]
-    ) == pytest.approx((0.1 + 0.1 * np.sqrt(2)) / 2)
+    front = np.array([[0.6, 0.8], [0.8, 0.1]])
+    best = np.array([[0.5, 0.9], [0.9, 0.2]])
+    assert fronts.igd_plus(front, best) == (
+      pytest.approx((0.1 + 0.1 * np.sqrt(2)) / 2)
+    )
 
   @hypothesis.given(_rewards(rewards=(2, 2)), _rewards(rewards=(2, 2)))
   def test_agrees_with_a_double_loop(self, rewards, best):
@@ -158,10 +160,6 @@ class TestIgdPlus:
       min(np.linalg.norm(np.maximum(z - p, 0)) for p in rewards) for z in best
     ]
     assert fronts.igd_plus(rewards, best) == pytest.approx(np.mean(short))
-
-  def test_a_set_of_other_rewards(self):
-    with pytest.raises(ValueError, match="2 rewards and reference_set has 1"):
-      fronts.igd_plus([[0.1, 0.2]], [[0.1]])
 
 
 class TestSpread:
@@ -269,7 +267,6 @@ class TestErrors:
       fronts.non_dominated,
       fronts.spread,
       lambda r: fronts.hypervolume(r, [0.0, 0.0]),
-      lambda r: fronts.igd_plus(r, r),
       lambda r: fronts.monotonicity(r, r),
       lambda r: fronts.expected_utility(r, r),
       lambda r: fronts.dominated_share(r, [[0.1, 0.2]]),

@@ -205,30 +205,22 @@ def dominated_share(a: ArrayLike, b: ArrayLike, margin: float = 0.0) -> float:
   return float(beaten.any(axis=0).mean())
 
 
-def igd_plus(rewards: ArrayLike, reference_set: ArrayLike) -> float:
-  """How far the points fall short of a reference set, on average (IGD+).
+def igd_plus(
+  rewards: NDArray[np.float64], reference_set: NDArray[np.float64]
+) -> float:
+  """How far the points fall short of a reference set (IGD+), without checks.
 
   Mean over the set of the Euclidean distance to the nearest point, in which
   only those rewards count in which the point is worse.
 
   Args:
-    rewards: [P, m] float, larger is better, P >= 1.
-    reference_set: [Q, m] float, Q >= 1.
+    rewards: [P, m] float64, larger is better, P >= 1, m >= 2.
+    reference_set: [Q, m] float64, Q >= 1.
 
   Returns:
     Distance in the rewards' units, >= 0, lower is better; 0 where every point
     of the set is reached.
-
-  Raises:
-    ValueError: wrong shapes, or a value that is not finite.
   """
-  rewards = _matrix("rewards", rewards)
-  reference_set = _matrix("reference_set", reference_set)
-  if rewards.shape[1] != reference_set.shape[1]:
-    raise ValueError(
-      f"rewards has {rewards.shape[1]} rewards and reference_set has "
-      f"{reference_set.shape[1]}; they must be the same rewards."
-    )
   return float(moocore.igd_plus(rewards, ref=reference_set, maximise=True))
 
 

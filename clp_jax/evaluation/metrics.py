@@ -156,17 +156,15 @@ class Measure:
 
   def best_points(self, points: Sequence[Array]) -> Array:
     """[Q, axes]: IGD+'s reference set, of every method's mean [P, m + 1]."""
-    pooled = np.concatenate(points)[:, self._axes]
-    return pooled[fronts_lib.non_dominated(pooled)]
+    return _best([p[:, self._axes] for p in points])
 
   def _igd_plus(self, points: Sequence[Array]) -> Array:
     """[methods, draws, 1], of every method's mean points [draws, P, m + 1]."""
+    traded = [np.ascontiguousarray(p[..., self._axes]) for p in points]
     found = []
-    for drawn in zip(*points, strict=True):
-      best = self.best_points(drawn)
-      found.append(
-        [[fronts_lib.igd_plus(p[:, self._axes], best)] for p in drawn]
-      )
+    for drawn in zip(*traded, strict=True):
+      best = _best(drawn)
+      found.append([[fronts_lib.igd_plus(p, best)] for p in drawn])
     return np.swapaxes(found, 0, 1)
 
   def _set_igd_plus(
@@ -189,9 +187,11 @@ class Measure:
       for i in runs:
         noise += luck[i][:, None, None] * (points[i] - mean)
     found = intervals.sample(self._igd_plus, means, of_prompts)
-    unbiased, seen = intervals.unbiased_and_seen(
-      self._igd_plus, means, with_seeds
-    )
+    unbiased, seen, _, _ = found.errors
+    if any(len(runs) > 1 for runs in self._methods):
+      unbiased, seen = intervals.unbiased_and_seen(
+        self._igd_plus, means, with_seeds
+      )
     twice = unbiased + 2 * (found.errors[1] - found.errors[0])
     most = unbiased + found.errors[3] - found.errors[0]
     errors = np.stack([unbiased, 2 * unbiased - seen, twice, most])
@@ -221,6 +221,12 @@ class Measure:
     return weightings.shape == grid.shape and np.allclose(
       weightings, grid, atol=1e-6
     )
+
+
+def _best(points: Sequence[Array]) -> Array:
+  """The non-dominated of several fronts' points."""
+  pooled = np.concatenate(points)
+  return pooled[fronts_lib.non_dominated(pooled)]
 
 
 def _farthest(points: Array, drawn: Array) -> Array:
