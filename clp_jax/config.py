@@ -238,7 +238,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.eval.samples = 2  # a prompt
   c.eval.temperature = 1.0  # 0 is greedy
   c.eval.batch = 256  # prompts decoded together
-  # Of the hypervolume, one value an objective; None is the origin.
+  # Of the hypervolume, one value an objective, in the units that are
+  # optimised; None is 0, and -3 where an objective is normalised.
   c.eval.reference_point = config_dict.placeholder(tuple)
 
   c.mesh = ml_collections.ConfigDict()
@@ -583,7 +584,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   if point is not None and len(point) != len(objectives):
     raise ConfigError(
       f"eval.reference_point has {len(point)} values for {len(objectives)} "
-      "objectives; give one each, or None for the origin."
+      "objectives; give one each, or None for the default."
     )
 
 
