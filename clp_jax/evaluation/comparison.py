@@ -82,7 +82,9 @@ def note(found: Comparison) -> str:
     + ("-alpha. " if plane else "its weight. ")
     + "Utility and value: means over the distribution Q of the weighted "
     "rewards, and of the objective with its KL term. Dominated: share of "
-    "points beaten in every " + ("reward and in KL." if plane else "reward.")
+    "points beaten in every "
+    + ("reward and in KL." if plane else "reward.")
+    + report.units_note(front)
   )
 
 

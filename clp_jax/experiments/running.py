@@ -321,11 +321,13 @@ def write(plan: Plan, failures: list[str]) -> compare.Comparison:
       "to compare."
     )
   near = point = None
-  if plan.config.data.task == "newsroom":
+  axes = plan.config.objectives
+  if plan.config.data.task == "newsroom" and all(
+    plan.config.rewards[o].normalise == "none" for o in axes
+  ):  # `near` is in raw units
     near = plan.experiment.near
     if near is not None and "kl" in near:  # whatever the methods' largest is
-      axes = plan.config.objectives
-      own = plan.config.eval.reference_point or (0.0,) * len(axes)
+      own = units.reference_point(plan.config)
       point = dict(zip(axes, own, strict=True)) | {"kl": near["kl"]}
   found = compare.compare(
     methods,
@@ -698,11 +700,7 @@ def _is_evaluated(plan: Plan, folder: str, steps: int) -> bool:
   front = report.load_front(f"{directory}/front.json")
   asked = config_lib.to_json(plan.config)["eval"] | {"seed": EVALUATION_SEED}
   del asked["batch"]  # changes nothing
-  if asked["reference_point"] is None:
-    kinds = [plan.config.rewards[o].normalise for o in front.objectives]
-    asked["reference_point"] = [
-      0.0 if kind == "none" else units.BELOW for kind in kinds
-    ]
+  asked["reference_point"] = list(units.reference_point(plan.config))
   found = {
     **front.decoding,
     "prompts": front.prompts,
