@@ -40,7 +40,8 @@ def rows(
     rank: of the adapters.
     soft_tokens: P.
   """
-  config = dataclasses.replace(model_config, scan_layers=True)  # traces faster
+  # Scanned layers trace faster; no count depends on the end of sequence.
+  config = dataclasses.replace(model_config, scan_layers=True, eos_ids=(1,))
 
   def bank(kind, **settings):
     return Bank(config, kind, num_rewards, **settings).counts()
