@@ -241,9 +241,9 @@ def _farthest(points: Array, drawn: Array) -> Array:
   towards = apart / np.where(lengths > 0, lengths, 1)[..., None]
   noise = (drawn[:, :, None] - drawn[:, None])[..., :-1]
   errors = (noise * towards).sum(axis=3)  # [draws, P, P]
-  farthest = np.unravel_index(lengths.argmax(), lengths.shape)
-  against = (errors - errors[:, *farthest][:, None, None]).std(axis=0)
-  tied = lengths >= lengths[farthest] - TIED * against
+  row, column = divmod(int(np.argmax(lengths)), lengths.shape[1])
+  against = (errors - errors[:, row, column][:, None, None]).std(axis=0)
+  tied = lengths >= lengths[row, column] - TIED * against
   return errors[:, tied].max(axis=1)
 
 
