@@ -136,7 +136,11 @@ def test_the_best_rate_is_each_methods_own():
   )
   assert protocol.best_rates(content) == {"full-CLP": 1e-3, "LoRA": 3e-3}
   table = protocol.text({"choose-rate": content | {"command": "clp ..."}})
-  assert table.count("**") == 4
+  assert table.count("**") == 4 + 2
+  assert (
+    "**Not measured yet:** choose-supervised, choose-steps, choose-rate-kl;"
+    in table
+  )
 
 
 def test_numbers_are_json_with_a_line_for_each_front():

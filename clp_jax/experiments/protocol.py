@@ -36,10 +36,10 @@ MAX_STEPS = 4000
 # Steps of the supervised curve, each half as many more as the one before.
 SUPERVISED_VALUES: tuple[int, ...] = (1400, 2100, 3150, 4725)
 
-# What was chosen.
-SUPERVISED_STEPS = 3150
-STEPS = 2000
-# Method -> learning rate, of several rewards and of one against KL.
+SUPERVISED_STEPS = 3150  # chosen
+STEPS = 2000  # until choose-steps has been run: what shorter runs suggest
+# Method -> learning rate, of several rewards and of one against KL; others take
+# the config's, as all do until choose-rate and choose-rate-kl have been run.
 CHOSEN_RATES: dict[str, float] = {}
 CHOSEN_RATES_KL: dict[str, float] = {}
 
@@ -102,6 +102,12 @@ def text(contents: Mapping[str, Json]) -> str:
     "for nothing else. Two supervised checkpoints, three seeds (two of the "
     "ablations), the same prompts, decoding and random keys for all methods.\n"
   ]
+  missing = [n for n in (SUPERVISED, *CHOOSING) if n not in contents]
+  if missing:
+    parts.append(
+      f"**Not measured yet:** {', '.join(missing)}; until then what "
+      "they are to choose is provisional.\n"
+    )
   if (content := contents.get(SUPERVISED)) is not None:
     rows = []
     before = None
