@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from clp_jax import adapters, conditioning
-from clp_jax.models import t5
+from clp_jax.models import families
 
 Params = Any
 STEERING = ("full", "attention", "logits", "lora", "svd_lora", "none")
@@ -58,7 +58,7 @@ class Bank:
     adapter: of the kinds lora and svd_lora, else None.
   """
 
-  reference_config: t5.T5Config
+  reference_config: families.Config
   kind: str
   num_sets: int
   frozen_kl: bool = False
@@ -82,7 +82,7 @@ class Bank:
       )
 
   @property
-  def model_config(self) -> t5.T5Config:
+  def model_config(self) -> families.Config:
     """Of the policies: soft tokens are part of their T5."""
     return dataclasses.replace(
       self.reference_config, soft_tokens=self.soft_tokens
@@ -91,7 +91,7 @@ class Bank:
   @functools.cached_property
   def steerable(self) -> Params:
     """Over a policy's tree: True where a leaf depends on the weighting."""
-    abstract = t5.abstract_params(self.model_config)
+    abstract = families.build(self.model_config).abstract()
     kind = "none" if self.adapter is not None else self.kind
     flat = _flatten(conditioning.steerable_leaves(abstract, kind))
     return _unflatten({p: s or self._adapts(p) for p, s in flat.items()})
@@ -194,7 +194,7 @@ class Bank:
 
   def counts(self) -> Counts:
     """How many numbers the bank trains, and what steering by it has to keep."""
-    reference = t5.abstract_params(self.reference_config)
+    reference = families.build(self.reference_config).abstract()
     params = jax.eval_shape(self.init, reference, jax.random.key(0))
     trained = _flatten(params)
     frozen = [
@@ -218,7 +218,7 @@ class Bank:
   def logical_axes(self) -> Params:
     """Logical axes of what is trained, a tuple of names for each array."""
     flat: dict[tuple[str, ...], Any] = {}
-    axes = traverse_util.flatten_dict(t5.logical_axes(self.model_config))
+    axes = traverse_util.flatten_dict(families.build(self.model_config).axes())
     for path, names in axes.items():
       if self._adapts(path):
         assert self.adapter is not None

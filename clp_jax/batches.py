@@ -10,36 +10,82 @@ from jax.sharding import Mesh
 
 from clp_jax import config as config_lib
 from clp_jax import sharding
-from clp_jax.data import jsonl, tasks
+from clp_jax.data import jsonl, newsroom, reader, tasks
+from clp_jax.data.reader import Batch, Reader
+from clp_jax.data.tokenizer import Tokenizer, parse_template
 from clp_jax.data.vocabulary import for_seqio
 
 
-def load_task(config: ml_collections.ConfigDict, vocabulary: Any) -> Any:
-  """The seqio Task of a config's `data`: a named one, or its JSONL files.
+class _WithoutReferences:
+  """Rows of documents alone, whose references are empty."""
 
-  Args:
-    config: a training config; reads `data`.
-    vocabulary: of the model.
+  def __init__(self, rows: jsonl.Rows):
+    self._rows = rows
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, row: int) -> tuple[Any, str]:
+    return self._rows[row][0], ""
+
+
+def _jsonl_rows(data: ml_collections.ConfigDict, pattern: str) -> reader.Rows:
+  if data.reference_field is None:
+    alone = jsonl.read_rows(pattern, (data.document_field,), conversations=True)
+    return _WithoutReferences(alone)
+  fields = (data.document_field, data.reference_field)
+  return jsonl.read_rows(pattern, fields, conversations=True)
+
+
+def _reader(
+  config: ml_collections.ConfigDict, tokenizer: Tokenizer, training: bool
+) -> Reader | None:
+  """Of data that are read by row number; None of what seqio reads.
 
   Raises:
-    ConfigError: when there is no such task, or a file is not valid.
+    ConfigError: when a file is not valid, or there is no such split.
   """
   data = config.data
   with config_lib.as_config_error():
     if data.train is not None:
-      task = jsonl.make_task(
-        train=data.train,
-        evaluation=data.eval,
-        document_field=data.document_field,
-        reference_field=data.reference_field,
-        vocabulary=for_seqio(vocabulary),
-      )
+      rows = _jsonl_rows(data, data.train if training else data.eval)
+    elif data.task == "newsroom" and not data.use_cached:
+      rows = newsroom.rows(data.train_split if training else data.eval_split)
     else:
-      task = tasks.get_task(data.task, for_seqio(vocabulary))
+      return None
+    return Reader(
+      rows,
+      tokenizer,
+      parse_template(data.template),
+      data.source_length,
+      data.target_length,
+    )
+
+
+def _task(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Any:
+  """The seqio Task that a config names, and who tokenises its texts.
+
+  Raises:
+    ConfigError: when there is no such task.
+  """
+  data = config.data
+  template = parse_template(data.template)
+  vocabulary = for_seqio(tokenizer)
+  with config_lib.as_config_error():
+    if vocabulary is None:  # it is no SentencePiece model
       if data.use_cached:
-        task = tasks.from_cache(task, tuple(data.cache_dirs))
-    if data.template is not None:
-      task = tasks.with_template(task, data.template)
+        raise config_lib.ConfigError(
+          "data.use_cached holds tokens of a SentencePiece model, which "
+          f"{config.model.init} has not; set it to False."
+        )
+      return tasks.of_texts(tasks.get_task(data.task))
+    task = tasks.get_task(data.task, vocabulary)
+    if data.use_cached:
+      task = tasks.from_cache(task, tuple(data.cache_dirs))
+    if isinstance(template, list):
+      tokenizer.prompt("", template, data.source_length)  # says why it can't
+    if template is not None:
+      task = tasks.with_template(task, str(template))
     return task
 
 
@@ -50,20 +96,19 @@ def check_data(config: ml_collections.ConfigDict) -> None:
     ConfigError: names the file and the line.
   """
   data = config.data
-  fields = (data.document_field, data.reference_field)
   with config_lib.as_config_error():
     for pattern in (data.train, data.eval):
       if pattern is not None:
-        jsonl.read_rows(pattern, fields)
+        _jsonl_rows(data, pattern)
 
 
 def train_batches(
   config: ml_collections.ConfigDict,
-  vocabulary: Any,
+  tokenizer: Tokenizer,
   batch_size: int,
   start: int,
   mesh: Mesh,
-) -> Iterator[tasks.Batch]:
+) -> Iterator[Batch]:
   """This process's rows of global batches start, start + 1, ...
 
   Processes whose devices share a place on the data axis read the same rows.
@@ -72,7 +117,7 @@ def train_batches(
 
   Args:
     config: a training config; reads `data` and `seed`.
-    vocabulary: of the model.
+    tokenizer: of the model.
     batch_size: B, of the global batch.
     start: number of the first batch.
     mesh: whose data axis cuts the batch.
@@ -80,58 +125,90 @@ def train_batches(
   Raises:
     ConfigError: when the data can't be had or is empty.
   """
-  task = load_task(config, vocabulary)
   index, count = sharding.process_share(mesh, batch_size)
+  options: dict[str, Any] = {
+    "batch_size": batch_size,
+    "seed": config.seed,
+    "start": start,
+    "process_index": index,
+    "process_count": count,
+  }
+  data = config.data
+  by_number = _reader(config, tokenizer, training=True)
   with config_lib.as_config_error():
-    batches = tasks.train_batches(
-      task,
-      config.data.train_split,
-      batch_size=batch_size,
-      source_length=config.data.source_length,
-      target_length=config.data.target_length,
-      seed=config.seed,
-      start=start,
-      process_index=index,
-      process_count=count,
-    )
-  return _logged(batches, config.data.source_length)
+    if by_number is not None:
+      batches = reader.train_batches(by_number, **options)
+    else:
+      batches = tasks.train_batches(
+        _task(config, tokenizer),
+        data.train_split,
+        source_length=data.source_length,
+        target_length=data.target_length,
+        tokenise=_tokenise(config, tokenizer),
+        **options,
+      )
+  return _logged(batches, data.source_length)
+
+
+def _tokenise(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Any:
+  """Texts -> a Batch, where seqio can't do it; else None."""
+  if for_seqio(tokenizer) is not None:
+    return None
+  data = config.data
+  template = parse_template(data.template)
+
+  def tokenise(documents: list[str], references: list[str]) -> Batch:
+    rows = list(zip(documents, references, strict=True))
+    lengths = (data.source_length, data.target_length)
+    return Reader(rows, tokenizer, template, *lengths).batch(range(len(rows)))
+
+  return tokenise
 
 
 def eval_batch(
-  config: ml_collections.ConfigDict, vocabulary: Any, num_examples: int
-) -> tasks.Batch:
+  config: ml_collections.ConfigDict, tokenizer: Tokenizer, num_examples: int
+) -> Batch:
   """The first held-out examples, in order, the same on every process.
 
   Args:
     config: a training config; reads `data`.
-    vocabulary: of the model.
+    tokenizer: of the model.
     num_examples: how many.
 
   Raises:
     ConfigError: when there are fewer, or the data can't be had.
   """
   _check_held_out(config)
-  task = load_task(config, vocabulary)
+  data = config.data
+  by_number = _reader(config, tokenizer, training=False)
   with config_lib.as_config_error():
+    if by_number is not None:
+      what = data.eval if data.train is not None else repr(data.eval_split)
+      return reader.eval_batch(by_number, num_examples, what)
     return tasks.eval_batch(
-      task,
-      config.data.eval_split,
+      _task(config, tokenizer),
+      data.eval_split,
       num_examples=num_examples,
-      source_length=config.data.source_length,
-      target_length=config.data.target_length,
+      source_length=data.source_length,
+      target_length=data.target_length,
+      tokenise=_tokenise(config, tokenizer),
     )
 
 
-def count_held_out(config: ml_collections.ConfigDict, vocabulary: Any) -> int:
+def count_held_out(
+  config: ml_collections.ConfigDict, tokenizer: Tokenizer
+) -> int:
   """How many held-out examples there are.
 
   Raises:
     ConfigError: when there are none, or the data can't be had.
   """
   _check_held_out(config)
-  task = load_task(config, vocabulary)
+  by_number = _reader(config, tokenizer, training=False)
+  if by_number is not None:
+    return len(by_number.rows)
   with config_lib.as_config_error():
-    return tasks.count(task, config.data.eval_split)
+    return tasks.count(_task(config, tokenizer), config.data.eval_split)
 
 
 def _check_held_out(config):
@@ -141,9 +218,7 @@ def _check_held_out(config):
     )
 
 
-def _logged(
-  batches: Iterator[tasks.Batch], source_length: int
-) -> Iterator[tasks.Batch]:
+def _logged(batches: Iterator[Batch], source_length: int) -> Iterator[Batch]:
   for number, batch in enumerate(batches):
     if number == 0 and batch.num_cut and jax.process_index() == 0:
       logging.warning(

@@ -7,7 +7,6 @@ code reads fields and never falls back to a default of its own.
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import ml_collections
@@ -18,10 +17,9 @@ from clp_jax import adapters, prompting, sharding
 from clp_jax import bank as bank_lib
 from clp_jax.adaptation import Adaptation
 from clp_jax.algorithms import ppo, reinforce
-from clp_jax.data.tasks import check_template
-from clp_jax.data.vocabulary import control_ids
+from clp_jax.data.tokenizer import Tokenizer, parse_template
+from clp_jax.models.families import Config as ModelConfig
 from clp_jax.models.presets import PRESETS
-from clp_jax.models.t5 import T5Config
 from clp_jax.rewards import base
 from clp_jax.scalarisation import Scalarisation
 from clp_jax.weightings import Distribution
@@ -108,10 +106,15 @@ def get_config() -> ml_collections.ConfigDict:
   # ... or JSONL files, each a path or a glob: splits "train" and "validation".
   c.data.train = config_dict.placeholder(str)
   c.data.eval = config_dict.placeholder(str)
+  # A text, or a conversation: a list of messages.
   c.data.document_field = "document"
+  # None where rows have no reference, and nothing asks for one.
+  c.data.reference_field = config_dict.placeholder(str)
   c.data.reference_field = "summary"
-  # Makes a model's input of a document: "summarize: {document}".
-  c.data.template = config_dict.placeholder(str)
+  # Makes a model's input of a document: "summarize: {document}"; or a list of
+  # messages for the model's chat template, [{"role": "user", "content": ...}],
+  # on a command line as JSON.
+  c.data.template = config_dict.placeholder(object)
   c.data.source_length = 512  # tokens, EOS included; longer inputs are cut
   c.data.target_length = 64  # tokens, EOS included; also the decoding limit
 
@@ -304,7 +307,7 @@ def distribution(config: ml_collections.ConfigDict) -> Distribution:
 
 
 def bank(
-  config: ml_collections.ConfigDict, model_config: T5Config
+  config: ml_collections.ConfigDict, model_config: ModelConfig
 ) -> bank_lib.Bank:
   """How the config conditions a T5 on weightings.
 
@@ -350,13 +353,13 @@ def control_tokens(config: ml_collections.ConfigDict) -> int:
 
 
 def prompts(
-  config: ml_collections.ConfigDict, vocabulary: Any, vocab_size: int
+  config: ml_collections.ConfigDict, vocabulary: Tokenizer, vocab_size: int
 ) -> prompting.Prompts | None:
   """The config's prompt format, or None without one.
 
   Args:
     config: a valid training config.
-    vocabulary: seqio.SentencePieceVocabulary of the model.
+    vocabulary: of the model.
     vocab_size: V, rows of the model's embedding.
 
   Raises:
@@ -370,10 +373,11 @@ def prompts(
       )
     if own.style == "control_tokens":
       return prompting.control_prompts(
-        control_ids(vocabulary, vocab_size),
+        vocabulary.control_ids(vocab_size),
         q.num_rewards,
         own.levels,
         q.alpha_range,
+        vocabulary.pad_id,
       )
   return None
 
@@ -643,7 +647,7 @@ def _validate_data(data: ml_collections.ConfigDict) -> None:
     )
   if data.template is not None:
     with as_config_error():
-      check_template(data.template)
+      parse_template(data.template)
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict:
@@ -657,7 +661,9 @@ def from_json(values: dict) -> ml_collections.ConfigDict:
   def convert(value):
     if isinstance(value, dict):
       return {key: convert(v) for key, v in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+      return tuple(convert(v) for v in value)
+    return value
 
   return ml_collections.ConfigDict(convert(values))
 

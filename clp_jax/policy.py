@@ -22,14 +22,15 @@ from jax.sharding import Mesh
 from clp_jax import conditioning, interop, run_folder, sharding, weightings
 from clp_jax import config as config_lib
 from clp_jax.bank import Bank
-from clp_jax.data.vocabulary import Vocabulary, allowed_tokens
-from clp_jax.models import decoding, mixture, t5
+from clp_jax.data import tokenizer
+from clp_jax.data.tokenizer import Tokenizer, parse_template
+from clp_jax.models import decoding, families, mixture
+from clp_jax.models.model import Model, Params
 from clp_jax.prompting import Prompts
 from clp_jax.rollout import row_keys
 from clp_jax.train import checkpoints
 from clp_jax.weightings import Weighting
 
-Params = Any
 Weights = Mapping[str, float]
 BATCH = 64  # rows decoded together; smaller requests take the next power of 2
 
@@ -44,7 +45,7 @@ class Policy:
     sets: what the run trains (bank.py): for the kinds of CLP steerable leaves
       [M, ...], shared leaves [...].
     step: updates that the sets have seen.
-    vocabulary: its SentencePiece model.
+    vocabulary: what turns text into its tokens.
     mesh: where all of it lies.
     workdir: the run's folder.
   """
@@ -53,7 +54,7 @@ class Policy:
   bank: Bank
   sets: Params
   step: int
-  vocabulary: Vocabulary
+  vocabulary: Tokenizer
   mesh: Mesh
   workdir: str
 
@@ -79,18 +80,15 @@ class Policy:
     else:
       bank = Bank(model_config, "none", num_sets=1)
     abstract = jax.eval_shape(
-      bank.init, t5.abstract_params(model_config), jax.random.key(0)
+      bank.init,
+      families.build(model_config).abstract(),
+      jax.random.key(0),
     )
     shardings = sharding.param_shardings(mesh, bank.logical_axes, abstract)
     sets, step = checkpoints.load_params(
       workdir, checkpoints.abstract_like(abstract, shardings), step
     )
-    # Not seqio's: answering needs no TensorFlow, whose import takes seconds.
-    vocabulary = Vocabulary(
-      run_folder.vocabulary_path(workdir),
-      run_folder.load_vocabulary_bytes(workdir),
-      model_config.eos_ids,
-    )
+    vocabulary = run_folder.load_tokenizer(workdir)
     return cls(config, bank, sets, step, vocabulary, mesh, workdir)
 
   @property
@@ -99,9 +97,14 @@ class Policy:
     return tuple(self.config.get("objectives", ()))
 
   @property
-  def model_config(self) -> t5.T5Config:
+  def model_config(self) -> families.Config:
     """Of the policies."""
     return self.bank.model_config
+
+  @property
+  def model(self) -> Model:
+    """That all policies are of."""
+    return families.build(self.model_config)
 
   @property
   def mixes_logits(self) -> bool:
@@ -111,11 +114,9 @@ class Policy:
   @functools.cached_property
   def reference(self) -> Params:
     """The frozen start's parameters, a T5 of `bank.reference_config`."""
-    model_config = self.bank.reference_config
-    abstract = t5.abstract_params(model_config)
-    shardings = sharding.param_shardings(
-      self.mesh, t5.logical_axes(model_config), abstract
-    )
+    model = families.build(self.bank.reference_config)
+    abstract = model.abstract()
+    shardings = sharding.param_shardings(self.mesh, model.axes(), abstract)
     return run_folder.load_reference(
       self.workdir, checkpoints.abstract_like(abstract, shardings)
     )
@@ -180,7 +181,7 @@ class Policy:
   def params(
     self, weights: Weights | None = None, alpha: float | None = None
   ) -> Params:
-    """The ordinary T5 parameter tree of a weighting.
+    """The ordinary parameter tree of a weighting.
 
     With soft tokens it holds theirs besides, [P, D], and its T5Config says so.
 
@@ -223,7 +224,7 @@ class Policy:
     if isinstance(steered, mixture.Mixture):
       start = mixture.start
     return start(
-      t5.T5(self.model_config),
+      self.model,
       steered,
       encoder_input_tokens,
       num_samples=num_samples,
@@ -265,7 +266,7 @@ class Policy:
     responses = [""] * len(texts)
     for coefficients, rows in self._batches(len(texts), weights, alpha):
       samples = self.sample(
-        _shorten(tokens[rows]),
+        self._shorten(tokens[rows]),
         coefficients,
         keys[np.asarray(rows)],
         temperature=temperature,
@@ -294,24 +295,25 @@ class Policy:
     Returns:
       [B] float32, nats.
     """
-    from clp_jax.data import tasks
-
     texts, responses = list(texts), list(responses)
     if len(texts) != len(responses):
       raise ValueError(
         f"got {len(texts)} texts but {len(responses)} responses."
       )
     tokens = self.tokenize(texts, weights, alpha)
-    targets = tasks.tokenize_inputs(
-      self.vocabulary, responses, self.config.data.target_length
+    limit = self.config.data.target_length
+    targets = tokenizer.pad(
+      [self.vocabulary.target(text, limit) for text in responses],
+      limit,
+      self.vocabulary.pad_id,
     )
     scores = np.zeros([len(texts)], np.float32)
     for coefficients, rows in self._batches(len(texts), weights, alpha):
       scores[rows] = np.asarray(
         self._score(
           *self._policy(coefficients, len(rows)),
-          self._pad(_shorten(tokens[rows])),
-          self._pad(_shorten(targets[rows])),
+          self._pad(self._shorten(tokens[rows])),
+          self._pad(self._shorten(targets[rows])),
         )
       )[: len(rows)]
     return scores
@@ -337,7 +339,7 @@ class Policy:
     max_lengths being None or not. Without None, nothing but shapes compiles.
 
     Args:
-      tokens: [B, S] int32 as `tokenize` gives them, of any length S; 0 pads.
+      tokens: [B, S] int32 as `tokenize` gives them, of any length S, padded.
       coefficients: float32 as `coefficients` gives them; [M] for all rows,
         whose one policy is mixed, or [B, M], which costs more: about M times
         the linear maps.
@@ -401,13 +403,14 @@ class Policy:
       alpha: likewise.
 
     Returns:
-      [B, S] int32, 0-padded.
+      [B, S] int32, padded.
     """
-    from clp_jax.data import tasks
-
     data = self.config.data
-    tokens = tasks.tokenize_inputs(
-      self.vocabulary, texts, data.source_length, data.template
+    tokens = tokenizer.inputs(
+      self.vocabulary,
+      texts,
+      data.source_length,
+      parse_template(data.template),
     )
     if self.prompts is None or not len(tokens):
       return tokens
@@ -428,14 +431,12 @@ class Policy:
 
   def decode(self, samples: decoding.Samples) -> list[str]:
     """The texts of samples."""
-    from clp_jax.data import tasks
-
-    return tasks.decode_tokens(
+    return tokenizer.texts(
       self.vocabulary, np.asarray(samples.tokens), np.asarray(samples.mask)
     )
 
-  def check_is_t5(self) -> None:
-    """Raises ValueError if a policy is more than other programs' T5s are."""
+  def check_is_ordinary(self) -> None:
+    """Raises ValueError if a policy is more than other programs' models are."""
     self._check_is_one_model()
     if self.bank.soft_tokens:
       raise ValueError(
@@ -452,29 +453,29 @@ class Policy:
     alpha: float | None = None,
     dtype: str | None = None,
   ) -> None:
-    """Writes the policy of a weighting as an ordinary T5 checkpoint.
+    """Writes the policy of a weighting as an ordinary checkpoint.
 
     Args:
       path: the folder.
-      format: one of `interop.FORMATS`; see `interop.save_t5`.
+      format: one of `interop.FORMATS`; see `interop.save_model`.
       weights: one weighting.
       alpha: likewise.
       dtype: of the parameters written; None keeps theirs.
 
     Raises:
-      ValueError: see `coefficients` and `interop.save_t5`; also for a policy
-        with soft tokens, which no other program's T5 has.
+      ValueError: see `coefficients` and `interop.save_model`; also for a policy
+        with soft tokens, which no other program's model has.
     """
-    self.check_is_t5()
+    self.check_is_ordinary()
     params = self.params(weights, alpha)
     if dtype is not None:
       params = jax.tree.map(lambda p: p.astype(dtype), params)
-    interop.save_t5(
+    interop.save_model(
       path,
-      self.model_config,
+      self.model,
       params,
       format,
-      vocabulary=run_folder.load_vocabulary_bytes(self.workdir),
+      tokenizer=self.vocabulary,
       step=self.step,
     )
 
@@ -540,13 +541,29 @@ class Policy:
     power = 1 << (num - 1).bit_length()
     return np.minimum(np.arange(-(-power // data) * data), num - 1)
 
+  def _shorten(self, tokens: np.ndarray) -> np.ndarray:
+    """Cuts columns that are padding in all rows.
+
+    Down to a power of two, of a block of attention at the least, so that few
+    widths have to be compiled.
+
+    Args:
+      tokens: [B, S] int32, padded at the end.
+
+    Returns:
+      [B, up to S] int32.
+    """
+    is_text = (tokens != self.vocabulary.pad_id).any(axis=0)
+    last = int(np.max(np.flatnonzero(is_text), initial=0))
+    return tokens[:, : max(decoding.BLOCK, 1 << last.bit_length())]
+
   def _pad(self, rows: np.ndarray) -> np.ndarray:
     return rows[self._padding(len(rows))]
 
   @functools.cached_property
   def allowed(self) -> np.ndarray:
     """[V] bool, the tokens that may be sampled."""
-    return allowed_tokens(self.vocabulary, self.model_config.vocab_size)
+    return self.vocabulary.allowed(self.model_config.vocab_size)
 
   def _mixed(self, coefficients: np.ndarray) -> Params:
     reference = self.reference if self.bank.needs_reference else {}
@@ -559,9 +576,7 @@ class Policy:
     return jax.jit(
       self.bank.mix,
       out_shardings=sharding.param_shardings(
-        self.mesh,
-        t5.logical_axes(self.model_config),
-        t5.abstract_params(self.model_config),
+        self.mesh, self.model.axes(), self.model.abstract()
       ),
     )
 
@@ -604,6 +619,7 @@ class Policy:
         row_lengths=settings["max_lengths"],
         allowed=self.allowed,
         eos_ids=self.model_config.eos_ids,
+        pad_id=self.model_config.pad_id,
       )
 
     return sample
@@ -612,31 +628,16 @@ class Policy:
   def _score(self):
     @jax.jit
     def score(params, coefficients, tokens, targets):
-      model = t5.T5(self.model_config)
+      model = self.model
       params = self._mix_rows(params, coefficients)
       if isinstance(params, mixture.Mixture):
         logp = mixture.token_logp(model, params, tokens, targets)
       else:
         logp, _ = decoding.token_logp(model, params, tokens, targets)
-      return jnp.where(targets > 0, logp, 0).sum(-1)
+      is_text = targets != model.config.pad_id
+      return jnp.where(is_text, logp, 0).sum(-1)
 
     return score
-
-
-def _shorten(tokens: np.ndarray) -> np.ndarray:
-  """Cuts columns that are padding in all rows.
-
-  Down to a power of two, of a block of attention at the least, so that few
-  widths have to be compiled.
-
-  Args:
-    tokens: [B, S] int32, 0 pads.
-
-  Returns:
-    [B, up to S] int32.
-  """
-  last = int(np.max(np.flatnonzero(tokens.any(axis=0)), initial=0))
-  return tokens[:, : max(decoding.BLOCK, 1 << last.bit_length())]
 
 
 def _per_row(name, num, value, kind):

@@ -27,13 +27,12 @@ and KL is then measured against the same thing for every method.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax.models.layers import PAD_ID
+from clp_jax.data.tokenizer import Tokenizer
 from clp_jax.weightings import Distribution, Weighting
 
 STYLES = ("none", "text", "control_tokens")
@@ -45,15 +44,17 @@ class Prompts:
   """The table of a prompt format.
 
   Attributes:
-    terms: [n, levels + 1, L] int32, 0-padded: the tokens of each term at each
+    terms: [n, levels + 1, L] int32, padded: the tokens of each term at each
       level; n is m, or m + 1 with a range of alpha.
     end: [E] int32, what stands between the last term and the document.
     alpha_range: (low, high), or None where alpha is not written.
+    pad_id: padding.
   """
 
   terms: np.ndarray
   end: np.ndarray
   alpha_range: tuple[float, float] | None
+  pad_id: int = 0
 
   @property
   def length(self) -> int:
@@ -89,20 +90,20 @@ class Prompts:
     """Writes weightings before rows of tokens.
 
     Args:
-      tokens: [B, S] int32, 0-padded, cut into G groups of B / G rows.
+      tokens: [B, S] int32, padded, cut into G groups of B / G rows.
       weighting: G weightings, one a group.
       chosen: [B] bool, rows that get a prompt; None for all.
 
     Returns:
-      [B, P + S] int32, 0-padded.
+      [B, P + S] int32, padded.
     """
     prefix = self.prefix(weighting)
     prefix = jnp.repeat(prefix, tokens.shape[0] // prefix.shape[0], axis=0)
     if chosen is not None:
-      prefix = jnp.where(chosen[:, None], prefix, PAD_ID)
+      prefix = jnp.where(chosen[:, None], prefix, self.pad_id)
     rows = jnp.concatenate([prefix, tokens], axis=1)
     # Padding to the end, the order of the rest unchanged.
-    order = jnp.argsort(rows == PAD_ID, axis=1, stable=True)
+    order = jnp.argsort(rows == self.pad_id, axis=1, stable=True)
     return jnp.take_along_axis(rows, order, axis=1)
 
   def prepend_to_some(
@@ -116,13 +117,13 @@ class Prompts:
     """Writes a weighting of its own before a random share of the rows.
 
     Args:
-      tokens: [B, S] int32, 0-padded.
+      tokens: [B, S] int32, padded.
       key: of the weightings and of which rows get one.
       distribution: Q, of the weightings.
       share: probability that a row gets one.
 
     Returns:
-      [B, P + S] int32, 0-padded.
+      [B, P + S] int32, padded.
     """
     weightings_key, chosen_key = jax.random.split(key)
     rows = tokens.shape[0]
@@ -134,7 +135,7 @@ class Prompts:
 
 
 def text_prompts(
-  vocabulary: Any,
+  vocabulary: Tokenizer,
   objectives: Sequence[str],
   levels: int,
   alpha_range: tuple[float, float] | None,
@@ -142,7 +143,7 @@ def text_prompts(
   """The table of the style "text".
 
   Args:
-    vocabulary: a seqio.SentencePieceVocabulary.
+    vocabulary: of the model.
     objectives: names of the m rewards, in order.
     levels: a weight is a multiple of 1 / levels.
     alpha_range: (low, high), or None.
@@ -167,11 +168,13 @@ def text_prompts(
 
   encoded = [[encode(text) for text in row] for row in texts]
   length = max(len(ids) for row in encoded for ids in row)
-  terms = np.full((len(texts), levels + 1, length), PAD_ID, np.int32)
+  shape = (len(texts), levels + 1, length)
+  terms = np.full(shape, vocabulary.pad_id, np.int32)
   for i, row in enumerate(encoded):
     for q, ids in enumerate(row):
       terms[i, q, : len(ids)] = ids
-  return Prompts(terms, np.asarray(encode(SEPARATOR), np.int32), alpha_range)
+  end = np.asarray(encode(SEPARATOR), np.int32)
+  return Prompts(terms, end, alpha_range, vocabulary.pad_id)
 
 
 def control_prompts(
@@ -179,6 +182,7 @@ def control_prompts(
   num_rewards: int,
   levels: int,
   alpha_range: tuple[float, float] | None,
+  pad_id: int = 0,
 ) -> Prompts:
   """The table of the style "control_tokens".
 
@@ -187,6 +191,7 @@ def control_prompts(
     num_rewards: m.
     levels: a weight is a multiple of 1 / levels.
     alpha_range: (low, high), or None.
+    pad_id: padding.
 
   Raises:
     ValueError: when there are too few.
@@ -204,7 +209,10 @@ def control_prompts(
   level = np.broadcast_to(used[None, : levels + 1], (terms, levels + 1))
   marker = np.broadcast_to(used[levels + 1 :, None], (terms, levels + 1))
   return Prompts(
-    np.stack([marker, level], axis=-1), np.zeros([0], np.int32), alpha_range
+    np.stack([marker, level], axis=-1),
+    np.zeros([0], np.int32),
+    alpha_range,
+    pad_id,
   )
 
 

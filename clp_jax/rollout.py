@@ -17,8 +17,7 @@ from flax import struct
 
 from clp_jax import conditioning, sharding
 from clp_jax.bank import Bank
-from clp_jax.models import decoding
-from clp_jax.models.t5 import T5
+from clp_jax.models import decoding, families
 from clp_jax.prompting import Prompts
 from clp_jax.weightings import Distribution, Weighting
 
@@ -62,7 +61,7 @@ def sample_rollout(
 
   Args:
     params: what the bank trains.
-    reference: an ordinary T5's parameters; what the bank freezes.
+    reference: an ordinary model's parameters; what the bank freezes.
     encoder_input_tokens: [B, S] int32 prompts.
     weighting: G weightings; G divides B.
     samples_key: key of the samples.
@@ -82,12 +81,12 @@ def sample_rollout(
   if prompts is not None:
     encoder_input_tokens = prompts.prepend(encoder_input_tokens, weighting)
   policies = decoding.spread_policies(
-    bank.model_config,
+    families.build(bank.model_config),
     bank.mix(params, reference, coefficients),
     whole=True,
   )
   samples = decoding.sample_groups(
-    T5(bank.model_config),
+    families.build(bank.model_config),
     policies,
     conditioning.batched_axes(bank.steerable),
     encoder_input_tokens,
@@ -123,7 +122,7 @@ def score_reference(
 
   Args:
     bank: whose reference it is.
-    reference: an ordinary T5's parameters.
+    reference: an ordinary model's parameters.
     encoder_input_tokens: [B, S] int32 documents, without prompts.
     tokens: [R, T] int32 of the Rollout.
     mask: [R, T] bool of the Rollout.
@@ -134,7 +133,7 @@ def score_reference(
     [R, T] float32, nats; 0 where the mask is False.
   """
   logp, _ = decoding.token_logp(
-    T5(bank.reference_config),
+    families.build(bank.reference_config),
     reference,
     encoder_input_tokens,
     tokens,
@@ -162,7 +161,7 @@ def score_groups(
   Args:
     bank: that makes the policies.
     params: what the bank trains.
-    reference: an ordinary T5's parameters; what the bank freezes.
+    reference: an ordinary model's parameters; what the bank freezes.
     coefficients: [G, M] float32.
     encoder_input_tokens: [G, B/G, S] int32, prompted as the policies are.
     tokens: [G, R/G, T] int32, prompt-major.
@@ -172,9 +171,10 @@ def score_groups(
   Returns:
     TokenScores whose arrays have the leading axes [G, R/G, T].
   """
+  model = families.build(bank.model_config)
   return sharding.map_groups(
     lambda policy, prompts, responses: decoding.score_tokens(
-      T5(bank.model_config),
+      model,
       policy,
       prompts,
       responses,
@@ -184,7 +184,7 @@ def score_groups(
     in_axes=(conditioning.batched_axes(bank.steerable), 0, 0),
   )(
     decoding.spread_policies(
-      bank.model_config,
+      model,
       bank.mix(params, reference, coefficients),
       whole=False,
     ),

@@ -1,8 +1,9 @@
 """A run's folder: the files that say what the run is.
 
   config.json        the config
-  model.json         the T5Config
-  vocabulary.model   the SentencePiece model
+  model.json         the model's config
+  vocabulary.model   the SentencePiece model; or tokenizer.json and what belongs
+                     to it
   reference/         Orbax: the frozen start, an ordinary T5
   checkpoints/<n>/   Orbax: train/checkpoints.py
   metrics.jsonl, metrics/, evaluation/
@@ -21,9 +22,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from clp_jax import config as config_lib
-from clp_jax.data import vocabulary as vocabulary_lib
+from clp_jax.data import tokenizer as tokenizer_lib
+from clp_jax.data.tokenizer import Tokenizer
 from clp_jax.interop import storage
-from clp_jax.models.t5 import T5Config
+from clp_jax.models import families
 
 PARTS = "parts.json"  # of a folder that is made of other runs
 
@@ -144,22 +146,26 @@ def _completed(values: dict) -> dict:
 
 
 def save_model(
-  workdir: str, model_config: T5Config, vocabulary: bytes, reference: Any
+  workdir: str,
+  model_config: families.Config,
+  tokenizer: Tokenizer,
+  reference: Any,
 ) -> None:
   """Writes what the policies of a run have in common.
 
   Args:
     workdir: the run's folder.
     model_config: of the policy and the reference.
-    vocabulary: the SentencePiece model file's content.
-    reference: parameters of an ordinary T5, [..] arrays.
+    tokenizer: of the model.
+    reference: parameters of an ordinary model, [..] arrays.
   """
   path = folder(workdir)
-  _write(path / "vocabulary.model", vocabulary)
+  for name, content in tokenizer.files().items():
+    _write(path / name, content)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path / "reference", reference, force=True)
   # Last: its presence says that all three are complete.
-  write_json(path / "model.json", dataclasses.asdict(model_config))
+  write_json(path / "model.json", families.to_json(model_config))
   multihost_utils.sync_global_devices("model saved")
 
 
@@ -168,22 +174,21 @@ def has_model(workdir: str) -> bool:
   return (folder(workdir) / "model.json").exists()
 
 
-def load_model_config(workdir: str) -> T5Config:
-  """The T5Config of the run in `workdir`."""
+def load_model_config(workdir: str) -> families.Config:
+  """The model of the run in `workdir`."""
   file = folder(workdir) / "model.json"
   if not file.exists():
     raise RunError(
       f"{workdir} holds no model yet (no model.json); let `clp train` run "
       "to its first checkpoint."
     )
-  config = T5Config(**_read(file))
+  config = families.from_json(_read(file))
   if config.eos_ids:
     return config
   # Of a version that took the vocabulary's own.
-  vocabulary = vocabulary_lib.Vocabulary(
-    vocabulary_path(workdir), load_vocabulary_bytes(workdir)
-  )
-  return dataclasses.replace(config, eos_ids=vocabulary.eos_ids)
+  own = tokenizer_lib.load_tokenizer(folder(workdir))
+  assert own is not None
+  return dataclasses.replace(config, eos_ids=own.eos_ids)
 
 
 def load_reference(workdir: str, abstract: Any) -> Any:
@@ -192,27 +197,22 @@ def load_reference(workdir: str, abstract: Any) -> Any:
     return checkpointer.restore(folder(workdir) / "reference", abstract)
 
 
-def vocabulary_path(workdir: str) -> str:
-  """Path of the run's SentencePiece model."""
-  return str(folder(workdir) / "vocabulary.model")
-
-
-def load_vocabulary(workdir: str) -> Any:
-  """`data.vocabulary.load_vocabulary` of a run, with what ends its responses.
+def load_tokenizer(workdir: str) -> Tokenizer:
+  """The vocabulary of a run, with what ends its responses.
 
   Raises:
     RunError: the folder holds no model yet.
-    ValueError: its vocabulary.model is none.
+    ValueError: its files are not valid.
   """
-  eos_ids = load_model_config(workdir).eos_ids
-  return vocabulary_lib.load_vocabulary(
-    vocabulary_path(workdir), eos_ids=eos_ids
+  config = load_model_config(workdir)
+  found = tokenizer_lib.load_tokenizer(
+    folder(workdir), config.eos_ids, config.pad_id
   )
-
-
-def load_vocabulary_bytes(workdir: str) -> bytes:
-  """The content of the run's SentencePiece model."""
-  return epath.Path(vocabulary_path(workdir)).read_bytes()
+  if found is None:
+    raise RunError(
+      f"{workdir} lacks vocabulary.model or tokenizer.json; restore it."
+    )
+  return found
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

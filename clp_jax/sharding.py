@@ -49,6 +49,7 @@ RULES: dict[str, tuple[str, ...]] = {
   "vocab": ("model",),
   "mlp": ("model",),
   "heads": ("model",),
+  "kv_heads": ("model",),
   "joined_kv": ("model",),
   "kv": (),
   "embed": (),

@@ -25,8 +25,9 @@ import numpy as np
 from clp_jax import config as config_lib
 from clp_jax import run_folder
 from clp_jax.config import ConfigError
+from clp_jax.data.tokenizer import Tokenizer
 from clp_jax.initial import load_initial
-from clp_jax.models import t5
+from clp_jax.models import families
 from clp_jax.policy import Policy
 from clp_jax.train import checkpoints
 
@@ -103,7 +104,7 @@ def combine(
   for name, part in zip(config.objectives, parts, strict=True):
     _check_part(config, name, part, first)
   sets = [part.sets for part in parts]
-  vocabulary = run_folder.load_vocabulary_bytes(first.workdir)
+  vocabulary = run_folder.load_tokenizer(first.workdir)
   start = first.reference
   if reference is not None:
     start = _load_reference(config, reference, first, vocabulary)
@@ -223,13 +224,13 @@ def _load_reference(
   config: ml_collections.ConfigDict,
   reference: str,
   first: Policy,
-  vocabulary: bytes,
+  vocabulary: Tokenizer,
 ) -> Params:
   """Another reference's parameters, where it fits the finetuned policies."""
   config = config.copy_and_resolve_references()
   config.model.init = reference
   initial = load_initial(config)
-  if initial.vocabulary != vocabulary:
+  if initial.vocabulary.files() != vocabulary.files():
     raise ConfigError(
       f"the reference {reference} has another vocabulary than {first.workdir}; "
       "their logits are of different tokens. Take one that the run was "
@@ -239,7 +240,9 @@ def _load_reference(
   return initial.params
 
 
-def _check_shape(name: str, model_config: t5.T5Config, first: Policy) -> None:
+def _check_shape(
+  name: str, model_config: families.Config, first: Policy
+) -> None:
   own, other = vars(first.model_config), vars(model_config)
   differing = [
     f"{field} = {other[field]!r} and {own[field]!r}"

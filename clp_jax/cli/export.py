@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
   _check_is_free(output)
   policy = Policy.load(args.workdir, step=args.step)
   with as_config_error():
-    policy.check_is_t5()
+    policy.check_is_ordinary()
   try:
     policy.coefficients(args.weights, args.alpha)
   except ValueError as error:

@@ -27,10 +27,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
+from clp_jax.data.tokenizer import check_messages
 from clp_jax.data.vocabulary import import_seqio
-
-TASK = "jsonl"
-SPLITS = ("train", "validation")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,21 +52,24 @@ class Rows:
   def __len__(self) -> int:
     return len(self.offsets)
 
-  def __getitem__(self, row: int) -> tuple[str, ...]:
-    """The fields' texts of a row; threads may read at once."""
+  def __getitem__(self, row: int) -> tuple[Any, ...]:
+    """The fields' values of a row; threads may read at once."""
     file = self.files[self.file_of[row]]
     line = os.pread(file.fileno(), int(self.sizes[row]), int(self.offsets[row]))
     values = json.loads(line)
     return tuple(values[name] for name in self.fields)
 
 
-def read_rows(pattern: str, fields: Sequence[str]) -> Rows:
+def read_rows(
+  pattern: str, fields: Sequence[str], conversations: bool = False
+) -> Rows:
   """Opens JSONL files and checks every line of them.
 
   Args:
     pattern: a file, or a glob whose files are taken in the order of their
       names; may be gs://. Names that end in .gz are unpacked.
     fields: string fields that every row must have; the first must not be blank.
+    conversations: whether the first may also be a list of messages.
 
   Returns:
     The rows. The same object is returned while the files don't change.
@@ -80,7 +81,9 @@ def read_rows(pattern: str, fields: Sequence[str]) -> Rows:
   paths = _matches(pattern)
   with _readable(pattern):
     stamps = tuple(_stamp(path) for path in paths)
-  rows = _read_rows(tuple(map(os.fspath, paths)), stamps, tuple(fields))
+  rows = _read_rows(
+    tuple(map(os.fspath, paths)), stamps, tuple(fields), conversations
+  )
   if not len(rows):
     raise ValueError(
       f"{pattern} is empty; it needs a line for each document: an object with "
@@ -107,82 +110,6 @@ def document_of(row: Any, fields: Sequence[str]) -> str:
         return row[name]
   known = " or ".join(f'"{name}"' for name in names)
   raise ValueError(f"expected an object with a {known} string.")
-
-
-def make_task(
-  *,
-  train: str,
-  evaluation: str | None,
-  document_field: str,
-  reference_field: str,
-  vocabulary: Any,
-) -> Any:
-  """A seqio Task over JSONL files, outside of seqio's registry.
-
-  Its splits are "train" and, with an evaluation file, "validation". Examples
-  have the string features document and reference beside the token features
-  inputs and targets.
-
-  Args:
-    train: file or glob.
-    evaluation: file or glob; None for none.
-    document_field: name of the field that holds the document.
-    reference_field: name of the field that holds its summary.
-    vocabulary: a seqio.SentencePieceVocabulary.
-
-  Returns:
-    The seqio.Task.
-
-  Raises:
-    ValueError: as `read_rows`.
-  """
-  tf, seqio = import_seqio()
-  fields = (document_field, reference_field)
-  patterns = {
-    split: pattern
-    for split, pattern in zip(SPLITS, (train, evaluation), strict=True)
-    if pattern is not None
-  }
-  # All of them now: a bad file must not stop a run in its middle.
-  splits = {split: read_rows(p, fields) for split, p in patterns.items()}
-
-  def dataset(split, shuffle_files=False):
-    del shuffle_files  # rows have no order to undo
-    numbers = tf.data.Dataset.range(len(splits[split]))
-    index = list(splits).index(split)
-    return numbers.map(lambda row: {"row": row, "split": index})
-
-  def texts(example):
-    def read(split, row):
-      return [t.encode() for t in splits[list(splits)[split]][row]]
-
-    document, reference = tf.numpy_function(
-      read, [example["split"], example["row"]], [tf.string, tf.string]
-    )
-    document.set_shape([])
-    reference.set_shape([])
-    return {
-      "document": document,
-      "reference": reference,
-      "inputs": document,
-      "targets": reference,
-    }
-
-  feature = seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)
-  return seqio.Task(
-    TASK,
-    source=seqio.FunctionDataSource(
-      dataset,
-      splits=list(splits),
-      num_input_examples={k: len(rows) for k, rows in splits.items()},
-    ),
-    preprocessors=[
-      seqio.map_over_dataset(texts),
-      functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-      seqio.preprocessors.append_eos_after_trim,
-    ],
-    output_features={"inputs": feature, "targets": feature},
-  )
 
 
 def _matches(pattern: str) -> list[epath.Path]:
@@ -226,6 +153,7 @@ def _read_rows(
   paths: tuple[str, ...],
   stamps: tuple[tuple[int, int], ...],
   fields: tuple[str, ...],
+  conversations: bool,
 ) -> Rows:
   del stamps  # part of the cache's key: files that changed are read again
   files = []
@@ -236,7 +164,8 @@ def _read_rows(
       offset = 0
       for line_number, line in enumerate(file, 1):
         if line.strip():
-          _check(line, f"{path}, line {line_number}", fields)
+          where = f"{path}, line {line_number}"
+          _check(line, where, fields, conversations)
           for column, value in zip(
             columns, (number, offset, len(line)), strict=True
           ):
@@ -261,7 +190,9 @@ def _open(path: str) -> BinaryIO:
   return local
 
 
-def _check(line: bytes, where: str, fields: tuple[str, ...]) -> None:
+def _check(
+  line: bytes, where: str, fields: tuple[str, ...], conversations: bool
+) -> None:
   """Raises a ValueError unless the line is a row."""
   try:
     row = json.loads(line)
@@ -279,6 +210,12 @@ def _check(line: bytes, where: str, fields: tuple[str, ...]) -> None:
         f"{where}: no field {name!r}; it has {_names(tuple(row)) or 'none'}: "
         "correct the line or the name of the field in the config."
       )
+    if conversations and name == fields[0] and not isinstance(value, str):
+      try:
+        check_messages(value)
+      except ValueError as error:
+        raise ValueError(f"{where}: field {name!r}: {error}") from error
+      continue
     if not isinstance(value, str):
       raise ValueError(
         f"{where}: field {name!r} must be a string, got {type(value).__name__}."
@@ -289,7 +226,7 @@ def _check(line: bytes, where: str, fields: tuple[str, ...]) -> None:
       raise ValueError(
         f"{where}: field {name!r} is not text: {error}."
       ) from error
-  if not row[fields[0]].strip():
+  if isinstance(row[fields[0]], str) and not row[fields[0]].strip():
     raise ValueError(f"{where}: field {fields[0]!r} is blank.")
 
 

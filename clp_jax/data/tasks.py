@@ -25,28 +25,26 @@ import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from clp_jax.data import corpora, newsroom
-from clp_jax.data.vocabulary import PAD, control_ids, import_seqio
+from clp_jax.data.reader import Batch, check_lengths, check_sizes
+from clp_jax.data.tokenizer import DOCUMENT
+from clp_jax.data.vocabulary import (
+  Vocabulary,
+  control_ids,
+  import_seqio,
+  loaded,
+)
 
 # Examples shuffled together. Memory bounds it: article texts are kilobytes, the
 # row numbers that stand for the rows of a file are not.
 _SHUFFLE_BUFFER = 2**15
 _SHUFFLE_BUFFER_NUMBERS = 2**22
-_DOCUMENT = "{document}"
-
-
-class Batch(NamedTuple):
-  """Prompts of one process, with their texts; b of a global batch's B rows."""
-
-  encoder_input_tokens: np.ndarray  # [b, S] int32, EOS included, 0-padded
-  decoder_target_tokens: np.ndarray  # [b, T] int32, EOS included, 0-padded
-  documents: list[str]  # [b]
-  references: list[str]  # [b]
-  num_cut: int = 0  # rows whose input was longer than S
+# (documents, references) -> a Batch.
+Tokenise = Callable[[list[str], list[str]], Batch]
 
 
 def get_task(name: str, vocabulary: Any = None) -> Any:
@@ -93,6 +91,30 @@ def get_task(name: str, vocabulary: Any = None) -> Any:
   return task.replace(
     output_features={
       key: dataclasses.replace(feature, vocabulary=vocabulary)
+      for key, feature in task.output_features.items()
+    }
+  )
+
+
+def vocabulary_of(task: Any) -> Vocabulary:
+  """A task's own, without seqio.
+
+  Raises:
+    ValueError: its file can't be read or is not valid.
+  """
+  own = loaded(task.output_features["inputs"].vocabulary)
+  return Vocabulary(
+    own.sentencepiece_model_file, own.sp_model, getattr(own, "eos_ids", ())
+  )
+
+
+def of_texts(task: Any) -> Any:
+  """The same task, tokenised by bytes, for whom its texts are enough: its own
+  vocabulary is not read."""
+  _, seqio = import_seqio()
+  return task.replace(
+    output_features={
+      key: dataclasses.replace(feature, vocabulary=seqio.ByteVocabulary())
       for key, feature in task.output_features.items()
     }
   )
@@ -183,17 +205,14 @@ def with_template(task: Any, template: str) -> Any:
 
   Args:
     task: a seqio.Task.
-    template: text that holds "{document}" once; no other braces are special.
+    template: from `tokenizer.parse_template`, a text.
 
   Returns:
     A seqio.Task.
 
-  Raises:
-    ValueError: the template is not one.
   """
   tf, seqio = import_seqio()
-  check_template(template)
-  before, after = template.split(_DOCUMENT)
+  before, after = template.split(DOCUMENT)
   feature = task.output_features["inputs"]
 
   def fill(example):
@@ -215,15 +234,6 @@ def with_template(task: Any, template: str) -> Any:
   )
 
 
-def check_template(template: str) -> None:
-  """Raises a ValueError unless the template holds "{document}" once."""
-  if template.count(_DOCUMENT) != 1:
-    raise ValueError(
-      f"the template {template!r} must hold {_DOCUMENT} exactly once, such as "
-      f"'summarize: {_DOCUMENT}'; None takes documents as they are."
-    )
-
-
 def train_batches(
   task: Any,
   split: str,
@@ -235,6 +245,7 @@ def train_batches(
   start: int = 0,
   process_index: int = 0,
   process_count: int = 1,
+  tokenise: Tokenise | None = None,
 ) -> Iterator[Batch]:
   """Yields the rows of one process of global batches start, start + 1, ...
 
@@ -253,6 +264,7 @@ def train_batches(
     start: number of the first batch.
     process_index: p, which rows to take: [p B / P, (p + 1) B / P).
     process_count: P; divides batch_size.
+    tokenise: makes the batches of the task's texts; None takes its tokens.
 
   Returns:
     An iterator over batches of b = B / P rows.
@@ -261,20 +273,7 @@ def train_batches(
     ValueError: the split is absent or empty, the sizes don't fit, or the task
       can't be used.
   """
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f"batch_size = {batch_size} is not a positive multiple of the number of "
-      f"processes, {process_count}; change the batch size."
-    )
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-      f"expected 0 <= process_index < process_count, got {process_index} and "
-      f"{process_count}."
-    )
-  if start < 0 or seed < 0:
-    raise ValueError(
-      f"expected start and seed >= 0, got start={start}, seed={seed}."
-    )
+  check_sizes(batch_size, process_index, process_count, start, seed)
   tf, _ = import_seqio()
   raw, count = _raw(task, split)
   rows = batch_size // process_count
@@ -296,7 +295,7 @@ def train_batches(
   examples = epochs.flat_map(epoch).skip(skip)
   if process_count > 1:
     examples = examples.enumerate().filter(is_mine).map(lambda _, own: own)
-  return _batches(task, examples, rows, source_length, target_length)
+  return _batches(task, examples, rows, source_length, target_length, tokenise)
 
 
 def eval_batch(
@@ -306,6 +305,7 @@ def eval_batch(
   num_examples: int,
   source_length: int,
   target_length: int,
+  tokenise: Tokenise | None = None,
 ) -> Batch:
   """Reads the first examples of a split, in order.
 
@@ -315,6 +315,7 @@ def eval_batch(
     num_examples: b, how many.
     source_length: S, tokens; longer inputs are cut.
     target_length: T, tokens; longer targets are cut.
+    tokenise: as for `train_batches`.
 
   Returns:
     One batch of b rows.
@@ -331,7 +332,9 @@ def eval_batch(
     )
   examples = raw.take(num_examples)
   return next(
-    _batches(task, examples, num_examples, source_length, target_length)
+    _batches(
+      task, examples, num_examples, source_length, target_length, tokenise
+    )
   )
 
 
@@ -382,16 +385,17 @@ def _raw(task: Any, split: str) -> tuple[Any, int]:
 
 
 def _batches(
-  task: Any, examples: Any, rows: int, source_length: int, target_length: int
+  task: Any,
+  examples: Any,
+  rows: int,
+  source_length: int,
+  target_length: int,
+  tokenise: Tokenise | None,
 ) -> Iterator[Batch]:
   """Tokenises, trims, pads and batches raw examples."""
   tf, _ = import_seqio()
+  check_lengths(source_length, target_length)
   lengths = {"inputs": source_length, "targets": target_length}
-  for key, length in lengths.items():
-    if length < 2:
-      raise ValueError(
-        f"{key} need at least 2 tokens, one and EOS, got a length of {length}."
-      )
 
   def preprocess(dataset):
     dataset = task.preprocess_precache(dataset)
@@ -438,7 +442,10 @@ def _batches(
     "cut": [],
   }
   dataset = dataset.map(select).padded_batch(rows, padded).prefetch(2)
-  return _read(dataset.with_options(options))
+  read = _read(dataset.with_options(options))
+  if tokenise is None:
+    return read
+  return (tokenise(batch.documents, batch.references) for batch in read)
 
 
 def _feature(task: Any, dataset: Any, *names: str) -> str:
@@ -477,60 +484,3 @@ def fact_checker(
     `newsroom.unsupported` has it; None for data that know no facts.
   """
   return newsroom.unsupported if task == "newsroom" else None
-
-
-def tokenize_inputs(
-  vocabulary: Any,
-  texts: Sequence[str],
-  source_length: int,
-  template: str | None = None,
-) -> np.ndarray:
-  """Tokenises documents as a task does its inputs.
-
-  Args:
-    vocabulary: a seqio.SentencePieceVocabulary.
-    texts: [B] documents.
-    source_length: S, tokens, EOS included; longer documents are cut.
-    template: as in `with_template`; None takes the documents as they are.
-
-  Returns:
-    [B, S] int32, 0-padded, every row ending in EOS.
-
-  Raises:
-    ValueError: source_length is below 2.
-  """
-  if source_length < 2:
-    raise ValueError(
-      f"source_length must be at least 2, one token and EOS, got "
-      f"{source_length}."
-    )
-  tokens = np.full([len(texts), source_length], PAD, np.int32)
-  for row, text in zip(tokens, texts, strict=True):
-    if template is not None:
-      text = template.replace(_DOCUMENT, text)
-    ids = vocabulary.encode(text)[: source_length - 1]
-    row[: len(ids) + 1] = [*ids, vocabulary.eos_id]
-  return tokens
-
-
-def decode_tokens(
-  vocabulary: Any, tokens: np.ndarray, mask: np.ndarray
-) -> list[str]:
-  """Turns sampled tokens into text.
-
-  Args:
-    vocabulary: a seqio.SentencePieceVocabulary.
-    tokens: [R, T] int.
-    mask: [R, T] bool, True on a row's own tokens, EOS included if it has one.
-
-  Returns:
-    [R] texts, up to EOS; ids without a piece read as unknown.
-  """
-  tokens, mask = np.asarray(tokens), np.asarray(mask)
-  ended = np.cumsum(np.isin(tokens, vocabulary.eos_ids), axis=1) > 0
-  tokenizer = vocabulary.tokenizer
-  known = tokens < tokenizer.get_piece_size()
-  tokens = np.where(known, tokens, tokenizer.unk_id())
-  mask = mask & ~ended
-  rows = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
-  return tokenizer.decode(rows) if rows else []

@@ -16,10 +16,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-PAD = 0  # everywhere; EOS differs between vocabularies, ask for `eos_ids`
+from clp_jax.data.tokenizer import DOCUMENT, Template
+
+PAD = 0  # of SentencePiece models here; EOS differs, ask for `eos_ids`
+FILES = ("vocabulary.model", "spiece.model")  # of a run, and of Hugging Face's
 _EXTRA_ID = re.compile(r"▁?<extra_id_(\d+)>")
 
 
@@ -142,13 +146,13 @@ def _text_tokenizer(
 
 
 class Vocabulary:
-  """A SentencePiece model without seqio, whose import takes seconds.
+  """A SentencePiece model: see `tokenizer.Tokenizer`, whose methods these are.
 
-  It has what turns text into tokens and back on the host, under the names of
-  seqio.SentencePieceVocabulary.
+  Without seqio, whose import takes seconds.
 
   Attributes:
     path: of the file.
+    pad_id: PAD.
     tokenizer: a sentencepiece.SentencePieceProcessor.
     eos_ids: tokens any of which ends a response; the first one, the file's own,
       ends inputs and targets.
@@ -166,6 +170,8 @@ class Vocabulary:
       ValueError: as `load_vocabulary`.
     """
     self.path = path
+    self.pad_id = PAD
+    self._content = content
     try:
       self.tokenizer = _text_tokenizer(content, tuple(eos_ids))
     except Exception as error:  # SentencePiece's own, undocumented
@@ -182,16 +188,94 @@ class Vocabulary:
     """The token of what no piece covers."""
     return self.tokenizer.unk_id()
 
+  @property
+  def bos_id(self) -> None:
+    """None: T5's texts begin with nothing."""
+
+  @property
+  def size(self) -> int:
+    """The number of pieces."""
+    return self.tokenizer.get_piece_size()
+
   def encode(self, text: str) -> list[int]:
     """The tokens of a text, without EOS."""
     return self.tokenizer.EncodeAsIds(text)
 
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of tokens; ids without a piece read as unknown."""
+    known = (i if 0 <= i < self.size else self.unk_id for i in ids)
+    return self.tokenizer.decode(list(known))
+
+  def name(self, token: int) -> str | None:
+    """What a control token is called; None of a token of text."""
+    if token >= self.size:
+      token = self.eos_id
+    if not self.tokenizer.is_control(token):
+      return None
+    return self.tokenizer.id_to_piece(token)
+
+  def token(self, name: str) -> int | None:
+    """The one piece that spells a word, or the control piece of this name."""
+    for piece in (name, f"▁{name}"):
+      token = self.tokenizer.piece_to_id(piece)
+      if self.tokenizer.is_control(token):
+        return token
+    ids = self.encode(name)
+    return ids[0] if len(ids) == 1 and ids[0] != self.unk_id else None
+
+  def prompt(
+    self, document: Any, template: Template, limit: int
+  ) -> tuple[list[int], bool]:
+    """What a model reads of a document: it ends in EOS, and is cut before.
+
+    Raises:
+      ValueError: it is a conversation, which takes a chat template.
+    """
+    if not isinstance(document, str) or isinstance(template, list):
+      raise ValueError(
+        f"the model's vocabulary, {self.path}, has no chat template: give "
+        "documents that are text, and a data.template that is."
+      )
+    if template is not None:
+      document = template.replace(DOCUMENT, document)
+    ids = self.encode(document)
+    return [*ids[: limit - 1], self.eos_id], len(ids) >= limit
+
+  def target(self, text: str, limit: int) -> list[int]:
+    """A response, with the token that ends it."""
+    return [*self.encode(text)[: limit - 1], self.eos_id]
+
+  def allowed(self, vocab_size: int) -> np.ndarray:
+    """See `allowed_tokens`."""
+    return allowed_tokens(self, vocab_size)
+
+  def control_ids(self, vocab_size: int) -> list[int]:
+    """See `control_ids`."""
+    return control_ids(self, vocab_size)
+
+  def files(self) -> dict[str, bytes]:
+    """Name -> content, as a run keeps it."""
+    return {FILES[0]: self._content}
+
+
+def read(path: str | os.PathLike, eos_ids: Sequence[int] = ()) -> Vocabulary:
+  """Reads a SentencePiece model; may be gs://.
+
+  Raises:
+    ValueError: the file can't be read, or as `load_vocabulary`.
+  """
+  try:
+    content = epath.Path(path).read_bytes()
+  except OSError as error:
+    raise ValueError(f"can't read the vocabulary {path}: {error}") from error
+  return Vocabulary(os.fspath(path), content, eos_ids)
+
 
 def for_seqio(vocabulary: Any) -> Any:
-  """The seqio.SentencePieceVocabulary of a `Vocabulary`, or of itself."""
+  """The seqio.SentencePieceVocabulary of a `Vocabulary`; None of another."""
   if isinstance(vocabulary, Vocabulary):
     return load_vocabulary(vocabulary.path, eos_ids=vocabulary.eos_ids)
-  return vocabulary
+  return None
 
 
 @functools.lru_cache

@@ -18,10 +18,11 @@ from etils import epath
 from clp_jax import config as config_lib
 from clp_jax import progress, sharding, weightings
 from clp_jax.batches import eval_batch
-from clp_jax.data import tasks
+from clp_jax.data import tokenizer
+from clp_jax.data.reader import Batch
 from clp_jax.evaluation import measurements, report
 from clp_jax.evaluation import units as units_lib
-from clp_jax.models import decoding, t5
+from clp_jax.models import decoding, families
 from clp_jax.policy import Policy
 from clp_jax.rewards import base as rewards_lib
 from clp_jax.rollout import row_keys
@@ -202,7 +203,7 @@ def _is_steerable(policy: Policy) -> bool:
 def make_measure(
   policy: Policy,
   rewards: list[rewards_lib.Reward],
-  batch: tasks.Batch,
+  batch: Batch,
   seed: int,
 ) -> Callable[..., Measured]:
   """Compiles sampling and scoring once.
@@ -246,7 +247,7 @@ def make_measure(
       eos_ids=policy.model_config.eos_ids,
     )
     ref_logp, _ = decoding.token_logp(
-      t5.T5(policy.bank.reference_config),
+      families.build(policy.bank.reference_config),
       reference,
       tokens,
       samples.tokens,
@@ -275,7 +276,7 @@ def make_measure(
         keys[i * size * n : (i + 1) * size * n],
         weighting,
       )
-      responses += tasks.decode_tokens(
+      responses += tokenizer.texts(
         policy.vocabulary, np.asarray(tokens)[:real], np.asarray(mask)[:real]
       )
       kls.append(np.asarray(kl)[:real])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clp_jax import conditioning
-from clp_jax.models import decoding, mixture, t5
+from clp_jax.models import decoding, families, mixture
 from clp_jax.models.mixture import Mixture
 from clp_jax.models.presets import PRESETS
 from clp_jax.rollout import row_keys
@@ -52,9 +52,11 @@ def count(params: Params) -> int:
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
-def clp_parameters(config: t5.T5Config, steering: str, num_sets: int) -> int:
+def clp_parameters(
+  config: families.Config, steering: str, num_sets: int
+) -> int:
   """Of a bank of parameter sets."""
-  abstract = t5.abstract_params(config)
+  abstract = families.build(config).abstract()
   steerable = conditioning.steerable_leaves(abstract, steering)
   expand: Callable = conditioning.expand
   return count(
@@ -62,9 +64,9 @@ def clp_parameters(config: t5.T5Config, steering: str, num_sets: int) -> int:
   )
 
 
-def parameters(config: t5.T5Config, num_rewards: int) -> list[Parameters]:
+def parameters(config: families.Config, num_rewards: int) -> list[Parameters]:
   """Of every method that is made of whole models or their parts."""
-  one = count(t5.abstract_params(config))
+  one = count(families.build(config).abstract())
   m = num_rewards
   rows = []
   for label, steering in (
@@ -87,13 +89,13 @@ def parameters(config: t5.T5Config, num_rewards: int) -> list[Parameters]:
 def attention_share(size: str, num_rewards: int) -> float:
   """attn-CLP's parameters beyond one model's, over those of full-CLP."""
   config = dataclasses.replace(PRESETS[size], scan_layers=True)
-  one = count(t5.abstract_params(config))
+  one = count(families.build(config).abstract())
   extra = clp_parameters(config, "attention", num_rewards) - one
   return extra / ((num_rewards - 1) * one)
 
 
 def decode_times(
-  config: t5.T5Config,
+  config: families.Config,
   *,
   prompts: int,
   source_length: int,
@@ -109,9 +111,9 @@ def decode_times(
     target_length: tokens that are decoded.
     repeats: of each method, in turns, after one that compiles.
   """
-  model = t5.T5(config)
+  model = families.build(config)
   keys = jax.random.split(jax.random.key(0), 3)
-  sets = [t5.init_params(config, key) for key in keys]
+  sets = [model.init(key) for key in keys]
   c = jnp.asarray([0.3, 0.7])
   tokens = jax.random.randint(
     jax.random.key(1), (prompts, source_length), 2, config.vocab_size
@@ -134,6 +136,7 @@ def decode_times(
       max_length=target_length,
       allowed=allowed,
       eos_ids=(last,),
+      pad_id=config.pad_id,
     ).tokens
 
   def mixed(steering):

@@ -1,10 +1,11 @@
-"""T5 checkpoints of other programs: Hugging Face's, t5x's and Orbax's.
+"""Checkpoints of other programs: Hugging Face's, t5x's and Orbax's.
 
-  config, params = load_t5("path/to/flan-t5-base")
-  save_t5("elsewhere", config, params, "t5x")
+  model, params = load_model("path/to/Qwen3-0.6B")
+  save_model("elsewhere", model, params, "hf")
 
-`load_t5` tells the formats apart by what is in the folder. The parameter tree
-is t5x's, which is also the network's; the stored dtype is kept.
+`load_model` tells formats and families apart by what is in the folder. The
+stored dtype is kept. `load_t5` and `save_t5` are the same for a T5, by its
+config; the parameter tree is t5x's.
 """
 
 import dataclasses
@@ -13,11 +14,62 @@ from typing import Any
 
 from etils import epath
 
-from clp_jax.interop import huggingface, leaves, orbax, storage, t5x
+from clp_jax.data.hf_tokenizer import TOKENIZER
+from clp_jax.interop import (
+  causal,
+  huggingface,
+  leaves,
+  orbax,
+  storage,
+  t5x,
+  weight_files,
+)
 from clp_jax.interop.storage import Folder
+from clp_jax.models import families
+from clp_jax.models.families import Config
+from clp_jax.models.model import Model
 from clp_jax.models.t5 import T5Config
 
 FORMATS = ("hf", "t5x", "t5x-orbax", "orbax")
+
+
+def load_model(
+  path: str | os.PathLike,
+  shardings: leaves.Shardings | None = None,
+  *,
+  dtype: Any = None,
+  scan_layers: bool = False,
+) -> tuple[Model, leaves.Params]:
+  """Reads a model of any family; no tokenizer is needed.
+
+  Nothing is held twice: the leaves are read one after the other, and with
+  `shardings` only the parts that this process's devices hold, so that no host
+  needs memory for the whole model.
+
+  Args:
+    path: a Hugging Face folder of a T5 or a decoder-only model; t5x's
+      checkpoint_<step>, in either layout, or its parent for the newest step; or
+      what `save_model` wrote. On disk, or gs:// (but for pytorch_model.bin).
+    shardings: a tree of jax.sharding.Sharding like that of the parameters, or
+      a function of the config to such a tree; None reads to the host.
+    dtype: to convert to; None keeps what is stored.
+    scan_layers: stack the layers, as the config's `scan_layers` wants them.
+
+  Returns:
+    (model, params): params a tree of NumPy arrays, or of jax.Arrays that lie
+    as `shardings` says. `model.config.dtype` is float32: it is that of the
+    computation.
+
+  Raises:
+    ValueError: when there is no model or it can't be read; one line that names
+      the file, the field or the tensors.
+  """
+  folder = _folder(path)
+  config, stored = _open(folder, mapped=shardings is not None)
+  config, params = leaves.assemble(
+    config, stored, shardings=shardings, dtype=dtype, scan_layers=scan_layers
+  )
+  return families.build(config), params
 
 
 def load_t5(
@@ -27,55 +79,52 @@ def load_t5(
   dtype: Any = None,
   scan_layers: bool = False,
 ) -> tuple[T5Config, leaves.Params]:
-  """Reads a T5, from a Hugging Face folder or a t5x checkpoint.
+  """`load_model` for a T5: (config, params).
 
-  Nothing is held twice: the leaves are read one after the other, and with
-  `shardings` only the parts that this process's devices hold, so that no host
-  needs memory for the whole model.
+  A t5x checkpoint does not hold its config, which is inferred from the shapes.
 
   Args:
-    path: a Hugging Face folder; t5x's checkpoint_<step>, in either layout, or
-      its parent for the newest step; or what `save_t5` wrote. On disk, or
-      gs:// (but for pytorch_model.bin).
-    shardings: a tree of jax.sharding.Sharding like that of the parameters, or
-      a function T5Config -> such a tree; None reads to the host.
-    dtype: to convert to; None keeps what is stored.
-    scan_layers: stack the layers, as `T5Config.scan_layers` wants them.
-
-  Returns:
-    (config, params): params a tree of NumPy arrays, or of jax.Arrays that lie
-    as `shardings` says. A t5x checkpoint does not hold its config, which is
-    inferred from the shapes. `config.dtype` is float32: it is that of the
-    computation.
+    path: as for `load_model`, as are the others.
+    shardings: where the arrays go.
+    dtype: to convert to.
+    scan_layers: stack the layers.
 
   Raises:
-    ValueError: when there is no T5 or it can't be read; one line that names
-      the file or the tensors.
+    ValueError: as for `load_model`, and when it is no T5.
   """
+  found = load_config(path)
+  if not isinstance(found, T5Config):
+    raise ValueError(
+      f"{os.fspath(path)} is not a T5; interop.load_model reads it."
+    )
+  model, params = load_model(
+    path, shardings, dtype=dtype, scan_layers=scan_layers
+  )
+  return model.config, params
+
+
+def load_config(path: str | os.PathLike) -> Config:
+  """The config of a model that `load_model` would load, its arrays unread.
+
+  Args:
+    path: as for `load_model`.
+
+  Raises:
+    ValueError: as for `load_model`.
+  """
+  return _open(_folder(path), mapped=True)[0]
+
+
+def _folder(path: str | os.PathLike) -> Folder:
   folder = Folder(os.fspath(path))
   if not folder.is_folder():
     raise ValueError(f"{folder.path} is no folder.")
-  config, stored = _open(folder, mapped=shardings is not None)
-  return leaves.assemble(
-    config, stored, shardings=shardings, dtype=dtype, scan_layers=scan_layers
-  )
-
-
-def load_config(path: str | os.PathLike) -> T5Config:
-  """The config of a T5 that `load_t5` would load, its arrays left unread.
-
-  Args:
-    path: as for `load_t5`.
-
-  Raises:
-    ValueError: as for `load_t5`.
-  """
-  return _open(Folder(os.fspath(path)), mapped=True)[0]
+  return folder
 
 
 def _open(
   folder: Folder, *, mapped: bool
-) -> tuple[T5Config, dict[str, leaves.Leaf]]:
+) -> tuple[Config, dict[str, leaves.Leaf]]:
   """Finds out which format a folder has."""
   checkpoint = t5x.find(folder)
   if checkpoint is not None:
@@ -88,15 +137,25 @@ def _open(
         f"{folder.path} is a run of clp: load it with clp_jax.Policy.load, or "
         "write one of its policies with `clp export`."
       )
+    values = weight_files.read_json(folder, "config.json")
+    if causal.is_causal(values):
+      return causal.open_folder(folder, mapped)
+    if values.get("model_type") not in huggingface.FAMILIES:
+      known = ", ".join((*huggingface.FAMILIES, *causal.families()))
+      raise ValueError(
+        f"{folder.path}/config.json: model_type must be one of {known}, got "
+        f"{values.get('model_type')!r}."
+      )
     return huggingface.open_folder(folder, mapped=mapped)
   raise ValueError(
-    f"{folder.path} holds no T5: expected config.json (Hugging Face), "
+    f"{folder.path} holds no model: expected config.json (Hugging Face), "
     "checkpoint or checkpoint_<step> (t5x), or model.json and params (Orbax)."
   )
 
 
 def find_vocabulary(path: str | os.PathLike) -> str | None:
-  """The SentencePiece model that lies with a checkpoint, or None.
+  """The tokenizer.json or SentencePiece model that lies with a checkpoint, or
+  None.
 
   Args:
     path: as for `load_t5`.
@@ -109,10 +168,78 @@ def find_vocabulary(path: str | os.PathLike) -> str | None:
   if folder.name.startswith("checkpoint_"):
     folders.append(folder.parent)
   for candidate in folders:
-    for name in (huggingface.VOCABULARY, orbax.VOCABULARY):
+    for name in (TOKENIZER, huggingface.VOCABULARY, orbax.VOCABULARY):
       if candidate.has(name):
         return f"{candidate.path.rstrip('/')}/{name}"
   return None
+
+
+def save_model(
+  path: str | os.PathLike,
+  model: Model,
+  params: leaves.Params,
+  format: str,
+  *,
+  tokenizer: Any = None,
+  step: int = 0,
+  max_shard_bytes: int = weight_files.MAX_SHARD_BYTES,
+) -> None:
+  """Writes a model, so that `load_model` and the format's own program read it.
+
+  The arrays are brought to the host one after the other (Orbax: together) and
+  written in their dtype. Stacked layers are written one by one.
+
+  Args:
+    path: "hf", "orbax": the folder, made where it is absent; a model in it is
+      replaced. "t5x": the folder for checkpoint_<step>, or that itself.
+    model: whose parameters they are.
+    params: a tree of NumPy arrays or jax.Arrays that this process can address.
+    format: "hf", a Hugging Face folder; "orbax", params as
+      ocp.StandardCheckpointer saves them, and model.json; of a T5 also "t5x",
+      t5x's msgpack and zarr layout, which the public checkpoints have, and
+      "t5x-orbax", t5x's other one.
+    tokenizer: a `data.tokenizer.Tokenizer`, whose files are written beside the
+      weights; None for none.
+    step: that a t5x checkpoint is named for.
+    max_shard_bytes: "hf": more than this goes to several files.
+
+  Raises:
+    ValueError: for an unknown format, params that are not the model's, a model
+      that the format can't tell, or a tokenizer larger than the embedding.
+  """
+  config = model.config
+  if isinstance(config, T5Config):
+    vocabulary = None
+    if tokenizer is not None:
+      (vocabulary,) = tokenizer.files().values()
+    save_t5(
+      path,
+      config,
+      params,
+      format,
+      vocabulary=vocabulary,
+      step=step,
+      max_shard_bytes=max_shard_bytes,
+    )
+    return
+  if format not in ("hf", "orbax"):
+    raise ValueError(
+      f"format must be hf or orbax for a decoder-only model, got {format!r}."
+    )
+  views = leaves.views(config, params)
+  if tokenizer is not None and tokenizer.size > config.vocab_size:
+    raise ValueError(
+      f"the tokenizer has {tokenizer.size} ids, but the model embeds "
+      f"{config.vocab_size}; give the one that it was trained with."
+    )
+  target = epath.Path(path)
+  if format == "hf":
+    causal.save(target, config, views, tokenizer, max_shard_bytes)
+    return
+  orbax.save(target, config, views, None)
+  if tokenizer is not None:
+    for name, content in tokenizer.files().items():
+      (target / name).write_bytes(content)
 
 
 def save_t5(
@@ -123,12 +250,9 @@ def save_t5(
   *,
   vocabulary: bytes | None = None,
   step: int = 0,
-  max_shard_bytes: int = huggingface.MAX_SHARD_BYTES,
+  max_shard_bytes: int = weight_files.MAX_SHARD_BYTES,
 ) -> None:
-  """Writes a T5, so that `load_t5` and the format's own program read it.
-
-  The arrays are brought to the host one after the other (Orbax: together) and
-  written in their dtype. Stacked layers are written one by one.
+  """`save_model` for a T5, by its config.
 
   Args:
     path: "hf", "orbax": the folder, made where it is absent; a model in it is

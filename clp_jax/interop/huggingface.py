@@ -11,30 +11,21 @@ also decides whether tied logits are scaled; transformers 5 always writes true,
 and `scale_decoder_outputs`. See `_decide_tying`.
 """
 
-import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import sentencepiece
 from etils import epath
 
 from clp_jax.interop import leaves as leaves_lib
-from clp_jax.interop import safetensors_file, weight_files
+from clp_jax.interop import weight_files
 from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
 from clp_jax.models import layers
 from clp_jax.models.t5 import T5Config
 
 VOCABULARY = "spiece.model"
-# Names of what `save` writes the weights to.
-WEIGHTS = (
-  "model.safetensors",
-  "model.safetensors.index.json",
-  "model-*-of-*.safetensors",
-)
-MAX_SHARD_BYTES = 5_000_000_000
 
 # feed_forward_proj -> mlp_activations. transformers means the tanh
 # approximation by "gated-gelu" and "gelu_new", but not by "gelu".
@@ -51,6 +42,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
   "t5": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
   "mt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
+FAMILIES = tuple(_DEFAULTS)  # model_types
 # What is no choice of this network's.
 _CONSTANTS = {
   "layer_norm_epsilon": layers.NORM_EPSILON,
@@ -65,7 +57,6 @@ _FIELDS = {
   "num_encoder_layers": "num_layers",
   "mlp_dim": "d_ff",
 }
-_GENERATION = "generation_config.json"
 _KEPT = "token_embedder/embedding"  # not transposed
 _EMBEDDING = "shared.weight"
 _HEAD = "lm_head.weight"
@@ -93,7 +84,7 @@ def open_folder(
     ValueError: names what is wrong with the folder.
   """
   values = weight_files.read_json(folder, "config.json")
-  _check_is_t5(folder, values)
+  _check_is_whole(folder, values)
   stored = weight_files.read(folder, mapped)
   stored.pop(_UNUSED, None)
   _unify_embeddings(folder, stored)
@@ -101,13 +92,7 @@ def open_folder(
   return config, _leaves(folder, config, stored)
 
 
-def _check_is_t5(folder: Folder, values: Mapping[str, Any]) -> None:
-  kind = values.get("model_type")
-  if kind not in _DEFAULTS:
-    raise ValueError(
-      f"{folder.path} is not a T5: model_type in config.json must be one of "
-      f"{', '.join(_DEFAULTS)}, got {kind!r}."
-    )
+def _check_is_whole(folder: Folder, values: Mapping[str, Any]) -> None:
   if values.get("is_encoder_decoder") is False:
     raise ValueError(f"{folder.path} holds only an encoder; give a whole T5.")
 
@@ -129,7 +114,7 @@ def _config(folder: Folder, values: Mapping[str, Any], tied: bool) -> T5Config:
         f"{values[name]!r}."
       )
   fields = {ours: values[theirs] for ours, theirs in _FIELDS.items()}
-  eos_ids = _eos_ids(folder, values)
+  eos_ids = weight_files.eos_ids(folder, values)
   depth = values.get("num_decoder_layers")
   try:
     return T5Config(
@@ -148,18 +133,6 @@ def _config(folder: Folder, values: Mapping[str, Any], tied: bool) -> T5Config:
     )
   except (TypeError, ValueError) as error:
     raise ValueError(f"{folder.path}/config.json: {error}") from error
-
-
-def _eos_ids(folder: Folder, values: Mapping[str, Any]) -> tuple[Any, ...]:
-  """eos_token_id, one or a list: what generation reads, else the config's."""
-  given = values.get("eos_token_id")
-  if folder.has(_GENERATION):
-    generation = weight_files.read_json(folder, _GENERATION)
-    if generation.get("eos_token_id") is not None:
-      given = generation["eos_token_id"]
-  if given is None:
-    return ()
-  return tuple(given) if isinstance(given, list) else (given,)
 
 
 def _unify_embeddings(folder: Folder, stored: dict[str, Leaf]) -> None:
@@ -228,16 +201,10 @@ def _leaves(
     leaves_lib.shapes(stored),
   )
   return {
-    path: leaf if path == _KEPT else _transposed(leaf)
+    path: leaf if path == _KEPT else leaf.transposed()
     for path in expected
     for leaf in (stored[tensor_name(path)],)
   }
-
-
-def _transposed(leaf: Leaf) -> Leaf:
-  return Leaf(
-    leaf.shape[::-1], leaf.dtype, lambda index: leaf.read(index[::-1]).T
-  )
 
 
 def tensor_name(path: str) -> str:
@@ -337,12 +304,13 @@ def save(
   values = _config_values(config, views)
   path.mkdir(parents=True, exist_ok=True)
   (path / "config.json").unlink(missing_ok=True)
-  for pattern in WEIGHTS:
-    for old in path.glob(pattern):
-      old.unlink()
-  _save_weights(path, views, max_shard_bytes)
-  _write_json(
-    path / _GENERATION,
+  weight_files.save(
+    path,
+    {tensor_name(p): (view, p != _KEPT) for p, view in views.items()},
+    max_shard_bytes,
+  )
+  weight_files.write_json(
+    path / weight_files.GENERATION,
     {
       name: values[name]
       for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
@@ -351,12 +319,12 @@ def save(
   if vocabulary is not None:
     (path / VOCABULARY).write_bytes(vocabulary.content)
     # T5Tokenizer would append 100 sentinels to the pieces of the model.
-    _write_json(
+    weight_files.write_json(
       path / "tokenizer_config.json",
       {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "legacy": False}
       | vocabulary.special,
     )
-  _write_json(path / "config.json", values)
+  weight_files.write_json(path / "config.json", values)
 
 
 def _config_values(
@@ -386,55 +354,3 @@ def _config_values(
     "eos_token_id": [first, *others] if others else first,
     "torch_dtype": str(views[_KEPT].dtype),
   }
-
-
-def _save_weights(
-  path: epath.Path, views: Mapping[str, View], max_shard_bytes: int
-) -> None:
-  by_name = {tensor_name(p): (p, view) for p, view in views.items()}
-  tensors = {
-    name: (view.dtype, view.shape if p == _KEPT else view.shape[::-1])
-    for name, (p, view) in by_name.items()
-  }
-
-  def read_tensor(name: str) -> np.ndarray:
-    p, view = by_name[name]
-    return view.numpy() if p == _KEPT else view.numpy().T
-
-  sizes = {name: view.nbytes for name, (_, view) in by_name.items()}
-  files = list(_into_files(sizes, max_shard_bytes))
-  if len(files) == 1:
-    safetensors_file.write(path / "model.safetensors", tensors, read_tensor)
-    return
-  weight_map: dict[str, str] = {}
-  for i, names in enumerate(files, 1):
-    file = f"model-{i:05}-of-{len(files):05}.safetensors"
-    part = {name: tensors[name] for name in names}
-    safetensors_file.write(path / file, part, read_tensor)
-    weight_map |= dict.fromkeys(names, file)
-  _write_json(
-    path / "model.safetensors.index.json",
-    {
-      "metadata": {"total_size": sum(sizes.values())},
-      "weight_map": weight_map,
-    },
-  )
-
-
-def _into_files(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-  """Names, in order, in lists of at most `limit` bytes, or of one name."""
-  names: list[str] = []
-  total = 0
-  for name, size in sizes.items():
-    if names and total + size > limit:
-      yield names
-      names, total = [], 0
-    names.append(name)
-    total += size
-  yield names
-
-
-def _write_json(path: epath.Path, values: Any) -> None:
-  partial = path.parent / f".{path.name}.partial"
-  partial.write_text(json.dumps(values, indent=2) + "\n")
-  partial.replace(path)

@@ -1,4 +1,4 @@
-"""A T5's parameters, leaf by leaf.
+"""A model's parameters, leaf by leaf.
 
 A format (huggingface.py, t5x.py, orbax.py) says what a checkpoint holds: the
 config and, for each path of the tree, a `Leaf` that can read a part of itself.
@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from clp_jax.models import t5
+from clp_jax.models import families
+from clp_jax.models.families import Config
 
 Params = Any
 Index = tuple[slice, ...]
-Shardings = Any  # a tree of jax.sharding.Sharding, or T5Config -> such a tree
+Shardings = Any  # a tree of jax.sharding.Sharding, or Config -> such a tree
 
 
 class Leaf(NamedTuple):
@@ -33,6 +34,12 @@ class Leaf(NamedTuple):
   def all(self) -> np.ndarray:
     """All of it."""
     return self.read((slice(None),) * len(self.shape))
+
+  def transposed(self) -> "Leaf":
+    """A matrix the other way round."""
+    return Leaf(
+      self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T
+    )
 
   @property
   def nbytes(self) -> int:
@@ -50,14 +57,14 @@ def unflatten(leaves: Mapping[str, Any]) -> Any:
   return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def expected_shapes(config: t5.T5Config) -> dict[str, tuple[int, ...]]:
-  """{path: shape} of t5x's tree (`layers_0`, ...) of a config."""
+def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of the tree of a config, `layers_0`, ...."""
   return _shapes_of(dataclasses.replace(config, scan_layers=False))
 
 
 @functools.lru_cache(8)  # the network is traced for it
-def _shapes_of(config: t5.T5Config) -> dict[str, tuple[int, ...]]:
-  return shapes(flatten(t5.abstract_params(config)))
+def _shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
+  return shapes(flatten(families.build(config).abstract()))
 
 
 def check(
@@ -82,7 +89,8 @@ def check(
   ][:3]
   if problems:
     raise ValueError(
-      f"{where} is not the T5 that its config describes: {'; '.join(problems)}."
+      f"{where} is not the model that its config describes: "
+      f"{'; '.join(problems)}."
     )
 
 
@@ -92,13 +100,13 @@ def _some(names: Sequence[str]) -> str:
 
 
 def assemble(
-  config: t5.T5Config,
+  config: Config,
   leaves: Mapping[str, Leaf],
   *,
   shardings: Shardings | None,
   dtype: Any,
   scan_layers: bool,
-) -> tuple[t5.T5Config, Params]:
+) -> tuple[Config, Params]:
   """The parameter tree of a checkpoint.
 
   Args:
@@ -206,7 +214,7 @@ class View(NamedTuple):
     return np.asarray(array)
 
 
-def views(config: t5.T5Config, params: Params) -> dict[str, View]:
+def views(config: Config, params: Params) -> dict[str, View]:
   """The leaves of a tree under t5x's paths, stacked layers taken apart.
 
   Raises:

@@ -1,7 +1,7 @@
-"""A T5 as an Orbax checkpoint: params/ and model.json, in one folder.
+"""A model as an Orbax checkpoint: params/ and model.json, in one folder.
 
-  params             what ocp.StandardCheckpointer saves of t5x's tree
-  model.json         the fields of the T5Config
+  params             what ocp.StandardCheckpointer saves of its tree
+  model.json         the fields of its config
   vocabulary.model   the SentencePiece model, where one was given
 
 Written with Orbax, so that Orbax restores it; read with tensorstore, so that
@@ -19,7 +19,8 @@ from clp_jax.interop import leaves as leaves_lib
 from clp_jax.interop import storage
 from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
-from clp_jax.models.t5 import T5Config
+from clp_jax.models import families
+from clp_jax.models.families import Config
 
 VOCABULARY = "vocabulary.model"
 
@@ -58,14 +59,14 @@ def stored_leaves(folder: Folder, prefix: str = "") -> dict[str, Leaf]:
   return storage.zarr_leaves(folder.path, kvstore, names)
 
 
-def open_checkpoint(folder: Folder) -> tuple[T5Config, dict[str, Leaf]]:
+def open_checkpoint(folder: Folder) -> tuple[Config, dict[str, Leaf]]:
   """What a folder of `save` holds.
 
   Raises:
     ValueError: names what is wrong with the folder.
   """
   try:
-    config = T5Config(**json.loads(folder.read("model.json")))
+    config = families.from_json(json.loads(folder.read("model.json")))
   except (TypeError, ValueError) as error:
     raise ValueError(f"{folder.path}/model.json: {error}") from error
   stored = stored_leaves(folder.within("params"))
@@ -76,7 +77,7 @@ def open_checkpoint(folder: Folder) -> tuple[T5Config, dict[str, Leaf]]:
 
 def save(
   path: epath.Path,
-  config: T5Config,
+  config: Config,
   views: Mapping[str, View],
   vocabulary: bytes | None,
 ) -> None:
@@ -96,7 +97,7 @@ def save(
   )
   if vocabulary is not None:
     (path / VOCABULARY).write_bytes(vocabulary)
-  fields = json.dumps(dataclasses.asdict(config), indent=2)
+  fields = json.dumps(families.to_json(config), indent=2)
   partial = path / ".model.json.partial"
   partial.write_text(fields + "\n")
   partial.replace(path / "model.json")

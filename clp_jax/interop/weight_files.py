@@ -8,14 +8,25 @@ installed. Only weights are taken from the latter: nothing in it is executed.
 import functools
 import importlib
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from clp_jax.interop import safetensors_file
-from clp_jax.interop.leaves import Index, Leaf
+from clp_jax.interop.leaves import Index, Leaf, View
 from clp_jax.interop.storage import Folder
+
+GENERATION = "generation_config.json"
+MAX_SHARD_BYTES = 5_000_000_000
+# Names of what `save` writes.
+_WRITTEN = (
+  "model.safetensors",
+  "model.safetensors.index.json",
+  "model-*-of-*.safetensors",
+)
 
 
 def read(folder: Folder, mapped: bool) -> dict[str, Leaf]:
@@ -119,3 +130,80 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
   if not isinstance(values, dict):
     raise ValueError(f"{folder.path}/{name} must be a JSON object.")
   return values
+
+
+def eos_ids(folder: Folder, values: Mapping[str, Any]) -> tuple[Any, ...]:
+  """eos_token_id, one or a list: what generation reads, else the config's."""
+  given = values.get("eos_token_id")
+  if folder.has(GENERATION):
+    generation = read_json(folder, GENERATION)
+    if generation.get("eos_token_id") is not None:
+      given = generation["eos_token_id"]
+  if given is None:
+    return ()
+  return tuple(given) if isinstance(given, list) else (given,)
+
+
+def save(
+  path: epath.Path,
+  tensors: Mapping[str, tuple[View, bool]],
+  max_shard_bytes: int,
+) -> None:
+  """Writes safetensors, one tensor in memory at a time.
+
+  Args:
+    path: the folder; older weights in it are removed.
+    tensors: name -> (array, whether it is a matrix to be transposed).
+    max_shard_bytes: more than this goes to several files.
+  """
+  for pattern in _WRITTEN:
+    for old in path.glob(pattern):
+      old.unlink()
+  described = {
+    name: (view.dtype, view.shape[::-1] if turned else view.shape)
+    for name, (view, turned) in tensors.items()
+  }
+
+  def read_tensor(name: str) -> np.ndarray:
+    view, turned = tensors[name]
+    return view.numpy().T if turned else view.numpy()
+
+  sizes = {name: view.nbytes for name, (view, _) in tensors.items()}
+  files = list(_into_files(sizes, max_shard_bytes))
+  if len(files) == 1:
+    whole = path / "model.safetensors"
+    safetensors_file.write(whole, described, read_tensor)
+    return
+  weight_map: dict[str, str] = {}
+  for i, names in enumerate(files, 1):
+    file = f"model-{i:05}-of-{len(files):05}.safetensors"
+    part = {name: described[name] for name in names}
+    safetensors_file.write(path / file, part, read_tensor)
+    weight_map |= dict.fromkeys(names, file)
+  write_json(
+    path / "model.safetensors.index.json",
+    {
+      "metadata": {"total_size": sum(sizes.values())},
+      "weight_map": weight_map,
+    },
+  )
+
+
+def _into_files(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+  """Names, in order, in lists of at most `limit` bytes, or of one name."""
+  names: list[str] = []
+  total = 0
+  for name, size in sizes.items():
+    if names and total + size > limit:
+      yield names
+      names, total = [], 0
+    names.append(name)
+    total += size
+  yield names
+
+
+def write_json(path: epath.Path, values: Any) -> None:
+  """Writes a JSON file, whole or not at all."""
+  partial = path.parent / f".{path.name}.partial"
+  partial.write_text(json.dumps(values, indent=2) + "\n")
+  partial.replace(path)

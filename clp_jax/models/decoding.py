@@ -1,7 +1,7 @@
-"""Sampling from a T5, and the log-probabilities of what was sampled.
+"""Sampling from a model, and the log-probabilities of what was sampled.
 
-1. `start` encodes the B prompts, projects every layer's cross-attention keys
-   and values once, and makes an empty self-attention cache for B * N rows.
+1. `start` reads the B prompts, once for the N samples of each, and makes an
+   empty cache for B * N rows.
 2. `sample_from` is the loop. At each position it asks for the next token's
    logits, draws a token from their modified distribution (`choose_tokens`),
    and notes its log-probability under the unmodified one. It ends when every
@@ -26,11 +26,9 @@ import numpy as np
 
 from clp_jax import sharding
 from clp_jax.conditioning import RowMixture, mix_one, row_coefficients
-from clp_jax.models import t5
 from clp_jax.models.layers import PAD_ID
+from clp_jax.models.model import Cache, Context, Model, Params
 
-Params = Any
-Cache = Any
 # (last tokens [R] int32, cache, position [] int32) -> (logits [R, V], cache)
 NextLogits = Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
 
@@ -38,7 +36,7 @@ BLOCK = 128  # tokens; the width of a TPU's vector lane
 _TINY = float(jnp.finfo(jnp.float32).tiny)  # smaller ones are subnormal
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 # Tokens of a prompt from which on, where rows differ in their policies, mixing
-# the encoder for each costs less than applying all sets to every token.
+# what reads it for each costs less than applying all sets to every token.
 LONG_PROMPT = 128
 
 
@@ -55,14 +53,7 @@ class TokenScores(NamedTuple):
 
   logp: jax.Array  # [R, T] float32, nats
   entropy: jax.Array  # [R, T] float32, nats
-  states: jax.Array  # [R, T, D], the decoder's last, in the compute dtype
-
-
-class Prompts(NamedTuple):
-  """What the decoder reads of the B prompts, at every position."""
-
-  cross: Any  # keys and values of every layer's cross-attention
-  mask: jax.Array  # [B, S] bool
+  states: jax.Array  # [R, T, D], the last layer's, in the compute dtype
 
 
 class Loop(NamedTuple):
@@ -76,7 +67,7 @@ class Loop(NamedTuple):
 
 
 def sample(
-  model: t5.T5,
+  model: Model,
   params: Params,
   encoder_input_tokens: jax.Array,
   keys: jax.Array,
@@ -93,10 +84,10 @@ def sample(
   """Samples N responses to each prompt.
 
   Args:
-    model: the T5; the `eos_ids` of its config end rows.
+    model: the `eos_ids` of its config end rows.
     params: its parameters; for a batch in which every row is a policy of its
       own, those of `conditioning.mix_rows`.
-    encoder_input_tokens: [B, S] int; 0 is padding.
+    encoder_input_tokens: [B, S] int; the model's pad_id is padding.
     keys: [R] typed keys, one a row: what a row draws depends on its key and
       its position only, not on the other rows or on the devices.
     max_length: T; a row that has not ended by then ends without EOS.
@@ -141,11 +132,12 @@ def sample(
     logp_temperature=logp_temperature,
     row_lengths=row_lengths,
     eos_ids=model.config.eos_ids,
+    pad_id=model.config.pad_id,
   )
 
 
 def sample_groups(
-  model: t5.T5,
+  model: Model,
   params: Params,
   params_axes: Any,
   encoder_input_tokens: jax.Array,
@@ -163,7 +155,7 @@ def sample_groups(
   """Cuts the prompts into G groups, answered by G sets of parameters.
 
   Args:
-    model: the T5, as in `sample`.
+    model: as in `sample`.
     params: parameters, some leaves [G, ...].
     params_axes: 0 for those leaves and None for the others, as jax.vmap's
       in_axes for params.
@@ -222,7 +214,7 @@ def sample_groups(
 
 
 def token_logp(
-  model: t5.T5,
+  model: Model,
   params: Params,
   encoder_input_tokens: jax.Array,
   tokens: jax.Array,
@@ -247,7 +239,7 @@ def token_logp(
 
 
 def score_tokens(
-  model: t5.T5,
+  model: Model,
   params: Params,
   encoder_input_tokens: jax.Array,
   tokens: jax.Array,
@@ -260,9 +252,9 @@ def score_tokens(
   """Log-probabilities of given tokens, and entropies, teacher-forced.
 
   Args:
-    model: the T5.
+    model: whose parameters they are.
     params: its parameters.
-    encoder_input_tokens: [B, S] int; 0 is padding. Encoded once.
+    encoder_input_tokens: [B, S] int; the model's pad_id is padding.
     tokens: [R, T] int, prompt-major, for instance `Samples.tokens`.
     num_samples: N, such that R = B * N.
     temperature: [] or [R] float, positive; the policy is
@@ -283,20 +275,13 @@ def score_tokens(
       f"got {rows}."
     )
   _check_positive("temperature", temperature)
-  rngs = None
-  if not deterministic and model.config.dropout_rate > 0:
-    if dropout_key is None:
-      raise ValueError("deterministic=False needs a dropout_key.")
-    rngs = {"dropout": dropout_key}
-  logits, kept = model.apply(
-    {"params": params},
-    encoder_input_tokens,
-    t5.shift_right(tokens),
-    deterministic=deterministic,
-    rngs=rngs,
-    mutable=["intermediates"],
+  if deterministic or model.config.dropout_rate == 0:
+    dropout_key = None
+  elif dropout_key is None:
+    raise ValueError("deterministic=False needs a dropout_key.")
+  logits, states = model.score(
+    params, encoder_input_tokens, tokens, dropout_key
   )
-  (states,) = kept["intermediates"]["decoder_states"]
   divisor = _per_row("temperature", temperature, rows)
   logits = logits / divisor[:, None, None]
   log_total = jax.nn.logsumexp(logits, axis=-1)
@@ -306,7 +291,7 @@ def score_tokens(
 
 
 def start(
-  model: t5.T5,
+  model: Model,
   params: Params,
   encoder_input_tokens: jax.Array,
   *,
@@ -317,9 +302,9 @@ def start(
   """Does once what decoding needs from the prompts.
 
   Args:
-    model: the T5.
+    model: whose parameters they are.
     params: its parameters.
-    encoder_input_tokens: [B, S] int; 0 is padding.
+    encoder_input_tokens: [B, S] int; the model's pad_id is padding.
     num_samples: N.
     max_length: T, positions of the cache.
     at_once: see `read_prompts`.
@@ -328,49 +313,48 @@ def start(
     A function that gives the logits of a position, and the cache it starts
     with: what `sample_from` takes.
   """
-  prompts = read_prompts(model, params, encoder_input_tokens, at_once)
+  context = read_prompts(model, params, encoder_input_tokens, at_once)
   rows = encoder_input_tokens.shape[0] * num_samples
-  cache = t5.init_cache(model.config, rows, max_length)
-  return logits_after(model, params, prompts), cache
+  cache = model.empty_cache(rows, max_length)
+  return logits_after(model, params, context), cache
 
 
 def read_prompts(
-  model: t5.T5,
+  model: Model,
   params: Params,
   encoder_input_tokens: jax.Array,
   at_once: int = 1,
-) -> Prompts:
-  """Encodes prompts and projects every layer's cross-attention, once.
+) -> Context:
+  """Does once what decoding needs from the prompts, in the compute dtype.
 
   Args:
-    model: the T5.
+    model: whose parameters they are.
     params: its parameters.
-    encoder_input_tokens: [B, S] int; 0 is padding.
-    at_once: long prompts of rows with policies of their own are encoded so many
-      together, each with its mixed encoder: the data axis's size, a divisor of
-      B, keeps all devices busy.
+    encoder_input_tokens: [B, S] int; the model's pad_id is padding.
+    at_once: long prompts of rows with policies of their own are read so many
+      together, each by its mixed policy: the data axis's size, a divisor of B,
+      keeps all devices busy.
 
   Returns:
     What `logits_after` takes, in this program or in a later one.
   """
-  mask = encoder_input_tokens != PAD_ID
 
-  def project(params, tokens):
-    variables = {"params": _in_compute_dtype(model.config, params)}
-    encoded = model.apply(variables, tokens, tokens != PAD_ID, method="encode")
-    return model.apply(variables, encoded, method="cross_keys_values")
+  def read(params, tokens):
+    return model.read(_in_compute_dtype(model, params), tokens)
 
-  def project_one(row):
+  def read_one(row):
     coefficients, tokens = row
-    return project(mix_one(params, coefficients), tokens[None])
+    return read(mix_one(params, coefficients), tokens[None])
 
   coefficients = row_coefficients(params)
   if coefficients is None or encoder_input_tokens.shape[1] < LONG_PROMPT:
-    return Prompts(project(params, encoder_input_tokens), mask)
-  cross = _map_rows(project_one, (coefficients, encoder_input_tokens), at_once)
-  # [B, 1, H, S, K] of a layer, or [B, L, 1, H, S, K] of a stack of them.
-  cross = jax.tree.map(lambda x: jnp.swapaxes(x, 0, -4)[0], cross)
-  return Prompts(cross, mask)
+    return read(params, encoder_input_tokens)
+  context = _map_rows(read_one, (coefficients, encoder_input_tokens), at_once)
+  return Context(
+    # [B, 1, H, S, K] of a layer, or [B, L, 1, H, S, K] of a stack of them.
+    jax.tree.map(lambda x: jnp.swapaxes(x, 0, -4)[0], context.layers),
+    jax.tree.map(lambda x: x[:, 0], context.rows),
+  )
 
 
 def _map_rows(function: Any, rows: Any, at_once: int) -> Any:
@@ -387,29 +371,21 @@ def _map_rows(function: Any, rows: Any, at_once: int) -> Any:
   return jax.tree.map(by_row, mapped)
 
 
-def logits_after(model: t5.T5, params: Params, prompts: Prompts) -> NextLogits:
+def logits_after(model: Model, params: Params, context: Context) -> NextLogits:
   """The function that gives the logits of a position.
 
   Args:
-    model: the T5.
+    model: whose parameters they are.
     params: its parameters.
-    prompts: from `read_prompts`, with the same parameters.
+    context: from `read_prompts`, with the same parameters.
 
   Returns:
     What `sample_from` and `advance` take.
   """
-  variables = {"params": _in_compute_dtype(model.config, params)}
+  params = _in_compute_dtype(model, params)
 
   def next_logits(tokens, cache, position):
-    return model.apply(
-      variables,
-      tokens,
-      cache,
-      position,
-      prompts.cross,
-      prompts.mask,
-      method="decode_step",
-    )
+    return model.step(params, context, cache, tokens, position)
 
   return next_logits
 
@@ -427,6 +403,7 @@ def sample_from(
   top_p: jax.Array | float | None = None,
   logp_temperature: jax.Array | float = 1.0,
   row_lengths: jax.Array | None = None,
+  pad_id: int = PAD_ID,
 ) -> Samples:
   """Samples rows from any next-token distribution.
 
@@ -446,6 +423,7 @@ def sample_from(
     top_p: None, or [] or [R] float.
     logp_temperature: [] or [R] float.
     row_lengths: None, or [R] int32.
+    pad_id: what stands where a row has ended.
 
   Returns:
     Samples. The arguments mean what they mean in `sample`.
@@ -453,7 +431,7 @@ def sample_from(
   Raises:
     ValueError: for values out of range.
   """
-  loop = first_loop(cache, keys.shape[0], max_length)
+  loop = first_loop(cache, keys.shape[0], max_length, pad_id)
   return advance(
     next_logits,
     loop,
@@ -466,20 +444,23 @@ def sample_from(
     top_p=top_p,
     logp_temperature=logp_temperature,
     row_lengths=row_lengths,
+    pad_id=pad_id,
   ).samples
 
 
-def first_loop(cache: Cache, rows: int, max_length: int) -> Loop:
+def first_loop(
+  cache: Cache, rows: int, max_length: int, pad_id: int = PAD_ID
+) -> Loop:
   """A decoding of R rows before its first position, for `advance`."""
   if max_length < 1:
     raise ValueError(f"max_length must be at least 1, got {max_length}.")
   shape = (rows, max_length)
   return Loop(
     position=jnp.zeros((), jnp.int32),
-    last=jnp.full((rows,), PAD_ID, jnp.int32),
+    last=jnp.full((rows,), pad_id, jnp.int32),
     ended=jnp.zeros((rows,), bool),
     samples=Samples(
-      tokens=jnp.full(shape, PAD_ID, jnp.int32),
+      tokens=jnp.full(shape, pad_id, jnp.int32),
       logp=jnp.zeros(shape, jnp.float32),
       mask=jnp.zeros(shape, bool),
     ),
@@ -500,6 +481,7 @@ def advance(
   top_p: jax.Array | float | None = None,
   logp_temperature: jax.Array | float = 1.0,
   row_lengths: jax.Array | None = None,
+  pad_id: int = PAD_ID,
 ) -> Loop:
   """Goes on with a decoding, up to a position or until all rows have ended.
 
@@ -518,6 +500,7 @@ def advance(
     top_p: None, or [] or [R] float.
     logp_temperature: [] or [R] float.
     row_lengths: None, or [R] int32.
+    pad_id: what stands where a row has ended.
 
   Returns:
     The loop; its samples hold what there is so far.
@@ -525,7 +508,7 @@ def advance(
   Raises:
     ValueError: for values out of range.
   """
-  _check_ends(allowed, eos_ids)
+  _check_ends(allowed, eos_ids, pad_id)
   if isinstance(temperature, int | float) and temperature < 0:
     raise ValueError(f"temperature must not be negative, got {temperature}.")
   _check_positive("logp_temperature", logp_temperature)
@@ -551,7 +534,7 @@ def advance(
     scaled = logits / logp_temperature[:, None]
     logp = _at_token(scaled, token) - jax.nn.logsumexp(scaled, axis=-1)
     going = ~loop.ended
-    token = jnp.where(going, token, PAD_ID)
+    token = jnp.where(going, token, pad_id)
     now = Samples(token, jnp.where(going, logp, 0.0), going)
     ended = loop.ended
     for eos_id in eos_ids:
@@ -761,50 +744,40 @@ def _at_token(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   return jnp.sum(jnp.where(ids == tokens[..., None], logits, 0.0), axis=-1)
 
 
-def spread_policies(
-  config: t5.T5Config, policies: Params, *, whole: bool
-) -> Params:
+def spread_policies(model: Model, policies: Params, *, whole: bool) -> Params:
   """Sends the policies of a step to the devices whose rows they answer.
 
   Args:
-    config: of each policy.
-    policies: parameters of T5s, some leaves [G, ...].
+    model: of each policy.
+    policies: its parameters, some leaves [G, ...].
     whole: for decoding, whose steps would gather cut parameters every time.
 
   Returns:
     The same, cast as `start` casts them; placed inside `sharding.on_mesh`.
   """
   dtypes = jax.tree_util.tree_map_with_path(
-    lambda path, x: config.compute_dtype if _is_cast(path) else x.dtype,
-    policies,
+    lambda path, x: _dtype(model, path, x), policies
   )
-  return sharding.spread(policies, t5.logical_axes(config), dtypes, whole=whole)
+  return sharding.spread(policies, model.axes(), dtypes, whole=whole)
 
 
-def _in_compute_dtype(config: t5.T5Config, params: Params) -> Params:
+def _in_compute_dtype(model: Model, params: Params) -> Params:
   """Casts, before the loop and not in each step, what the model would cast."""
 
   def cast(path, leaf):
-    if not _is_cast(path):
-      return leaf
     if isinstance(leaf, RowMixture):
-      sets = leaf.sets.astype(config.compute_dtype)
-      return RowMixture(sets, leaf.coefficients)
-    return leaf.astype(config.compute_dtype)
+      dtype = _dtype(model, path, leaf.sets)
+      return RowMixture(leaf.sets.astype(dtype), leaf.coefficients)
+    return leaf.astype(_dtype(model, path, leaf))
 
   return jax.tree_util.tree_map_with_path(
     cast, params, is_leaf=lambda leaf: isinstance(leaf, RowMixture)
   )
 
 
-def _is_cast(path: Any) -> bool:
-  """Whether the model casts a leaf to the dtype of the computation.
-
-  Norms, relative biases, the embedding and the logit layer keep theirs: they
-  enter computations in float32, or a step reads few of their rows.
-  """
-  names = [entry.key for entry in path]
-  return names[-1] == "kernel" and "logits_dense" not in names
+def _dtype(model: Model, path: Any, leaf: jax.Array) -> Any:
+  names = tuple(entry.key for entry in path)
+  return model.config.compute_dtype if model.is_cast(names) else leaf.dtype
 
 
 def _per_row(name: str, value: jax.Array | float, rows: int) -> jax.Array:
@@ -836,11 +809,11 @@ def _check_keys(keys: jax.Array, rows: int) -> None:
 
 
 def _check_ends(
-  allowed: jax.Array | np.ndarray, eos_ids: tuple[int, ...]
+  allowed: jax.Array | np.ndarray, eos_ids: tuple[int, ...], pad_id: int
 ) -> None:
   if not eos_ids:
     raise ValueError(
-      "nothing ends a response: give eos_ids, in the T5Config those of its "
+      "nothing ends a response: give eos_ids, in the config those of its "
       "vocabulary."
     )
   # Only where the values are on the host: reading an array from a device here
@@ -848,5 +821,5 @@ def _check_ends(
   if isinstance(allowed, np.ndarray):
     if not allowed[list(eos_ids)].all():
       raise ValueError(f"allowed must include the end of sequence, {eos_ids}.")
-    if allowed[PAD_ID]:
-      raise ValueError(f"allowed must exclude padding, {PAD_ID}.")
+    if pad_id >= 0 and allowed[pad_id]:
+      raise ValueError(f"allowed must exclude padding, {pad_id}.")

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -29,6 +29,7 @@ QUERIES = 128  # the width of a TPU's matrix unit
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(nn.gelu, approximate=True),
+  "gelu_exact": functools.partial(nn.gelu, approximate=False),
   "relu": nn.relu,
   "silu": nn.silu,
   "linear": lambda x: x,
@@ -87,6 +88,8 @@ class T5Config:
   remat: str = "none"
   soft_tokens: int = 0
   eos_ids: tuple[int, ...] = ()
+
+  pad_id: ClassVar[int] = PAD_ID
 
   def __post_init__(self):
     for name in (
@@ -193,12 +196,12 @@ def relative_position_buckets(
   return (first + np.where(distance < exact, distance, large)).astype(np.int32)
 
 
-def dropout(config: T5Config) -> nn.Dropout:
+def dropout(config: Any) -> nn.Dropout:
   """Dropout of features [..., length, features], the same at all positions."""
   return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
 
-def _param(
+def param(
   module: nn.Module,
   name: str,
   init: nn.initializers.Initializer,
@@ -211,8 +214,8 @@ def _param(
     if isinstance(value, RowMixture):  # of another shape than init's
       return value
   boxed_init = nn.with_logical_partitioning(init, axes)
-  param = module.param(name, boxed_init, shape, jnp.float32)
-  return cast(jax.Array, param)  # param takes the box off
+  made = module.param(name, boxed_init, shape, jnp.float32)
+  return cast(jax.Array, made)  # param takes the box off
 
 
 @jax.custom_vjp
@@ -250,59 +253,78 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nn.Module):
-  """A linear map without a bias; every one in the model goes through here."""
+  """A linear map; every one in a model goes through here."""
 
   features: int
   axes: tuple[str, str]
   dtype: jnp.dtype
   kernel_init: nn.initializers.Initializer
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (x.shape[-1], self.features)
-    kernel = _param(self, "kernel", self.kernel_init, shape, self.axes)
+    kernel = param(self, "kernel", self.kernel_init, shape, self.axes)
     x = x.astype(self.dtype)
     if isinstance(kernel, RowMixture):
       y = kernel.matmul(x)
     else:
       # Cut over the data axis (fsdp) it is gathered here, a layer at a time.
       y = matmul(x, constrain(kernel.astype(self.dtype), *self.axes))
+    if self.use_bias:
+      zeros = nn.initializers.zeros_init()
+      bias = param(self, "bias", zeros, (self.features,), self.axes[1:])
+      if isinstance(bias, RowMixture):
+        bias = bias.mixed(x.shape[0])
+      bias = bias.reshape(-1, *(1,) * (y.ndim - 2), self.features)
+      y = y + bias.astype(self.dtype)
     # The name is what remat "minimal" saves: unlike the shape of the product,
     # it is the same under vmap over parameter sets.
     return checkpoint_name(y, "linear")
 
 
 class RMSNorm(nn.Module):
-  """Root mean square norm in float32: no mean, no bias."""
+  """Root mean square norm in float32: no mean, no bias.
+
+  Attributes:
+    dtype: of the result.
+    epsilon: added to the mean square.
+    from_one: the parameter is the scale less 1, and is multiplied in float32.
+    axis: logical name of the features.
+  """
 
   dtype: jnp.dtype
+  epsilon: float = NORM_EPSILON
+  from_one: bool = False
+  axis: str = "embed"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = _param(
-      self, "scale", nn.initializers.ones_init(), (x.shape[-1],), ("embed",)
-    )
+    init = nn.initializers.constant(0.0 if self.from_one else 1.0)
+    scale = param(self, "scale", init, (x.shape[-1],), (self.axis,))
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(mean_square + NORM_EPSILON)
+    x = x * jax.lax.rsqrt(mean_square + self.epsilon)
     if isinstance(scale, RowMixture):
       scale = scale.mixed(x.shape[0])
-    scale = scale.astype(self.dtype)
     # [1, 1, D], or [R, 1, D] where rows differ.
     scale = scale.reshape(-1, *(1,) * (x.ndim - 2), x.shape[-1])
-    return x.astype(self.dtype) * scale
+    if self.from_one:
+      return (x * (1 + scale.astype(jnp.float32))).astype(self.dtype)
+    return x.astype(self.dtype) * scale.astype(self.dtype)
 
 
 class Embedding(nn.Module):
   """The token table, and the logit layer where it is tied."""
 
-  config: T5Config
+  config: Any  # vocab_size, emb_dim and compute_dtype are read
+  stddev: float = 1.0
 
   def setup(self):
-    self.embedding = _param(
+    self.embedding = param(
       self,
       "embedding",
-      nn.initializers.normal(stddev=1.0),
+      nn.initializers.normal(stddev=self.stddev),
       (self.config.vocab_size, self.config.emb_dim),
       ("vocab", "embed"),
     )
@@ -328,14 +350,14 @@ class Embedding(nn.Module):
 
 
 class SoftTokens(nn.Module):
-  """Learned embeddings in place of words, before the encoder's input."""
+  """Learned embeddings in place of words, before the prompt's."""
 
-  config: T5Config
+  config: Any  # soft_tokens and emb_dim are read
 
   @nn.compact
   def __call__(self, embedded: jax.Array) -> jax.Array:
     """embedded: [B, S, D] -> [B, P + S, D]."""
-    table = _param(
+    table = param(
       self,
       "embedding",
       nn.initializers.normal(stddev=1.0),
@@ -359,7 +381,7 @@ class RelativeBias(nn.Module):
   @nn.compact
   def __call__(self, buckets: jax.Array | np.ndarray) -> jax.Array:
     """buckets: [Q, S] int -> [1 or B, H, Q, S] float32."""
-    table = _param(
+    table = param(
       self,
       "rel_embedding",
       nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
@@ -524,7 +546,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
   """Parallel input projections, multiplied after activation, and an output."""
 
-  config: T5Config
+  config: Any  # emb_dim, mlp_dim, mlp_activations and so on are read
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -532,6 +555,7 @@ class MLP(nn.Module):
     linear = functools.partial(
       Linear,
       dtype=cfg.compute_dtype,
+      use_bias=self.use_bias,
       kernel_init=nn.initializers.variance_scaling(
         1.0, "fan_in", "truncated_normal"
       ),
@@ -547,3 +571,55 @@ class MLP(nn.Module):
     hidden = dropout(cfg)(hidden, deterministic=deterministic)
     hidden = constrain(hidden, "batch", "length", "mlp")
     return linear(cfg.emb_dim, ("mlp", "embed"), name="wo")(hidden)
+
+
+def through_layers(
+  config: Any,
+  layers: Any,
+  body: Callable,
+  carry: Any,
+  per_layer: Any,
+  *shared: Any,
+  num_layers: int,
+  remat: bool,
+) -> tuple[Any, Any]:
+  """Threads a carry through the layers, a scanned stack or a list of them.
+
+  Args:
+    config: its scan_layers says which of the two, its remat what to compute
+      again.
+    layers: one stacked module, or a list of modules.
+    body: (layer, carry, this layer's input, *shared) -> (carry, output).
+    carry: what the first layer gets.
+    per_layer: inputs of the layers: a tree with a leading axis L when scanned,
+      a sequence over layers otherwise; None for none.
+    *shared: what every layer gets.
+    num_layers: how many a stack holds.
+    remat: apply config.remat; decoding steps have no gradient.
+
+  Returns:
+    What the last layer carries, and the outputs, arranged as per_layer.
+  """
+  if remat and config.remat != "none":
+    policy = None
+    if config.remat == "minimal":
+      policy = jax.checkpoint_policies.save_only_these_names(
+        "linear", "attended"
+      )
+    body = nn.remat(body, policy=policy, prevent_cse=not config.scan_layers)
+  if config.scan_layers:
+    scan = nn.scan(
+      body,
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=(0,) + (nn.broadcast,) * len(shared),
+      length=num_layers,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scan(layers, carry, per_layer, *shared)
+  outputs = []
+  for i, layer in enumerate(layers):
+    mine = None if per_layer is None else per_layer[i]
+    carry, output = body(layer, carry, mine, *shared)
+    outputs.append(output)
+  return carry, tuple(outputs)

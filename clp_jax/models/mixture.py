@@ -1,4 +1,4 @@
-"""Several T5s whose logits are combined at every token.
+"""Several models whose logits are combined at every token.
 
   logits(y_t | x, y_<t) = sum_k c_k logits_k(y_t | x, y_<t)
 
@@ -15,20 +15,18 @@ Source: Liu et al. 2024 (arXiv 2402.02992, DeRa), Shi et al. 2024 (arXiv
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from clp_jax.models import decoding, t5
-
-Params = Any
+from clp_jax.models import decoding
+from clp_jax.models.model import Model, Params
 
 
 @struct.dataclass
 class Mixture:
-  """K ordinary T5s of one shape and vocabulary, and their coefficients."""
+  """K ordinary models of one shape and vocabulary, and their coefficients."""
 
   models: tuple[Params, ...]  # K parameter trees
   coefficients: jax.Array  # [K] float32, or [B, K]: each prompt its own
@@ -67,7 +65,7 @@ def combine(coefficients: jax.Array, logits: Sequence[jax.Array]) -> jax.Array:
 
 
 def start(
-  model: t5.T5,
+  model: Model,
   mixture: Mixture,
   encoder_input_tokens: jax.Array,
   *,
@@ -77,9 +75,9 @@ def start(
   """`decoding.start` for a mixture: what `decoding.sample_from` takes.
 
   Args:
-    model: the T5 that all K parameter trees are of.
+    model: that all K parameter trees are of.
     mixture: the models and their coefficients.
-    encoder_input_tokens: [B, S] int; 0 is padding.
+    encoder_input_tokens: [B, S] int; the model's pad_id is padding.
     num_samples: N.
     max_length: T, positions of the caches.
 
@@ -110,7 +108,7 @@ def start(
 
 
 def token_logp(
-  model: t5.T5,
+  model: Model,
   mixture: Mixture,
   encoder_input_tokens: jax.Array,
   tokens: jax.Array,
@@ -121,9 +119,9 @@ def token_logp(
   """Log-probabilities of given tokens under a mixture, teacher-forced.
 
   Args:
-    model: the T5 that all K parameter trees are of.
+    model: that all K parameter trees are of.
     mixture: the models and their coefficients.
-    encoder_input_tokens: [B, S] int; 0 is padding.
+    encoder_input_tokens: [B, S] int; the model's pad_id is padding.
     tokens: [R, T] int, prompt-major.
     num_samples: N, such that R = B * N.
     temperature: positive; the policy is softmax(logits / temperature).
@@ -140,11 +138,11 @@ def token_logp(
       f"tokens must have {prompts} prompts * num_samples = {num_samples} rows, "
       f"got {rows}."
     )
-  inputs = t5.shift_right(tokens)
-  logits: list[Any] = [
-    model.apply({"params": params}, encoder_input_tokens, inputs)
+  logits = [
+    model.score(params, encoder_input_tokens, tokens)[0]
     for params in mixture.models
   ]
   combined = combine(mixture.coefficients, logits) / temperature
   logp = jax.nn.log_softmax(combined, axis=-1)
-  return jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+  at = jnp.maximum(tokens, 0)[..., None]  # padding may be -1
+  return jnp.take_along_axis(logp, at, axis=-1)[..., 0]

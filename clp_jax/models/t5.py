@@ -25,9 +25,7 @@ Q queries (S or T), D model, H heads, K head width, F mlp, V vocabulary,
 L layers.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clp_jax.models import trees
 from clp_jax.models.layers import (
   MLP,
   PAD_ID,
@@ -48,7 +47,10 @@ from clp_jax.models.layers import (
   T5Config,
   dropout,
   relative_position_buckets,
+  through_layers,
 )
+from clp_jax.models.trees import stack_layers as stack_layers
+from clp_jax.models.trees import unstack_layers as unstack_layers
 from clp_jax.sharding import constrain
 
 Params = Any  # a nested dict of arrays
@@ -212,57 +214,6 @@ class DecoderLayer(nn.Module):
     return constrain(x, "batch", "length", "embed")
 
 
-def _through_layers(
-  config: T5Config,
-  layers: Any,
-  body: Callable,
-  carry: Any,
-  per_layer: Any,
-  *shared: Any,
-  num_layers: int,
-  remat: bool,
-) -> tuple[Any, Any]:
-  """Threads a carry through the layers, a scanned stack or a list of them.
-
-  Args:
-    config: says which of the two, and what to compute again.
-    layers: one stacked module, or a list of modules.
-    body: (layer, carry, this layer's input, *shared) -> (carry, output).
-    carry: what the first layer gets.
-    per_layer: inputs of the layers: a tree with a leading axis L when scanned,
-      a sequence over layers otherwise; None for none.
-    *shared: what every layer gets.
-    num_layers: how many a stack holds.
-    remat: apply config.remat; decoding steps have no gradient.
-
-  Returns:
-    What the last layer carries, and the outputs, arranged as per_layer.
-  """
-  if remat and config.remat != "none":
-    policy = None
-    if config.remat == "minimal":
-      policy = jax.checkpoint_policies.save_only_these_names(
-        "linear", "attended"
-      )
-    body = nn.remat(body, policy=policy, prevent_cse=not config.scan_layers)
-  if config.scan_layers:
-    scan = nn.scan(
-      body,
-      variable_axes={"params": 0},
-      split_rngs={"params": True, "dropout": True},
-      in_axes=(0,) + (nn.broadcast,) * len(shared),
-      length=num_layers,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    return scan(layers, carry, per_layer, *shared)
-  outputs = []
-  for i, layer in enumerate(layers):
-    mine = None if per_layer is None else per_layer[i]
-    carry, output = body(layer, carry, mine, *shared)
-    outputs.append(output)
-  return carry, tuple(outputs)
-
-
 class Encoder(nn.Module):
   """All the encoder layers, with their shared relative bias and last norm."""
 
@@ -297,7 +248,7 @@ class Encoder(nn.Module):
       return layer(x, mask, bias, deterministic), None
 
     x = self.dropout(x, deterministic=deterministic)
-    x, _ = _through_layers(
+    x, _ = through_layers(
       cfg,
       self.layers,
       body,
@@ -363,7 +314,7 @@ class Decoder(nn.Module):
       return x, None
 
     x = self.dropout(x, deterministic=deterministic)
-    x, _ = _through_layers(
+    x, _ = through_layers(
       self.config,
       self.layers,
       body,
@@ -385,7 +336,7 @@ class Decoder(nn.Module):
     def body(layer, encoded, _):
       return encoded, layer.encoder_decoder_attention.keys_values(encoded)
 
-    _, cross = _through_layers(
+    _, cross = through_layers(
       self.config,
       self.layers,
       body,
@@ -412,7 +363,7 @@ class Decoder(nn.Module):
     bias = self.relpos_bias(buckets[None])
     mask = (distance >= 0)[None, None]
     through = functools.partial(
-      _through_layers,
+      through_layers,
       cfg,
       self.layers,
       num_layers=cfg.num_decoder_layers,
@@ -628,21 +579,12 @@ def init_params(config: T5Config, key: jax.Array) -> Params:
   Returns:
     A nested dict of float32 arrays.
   """
-  # Drawing all layers at once compiles half as many programs, too.
-  scanned = dataclasses.replace(config, scan_layers=True)
-  params = nn.unbox(_boxed_init(scanned, key))
-  return params if config.scan_layers else unstack_layers(params)
+  return trees.init(_boxed_init, config, key)
 
 
 def abstract_params(config: T5Config) -> Params:
   """The tree of `init_params` with a jax.ShapeDtypeStruct for each array."""
-  return jax.tree.map(lambda leaf: leaf, _abstract_params(config))
-
-
-@functools.lru_cache
-def _abstract_params(config: T5Config) -> Params:
-  # Building the modules takes half a second, and a run asks many times.
-  return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  return trees.abstract(_boxed_init, config)
 
 
 def logical_axes(config: T5Config) -> Axes:
@@ -657,73 +599,4 @@ def logical_axes(config: T5Config) -> Axes:
   Returns:
     A nested dict of tuples of str.
   """
-  return jax.tree.map(
-    lambda axes: axes, _logical_axes(config), is_leaf=_are_names
-  )
-
-
-@functools.lru_cache
-def _logical_axes(config: T5Config) -> Axes:
-  boxed = jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0)))
-  return jax.tree.map(
-    lambda box: tuple(box.names),
-    boxed,
-    is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
-  )
-
-
-def _are_names(x: Any) -> bool:
-  return isinstance(x, tuple)
-
-
-def _stack(*leaves: Any) -> Any:
-  # A checkpoint on the host stays on the host.
-  numpy = all(isinstance(leaf, np.ndarray) for leaf in leaves)
-  return np.stack(leaves) if numpy else jnp.stack(leaves)
-
-
-def stack_layers(params: Params) -> Params:
-  """t5x's tree (`layers_0`, `layers_1`, ...) to the scanned one (`layers`).
-
-  Args:
-    params: nested dict of arrays, as `scan_layers=False` has it.
-
-  Returns:
-    The same values bit for bit, the layers' leaves [L, ...] under `layers`.
-  """
-  stacked = {}
-  for name, subtree in params.items():
-    if isinstance(subtree, Mapping) and "layers_0" in subtree:
-      layers = _layers(subtree)
-      subtree = {k: v for k, v in subtree.items() if not _is_layer(k)}
-      subtree["layers"] = jax.tree.map(_stack, *layers)
-    stacked[name] = subtree
-  return stacked
-
-
-def unstack_layers(params: Params) -> Params:
-  """The scanned tree (`layers`) to t5x's (`layers_0`, `layers_1`, ...).
-
-  Args:
-    params: nested dict of arrays, as `scan_layers=True` has it.
-
-  Returns:
-    The same values bit for bit, a subtree for each layer.
-  """
-  unstacked = {}
-  for name, subtree in params.items():
-    if isinstance(subtree, Mapping) and "layers" in subtree:
-      subtree = dict(subtree)
-      layers = subtree.pop("layers")
-      for i in range(jax.tree.leaves(layers)[0].shape[0]):
-        subtree[f"layers_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
-    unstacked[name] = subtree
-  return unstacked
-
-
-def _is_layer(name: str) -> bool:
-  return name.startswith("layers_")
-
-
-def _layers(subtree: Mapping[str, Params]) -> Sequence[Params]:
-  return [subtree[f"layers_{i}"] for i in range(sum(map(_is_layer, subtree)))]
+  return trees.axes(_boxed_init, config)

@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from clp_jax import config as config_lib
 from clp_jax import sharding
 from clp_jax.config import ConfigError
-from clp_jax.data.vocabulary import PAD
 from clp_jax.initial import load_model_config, load_vocabulary_of
-from clp_jax.models import t5
-from clp_jax.plan import flops, hlo
+from clp_jax.models import families
+from clp_jax.models.model import Model
+from clp_jax.plan import hlo
 from clp_jax.rewards import entailment, preference
 from clp_jax.rewards import model as models
 from clp_jax.train import moft, sft
@@ -122,7 +122,8 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
       config, load_vocabulary_of(config), model_config.vocab_size
     )
   key = jax.eval_shape(lambda: jax.random.key(0))
-  reference = t5.abstract_params(model_config)
+  model = families.build(model_config)
+  reference = model.abstract()
 
   def tokens(rows, length):
     return jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -146,13 +147,10 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
         tokens(batch, data.target_length),
       ),
       0,
-      3
-      * flops.forward(
-        model_config, batch, batch, data.source_length, data.target_length
-      ),
+      3 * model.flops(batch, batch, data.source_length, data.target_length),
       _state_bytes(state, supervised.state_shardings),
     )
-  allowed = np.arange(model_config.vocab_size) != PAD
+  allowed = np.arange(model_config.vocab_size) != model_config.pad_id
   programs = moft.make_programs(config, model_config, mesh, allowed, prompts)
   state = jax.eval_shape(programs.init, reference, key)
   rows = rollout.prompts * rollout.samples
@@ -161,7 +159,7 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
   with config_lib.as_config_error():
     judges = list(_judges(config, mesh))
   held["reward models"] = sum(j.held["reward models"] for j in judges)
-  sizes = (model_config, rollout.prompts, rows)
+  sizes = (rollout.prompts, rows)
   lengths = (data.source_length, data.target_length)
   prompts = tokens(rollout.prompts, data.source_length)
   number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -171,9 +169,9 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
     programs.rollout,
     arguments,
     1,
-    flops.forward(*sizes, *lengths),
+    model.flops(*sizes, *lengths),
     held,
-    _cache_bytes(config, model_config, mesh),
+    _cache_bytes(config, model, mesh),
   )
   sampled = jax.eval_shape(programs.rollout, *arguments)
   scored = (reference, prompts, sampled.tokens, sampled.mask)
@@ -182,7 +180,7 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
     programs.reference,
     scored,
     1,
-    flops.forward(*sizes, *lengths),
+    model.flops(*sizes, *lengths),
     held,
   )
   for judge in judges:
@@ -196,7 +194,7 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
     programs.update,
     (state, sampled, rewards, reference),
     1,
-    _passes(config) * flops.forward(*sizes, *lengths),
+    _passes(config) * model.flops(*sizes, *lengths),
     held,
   )
 
@@ -217,18 +215,23 @@ def _state_bytes(state: Any, shardings: Any) -> dict[str, int]:
 
 
 def _cache_bytes(
-  config: ml_collections.ConfigDict, model_config: t5.T5Config, mesh: Mesh
+  config: ml_collections.ConfigDict, model: Model, mesh: Mesh
 ) -> int:
   """Keys and values that decoding keeps on a chip."""
-  rollout, data = config.rollout, config.data
-  width = 2 * model_config.num_heads * model_config.head_dim
-  item = np.dtype(model_config.dtype).itemsize
-  positions = rollout.prompts * (
-    rollout.samples * data.target_length + data.source_length
+  prompts, data = config.rollout.prompts, config.data
+  rows = prompts * config.rollout.samples
+  context, cache = jax.eval_shape(
+    lambda params, tokens: (
+      model.read(params, tokens).layers,
+      model.empty_cache(rows, data.target_length),
+    ),
+    model.abstract(),
+    jax.ShapeDtypeStruct((prompts, data.source_length), jnp.int32),
   )
-  heads = mesh.shape["model"]
-  cut = heads if model_config.num_heads % heads == 0 else 1
-  total = model_config.num_decoder_layers * positions * width * item
+  kept = jax.tree.leaves((context, cache))
+  heads, model_axis = kept[0].shape[-3], mesh.shape["model"]
+  cut = model_axis if heads % model_axis == 0 else 1
+  total = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
   return total // (sharding.row_shards(mesh) * cut)
 
 
@@ -251,11 +254,11 @@ def _judges(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
       scan_layers=options["scan_layers"],
     )
     length = options.get("source_length") or 512
-    abstract: Any = t5.abstract_params(judge)
+    model = families.build(judge)
+    abstract: Any = model.abstract()
     placed: Any = sharding.param_shardings(
-      mesh, t5.logical_axes(judge), abstract, fsdp=options["fsdp"]
+      mesh, model.axes(), abstract, fsdp=options["fsdp"]
     )
-    model = t5.T5(judge)
     # Which tokens mean what changes no cost.
     value: Callable = functools.partial(_entailment, model)
     if source == "preference":
@@ -273,7 +276,7 @@ def _judges(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
       models.row_program(value, placed, mesh),
       (abstract, jax.ShapeDtypeStruct((batch, length), jnp.int32)),
       -(-rows // batch),
-      flops.forward(judge, batch, batch, length, 1),
+      model.flops(batch, batch, length, 1),
       {"reward models": bytes_per_chip(abstract, placed)},
     )
 

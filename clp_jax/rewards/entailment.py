@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from clp_jax.models import t5
+from clp_jax.models.model import Model
 from clp_jax.rewards import model as models
 from clp_jax.rewards.base import Score
 
@@ -29,7 +29,7 @@ TEMPLATE = "premise: {document} hypothesis: {response}"
 
 
 def probability(
-  model: t5.T5, params: Params, tokens: jax.Array, yes: int, no: int | None
+  model: Model, params: Params, tokens: jax.Array, yes: int, no: int | None
 ) -> jax.Array:
   """The probability that the answer is `yes`.
 
@@ -43,7 +43,7 @@ def probability(
   Returns:
     [B] float32.
   """
-  logits = models.first_logits(model, params, tokens)
+  logits, _ = models.first(model, params, tokens)
   if no is not None:
     return jax.nn.sigmoid(logits[:, yes] - logits[:, no])
   return jnp.exp(logits[:, yes] - jax.nn.logsumexp(logits, axis=-1))

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +25,22 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clp_jax import interop, run_folder, sharding
-from clp_jax.data.vocabulary import PAD, load_vocabulary
-from clp_jax.models import t5
+from clp_jax.data import tokenizer as tokenizer_lib
+from clp_jax.data.tokenizer import Tokenizer
+from clp_jax.models import families
+from clp_jax.models.model import Model, Params
 from clp_jax.models.presets import PRESETS
 from clp_jax.train import checkpoints
 
-Params = Any
 _PLACE = re.compile(r"\{(document|response)\}")
 
 
 class Judge(NamedTuple):
-  """A T5 on the mesh, and its vocabulary."""
+  """A model on the mesh, and its vocabulary."""
 
-  model: t5.T5
+  model: Model
   params: Params
-  vocabulary: Any
+  vocabulary: Tokenizer
 
 
 def load(
@@ -69,42 +70,41 @@ def load(
   path = checked(path)
 
   def place(config):
+    made = families.build(config)
     return sharding.param_shardings(
-      mesh, t5.logical_axes(config), t5.abstract_params(config), fsdp=fsdp
+      mesh, made.axes(), made.abstract(), fsdp=fsdp
     )
 
   if is_run(path):
     config = run_folder.load_model_config(path)
     abstract = checkpoints.abstract_like(
-      t5.abstract_params(config), place(config)
+      families.build(config).abstract(), place(config)
     )
     params, _ = checkpoints.load_params(path, abstract)
-    found: str | None = run_folder.vocabulary_path(path)
   else:
-    config, params = interop.load_t5(
+    loaded, params = interop.load_model(
       path, place, dtype=np.float32, scan_layers=scan_layers
     )
-    found = interop.find_vocabulary(path)
-  if vocabulary is None:
-    vocabulary = found
-  if vocabulary is None:
+    config = loaded.config
+  pieces = tokenizer_lib.find(vocabulary or path, config.eos_ids, config.pad_id)
+  if pieces is None:
     raise ValueError(
-      f"{path} holds no SentencePiece model; set .vocabulary to its file."
+      f"{path} holds no SentencePiece model or tokenizer.json; set .vocabulary "
+      "to it."
     )
-  pieces = load_vocabulary(vocabulary, eos_ids=config.eos_ids)
-  if pieces.vocab_size > config.vocab_size:
+  if pieces.size > config.vocab_size:
     raise ValueError(
-      f"the vocabulary {vocabulary} has {pieces.vocab_size} pieces, but the "
+      f"the vocabulary {pieces.path} has {pieces.size} pieces, but the "
       f"model {path} embeds {config.vocab_size}; set .vocabulary to the one "
       "that it was trained with."
     )
   config = dataclasses.replace(config, dtype=dtype, remat="none")
-  return Judge(t5.T5(config), params, pieces)
+  return Judge(families.build(config), params, pieces)
 
 
 def model_config(
   path: str | None, *, dtype: str, scan_layers: bool
-) -> t5.T5Config:
+) -> families.Config:
   """What `load` would load, or what a preset's parameters would be.
 
   Args:
@@ -146,24 +146,19 @@ def is_run(path: str) -> bool:
   return (folder / "model.json").exists() and (folder / "config.json").exists()
 
 
-def token_of(vocabulary: Any, text: str) -> int:
+def token_of(vocabulary: Tokenizer, text: str) -> int:
   """The one piece that spells a text, or the sentinel that it names.
 
   Raises:
     ValueError: it takes several, or the unknown one.
   """
-  for name in (text, f"▁{text}"):
-    token = vocabulary.tokenizer.piece_to_id(name)
-    if vocabulary.tokenizer.is_control(token):
-      return token
-  ids = vocabulary.encode(text)
-  if len(ids) != 1 or ids[0] == vocabulary.unk_id:
-    pieces = [vocabulary.tokenizer.id_to_piece(i) for i in ids]
+  token = vocabulary.token(text)
+  if token is None:
     raise ValueError(
-      f"the model's vocabulary spells {text!r} as {pieces}; a verdict must be "
-      "one known piece."
+      f"the model's vocabulary spells {text!r} as {vocabulary.encode(text)}; a "
+      "verdict must be one known piece."
     )
-  return ids[0]
+  return token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +166,7 @@ class Inputs:
   """Rows of tokens from pairs of texts.
 
   Attributes:
-    vocabulary: a seqio.SentencePieceVocabulary.
+    vocabulary: of the model.
     template: holds "{document}" and "{response}" once each. What is around them
       is tokenised apart from them, so separate it by spaces.
     length: S, tokens of a row, EOS included.
@@ -179,7 +174,7 @@ class Inputs:
       half a window; None makes one row a pair, of the document's beginning.
   """
 
-  vocabulary: Any
+  vocabulary: Tokenizer
   template: str
   length: int
   overlap: int | None
@@ -206,7 +201,7 @@ class Inputs:
     """Tokenises B pairs.
 
     Returns:
-      ([n, S] int32, 0-padded, n >= B; [n] int32, the pair of each row, in
+      ([n, S] int32, padded, n >= B; [n] int32, the pair of each row, in
       order).
     """
     encode = functools.lru_cache(maxsize=None)(self.vocabulary.encode)
@@ -216,9 +211,7 @@ class Inputs:
       for row in self._rows(document, response):
         rows.append(row)
         owners.append(pair)
-    tokens = np.full([len(rows), self.length], PAD, np.int32)
-    for i, row in enumerate(rows):
-      tokens[i, : len(row)] = row
+    tokens = tokenizer_lib.pad(rows, self.length, self.vocabulary.pad_id)
     return tokens, np.asarray(owners, np.int32)
 
   @functools.cached_property
@@ -229,7 +222,7 @@ class Inputs:
 
   def _rows(self, document: list[int], response: list[int]):
     before, between, after = self._around
-    eos = [self.vocabulary.eos_id]
+    eos = [self.vocabulary.eos_ids[0]]
     room = self.length - len(before) - len(between) - len(after) - 1
     # Responses are short; one that is not leaves half of the row.
     response = response[: max(room // 2, room - len(document))]
@@ -302,7 +295,7 @@ def make_scorer(
     results = []
     for i in range(calls):
       part = tokens[i * own : (i + 1) * own]
-      padded = np.full([own, tokens.shape[1]], PAD, np.int32)
+      padded = np.zeros([own, tokens.shape[1]], np.int32)
       padded[: len(part)] = part
       results.append(program(params, sharding.to_devices(mesh, padded, batch)))
     values = [sharding.to_host(result) for result in results]
@@ -311,52 +304,23 @@ def make_scorer(
   return score
 
 
-def first_logits(
-  model: t5.T5, params: Params, tokens: jax.Array, **apply_options
-) -> jax.Array:
-  """Logits of the first output token.
-
-  Args:
-    model: the T5.
-    params: its parameters.
-    tokens: [B, S] int32, 0 is padding.
-    **apply_options: deterministic and rngs, for dropout.
-
-  Returns:
-    [B, V] float32.
-  """
-  start = jnp.zeros([tokens.shape[0], 1], jnp.int32)
-  logits: Any = model.apply({"params": params}, tokens, start, **apply_options)
-  return logits[:, 0]
-
-
-def first_hidden(
-  model: t5.T5,
+def first(
+  model: Model,
   params: Params,
   tokens: jax.Array,
-  deterministic: bool = True,
-  **apply_options,
-) -> jax.Array:
-  """What the logit layer reads at the decoder's first position.
+  dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """What a model says first, before any token of a response.
 
   Args:
-    model: the T5.
+    model: that reads the rows.
     params: its parameters.
-    tokens: [B, S] int32, 0 is padding.
-    deterministic: no dropout; otherwise pass rngs.
-    **apply_options: rngs.
+    tokens: [B, S] int32, the model's pad_id is padding.
+    dropout_key: None for no dropout.
 
   Returns:
-    [B, D] float32.
+    Logits [B, V] float32, and the states [B, D] float32 that they are made of.
   """
-
-  def run(network, tokens):
-    mask = tokens != PAD
-    encoded = network.encode(tokens, mask, deterministic)
-    x = network.token_embedder(jnp.zeros([tokens.shape[0], 1], jnp.int32))
-    return network.decoder(x, encoded, mask, deterministic)
-
-  hidden: Any = model.apply(
-    {"params": params}, tokens, method=run, **apply_options
-  )
-  return hidden[:, 0].astype(jnp.float32)
+  start = jnp.zeros([tokens.shape[0], 1], jnp.int32)
+  logits, states = model.score(params, tokens, start, dropout_key)
+  return logits[:, 0], states[:, 0].astype(jnp.float32)

@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clp_jax import run_folder, sharding
-from clp_jax.models import t5
+from clp_jax.models import families
+from clp_jax.models.model import Model
 from clp_jax.rewards import model as models
 from clp_jax.rewards.base import Score
 from clp_jax.train import checkpoints
@@ -29,51 +30,52 @@ TEMPLATE = "document: {document} summary: {response}"
 
 
 def score_rows(
-  model: t5.T5,
+  model: Model,
   params: Params,
   tokens: jax.Array,
   token: int | None,
-  **apply_options,
+  dropout_key: jax.Array | None = None,
 ) -> jax.Array:
   """The scores of tokenised pairs.
 
   Args:
-    model: the T5.
+    model: that reads them.
     params: {"t5": its parameters, "head": [D] float32, with a linear head}.
-    tokens: [B, S] int32, 0 is padding.
+    tokens: [B, S] int32, the model's pad_id is padding.
     token: whose logit is the score; None reads the head.
-    **apply_options: deterministic and rngs, for dropout.
+    dropout_key: None for no dropout.
 
   Returns:
     [B] float32.
   """
   if token is not None:
-    logits = models.first_logits(model, params["t5"], tokens, **apply_options)
+    logits, _ = models.first(model, params["t5"], tokens, dropout_key)
     return logits[:, token]
-  hidden = models.first_hidden(model, params["t5"], tokens, **apply_options)
+  _, hidden = models.first(model, params["t5"], tokens, dropout_key)
   return jnp.einsum("bd,d->b", hidden, params["head"], precision="highest")
 
 
-def abstract_params(config: t5.T5Config, head: str) -> Params:
+def abstract_params(config: families.Config, head: str) -> Params:
   """Shapes and dtypes of the parameters that `score_rows` takes.
 
   Args:
     config: of the T5.
     head: "linear" or "token".
   """
-  params = {"t5": t5.abstract_params(config)}
+  params = {"t5": families.build(config).abstract()}
   if head == "linear":
     params["head"] = jax.ShapeDtypeStruct([config.emb_dim], jnp.float32)
   return params
 
 
 def param_shardings(
-  mesh: Mesh, config: t5.T5Config, head: str, *, fsdp: bool
+  mesh: Mesh, config: families.Config, head: str, *, fsdp: bool
 ) -> Params:
   """Where the parameters lie: the T5's as a policy's, the head everywhere."""
+  model = families.build(config)
   placed = {
     "t5": sharding.param_shardings(
-      mesh, t5.logical_axes(config), t5.abstract_params(config), fsdp=fsdp
+      mesh, model.axes(), model.abstract(), fsdp=fsdp
     )
   }
   if head == "linear":
@@ -101,9 +103,9 @@ def _load_trained(
   params, _ = checkpoints.load_params(folder, abstract)
   config = dataclasses.replace(config, dtype=dtype, remat="none")
   return models.Judge(
-    t5.T5(config),
+    families.build(config),
     params,
-    run_folder.load_vocabulary(folder),
+    run_folder.load_tokenizer(folder),
   )
 
 

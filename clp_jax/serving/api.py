@@ -18,8 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from clp_jax.data import tasks
-from clp_jax.data.vocabulary import PAD
+from clp_jax.data.tokenizer import parse_template
 from clp_jax.policy import Policy
 from clp_jax.serving import errors, schema
 from clp_jax.serving.batcher import (
@@ -287,7 +286,7 @@ class _Completions:
     weights, alpha = self._policy.weighting(body.weights, body.alpha)
     weighting = Weighting(jnp.asarray(weights[None]), jnp.asarray([alpha]))
     (tokens,) = np.asarray(self._policy.prompts.prefix(weighting))
-    return tokens[tokens != PAD]
+    return tokens[tokens != self._policy.vocabulary.pad_id]
 
   def _tokens(self, text: str, truncate: bool) -> np.ndarray:
     """[s] int32, the model's input, EOS included."""
@@ -300,18 +299,13 @@ class _Completions:
     if len(text) > characters and not truncate:
       raise _too_long(limit)
     # A token more than fits tells whether anything is cut.
-    (tokens,) = tasks.tokenize_inputs(
-      self._policy.vocabulary,
-      [text[:characters]],
-      limit + 1,
-      self._policy.config.data.template,
+    template = parse_template(self._policy.config.data.template)
+    ids, cut = self._policy.vocabulary.prompt(
+      text[:characters], template, limit
     )
-    tokens = tokens[tokens != PAD]
-    if len(tokens) > limit:
-      if not truncate:
-        raise _too_long(limit)
-      tokens = np.append(tokens[: limit - 1], tokens[-1])
-    return tokens
+    if cut and not truncate:
+      raise _too_long(limit)
+    return np.asarray(ids, np.int32)
 
   @contextlib.asynccontextmanager
   async def _until(self, deadline: float) -> AsyncIterator[None]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clp_jax import conditioning, sharding
-from clp_jax.models import decoding, t5
+from clp_jax.models import decoding
 from clp_jax.policy import Policy
 
 Array = jax.Array | np.ndarray
@@ -94,7 +94,7 @@ class Decoder:
     self.eos_ids = policy.model_config.eos_ids
     self.trace_count = 0
     self._policy = policy
-    self._model = t5.T5(policy.model_config)
+    self._model = policy.model
     # As plain sets, whatever kind they are of: rows are mixed from these.
     bank = policy.bank
     reference = policy.reference if bank.needs_reference else {}
@@ -133,9 +133,10 @@ class Decoder:
     prompts = decoding.read_prompts(self._model, params, tokens)
     num, length = len(tokens), self.max_tokens
     top = (num, length, ALTERNATIVES)
-    cache = t5.init_cache(self._policy.model_config, num, length)
+    cache = self._model.empty_cache(num, length)
     noted = (jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
-    loop = decoding.first_loop((cache, noted), num, length)
+    pad_id = self._model.config.pad_id
+    loop = decoding.first_loop((cache, noted), num, length, pad_id)
     return prompts, loop._replace(ended=~is_row)
 
   def _trace_advance(self, sets, prompts, loop, settings, until):
@@ -162,6 +163,7 @@ class Decoder:
       temperature=settings.temperature,
       top_p=settings.top_p,
       row_lengths=settings.max_tokens,
+      pad_id=self._model.config.pad_id,
     )
 
 
@@ -175,7 +177,8 @@ class Batch:
     # Copies of the last row fill the batch; they have ended from the start.
     index = np.minimum(np.arange(decoder.rows), len(rows) - 1)
     filled = [rows[i] for i in index]
-    tokens = np.zeros([decoder.rows, length], np.int32)
+    pad_id = decoder._model.config.pad_id
+    tokens = np.full([decoder.rows, length], pad_id, np.int32)
     for padded, row in zip(tokens, filled, strict=True):
       padded[: len(row.tokens)] = row.tokens
 

@@ -1,7 +1,8 @@
 """Tokens to text: in pieces as they come, and with log-probabilities."""
 
 from collections.abc import Sequence
-from typing import Any
+
+from clp_jax.data.tokenizer import Tokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # bytes of half a character
 
@@ -13,10 +14,9 @@ class Detokenizer:
   tokens make come with the token that completes them.
   """
 
-  def __init__(self, vocabulary: Any):
-    """vocabulary: a seqio.SentencePieceVocabulary."""
-    self._tokenizer = vocabulary.tokenizer
-    self._eos_ids = vocabulary.eos_ids
+  def __init__(self, vocabulary: Tokenizer):
+    """vocabulary: of the model."""
+    self._vocabulary = vocabulary
     self._ids: list[int] = []
     self._text = ""
 
@@ -27,7 +27,7 @@ class Detokenizer:
       token: id; EOS and ids without a piece add nothing.
       last: whether no other follows.
     """
-    if token not in self._eos_ids:
+    if token not in self._vocabulary.eos_ids:
       self._ids.append(token)
     text = self._decode(self._ids)
     if text.endswith(_INCOMPLETE) and not last:
@@ -39,12 +39,11 @@ class Detokenizer:
   def would_add(self, token: int) -> str:
     """The text that a token would add here; EOS, and what else is no text, by
     its piece's name."""
-    if token >= self._tokenizer.get_piece_size():
-      token = self._eos_ids[0]
-    if self._tokenizer.is_control(token):
-      return self._tokenizer.id_to_piece(token)
+    name = self._vocabulary.name(token)
+    if name is not None:
+      return name
     return self._decode([*self._ids, token])[len(self._text) :]
 
   def _decode(self, ids: Sequence[int]) -> str:
-    size = self._tokenizer.get_piece_size()
-    return self._tokenizer.decode([i for i in ids if i < size])
+    size = self._vocabulary.size
+    return self._vocabulary.decode([i for i in ids if i < size])

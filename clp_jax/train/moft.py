@@ -34,11 +34,11 @@ from clp_jax.algorithms import reinforce
 from clp_jax.bank import Bank
 from clp_jax.batches import check_data, train_batches
 from clp_jax.critic import CriticState
-from clp_jax.data import tasks
-from clp_jax.data.vocabulary import allowed_tokens
+from clp_jax.data import tokenizer
+from clp_jax.data.reader import Batch
 from clp_jax.initial import load_initial
 from clp_jax.masked import Mean, mean_of
-from clp_jax.models import t5
+from clp_jax.models import families
 from clp_jax.prompting import Prompts
 from clp_jax.rewards import base as rewards_lib
 from clp_jax.rewards.normalisation import RewardStats
@@ -96,7 +96,7 @@ class Programs(NamedTuple):
 
     Args:
       state: whose parameters, key and front are read.
-      reference: an ordinary T5's parameters.
+      reference: an ordinary model's parameters.
       prompts: [B, S] int32 documents.
       step: that the randomness is of.
     """
@@ -111,7 +111,7 @@ class Programs(NamedTuple):
 
 def make_programs(
   config: ml_collections.ConfigDict,
-  model_config: t5.T5Config,
+  model_config: families.Config,
   mesh: Mesh,
   allowed: np.ndarray,
   prompts: Prompts | None = None,
@@ -146,7 +146,8 @@ def make_programs(
   critic_optimizer = rl_critic_optimizer(config)
   has_critic = config_lib.has_critic(config)
   num_values = distribution.num_rewards + distribution.penalises_kl
-  abstract = t5.abstract_params(model_config)
+  model = families.build(model_config)
+  abstract = model.abstract()
 
   def init(reference, key):
     stats = RewardStats.empty(distribution.num_rewards)
@@ -172,7 +173,7 @@ def make_programs(
     sharding.param_shardings, mesh, fsdp=config.mesh.fsdp
   )
   abstract_params = jax.eval_shape(bank.init, abstract, jax.random.key(0))
-  reference_at = place(t5.logical_axes(model_config), abstract)
+  reference_at = place(model.axes(), abstract)
   state_at = state_shardings(
     mesh,
     optimizer,
@@ -326,7 +327,7 @@ def update(
   Args:
     state: before the update.
     experience: of R responses under G weightings.
-    reference: an ordinary T5's parameters; what the bank freezes.
+    reference: an ordinary model's parameters; what the bank freezes.
     bank: that makes the policies.
     coefficients: [G, M] float32, of the parameter sets.
     optimizer: that made `state.opt_state`.
@@ -433,18 +434,18 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
   rewards = config_lib.load_rewards(config, mesh)
   prepare(config, workdir)
   model_config = run_folder.load_model_config(workdir)
-  vocabulary = run_folder.load_vocabulary(workdir)
+  vocabulary = run_folder.load_tokenizer(workdir)
   programs = make_programs(
     config,
     model_config,
     mesh,
-    allowed_tokens(vocabulary, model_config.vocab_size),
+    vocabulary.allowed(model_config.vocab_size),
     config_lib.prompts(config, vocabulary, model_config.vocab_size),
   )
   reference = run_folder.load_reference(
     workdir,
     checkpoints_lib.abstract_like(
-      t5.abstract_params(model_config), programs.reference_shardings
+      families.build(model_config).abstract(), programs.reference_shardings
     ),
   )
   key = jax.random.key(config.seed)
@@ -500,7 +501,7 @@ class Scored:
   responses: list[str]  # of this process's rows
   num_tokens: int  # of the whole batch, about: from this process's share
 
-  def texts(self, batch: tasks.Batch) -> dict[str, str]:
+  def texts(self, batch: Batch) -> dict[str, str]:
     """The first prompt and its responses, to look at."""
     samples = len(self.responses) // len(batch.documents)
     return {
@@ -516,9 +517,9 @@ class Scorer:
   config: ml_collections.ConfigDict
   mesh: Mesh
   rewards: list[rewards_lib.Reward]
-  vocabulary: Any
+  vocabulary: tokenizer.Tokenizer
 
-  def __call__(self, rollout: Rollout, batch: tasks.Batch, step: int) -> Scored:
+  def __call__(self, rollout: Rollout, batch: Batch, step: int) -> Scored:
     """Rewards of a rollout whose prompts are `batch`.
 
     Raises:
@@ -526,7 +527,7 @@ class Scorer:
     """
     samples = self.config.rollout.samples
     mask = sharding.to_host(rollout.mask)
-    responses = tasks.decode_tokens(
+    responses = tokenizer.texts(
       self.vocabulary, sharding.to_host(rollout.tokens), mask
     )
     rewards = rewards_lib.score_all(
@@ -546,7 +547,7 @@ class Scorer:
 def estimate_normalisation(
   config: ml_collections.ConfigDict,
   state: TrainState,
-  batches_from: Callable[[int], Iterator[tasks.Batch]],
+  batches_from: Callable[[int], Iterator[Batch]],
   roll_out: Callable,
   scorer: Scorer,
 ) -> TrainState:

@@ -1,7 +1,7 @@
 """Trains a preference model from pairs of responses.
 
 A step, on P pairs of a chosen and a rejected response to the same document:
-1. score both with the T5 (rewards/preference.py);
+1. score both with the model (rewards/preference.py);
 2. the probability that the chosen one is preferred is sigmoid(score of the
    chosen - score of the rejected) (Bradley and Terry 1952);
 3. one optimizer step on the mean of its negative logarithm.
@@ -27,7 +27,8 @@ from clp_jax import run_folder, sharding
 from clp_jax.data import jsonl
 from clp_jax.initial import load_initial
 from clp_jax.masked import Mean, mean_of
-from clp_jax.models import t5
+from clp_jax.models import families
+from clp_jax.models.model import Model
 from clp_jax.rewards import model as models
 from clp_jax.rewards import preference
 from clp_jax.train import checkpoints as checkpoints_lib
@@ -53,7 +54,7 @@ def update(
   state: TrainState,
   tokens: jax.Array,
   *,
-  model: t5.T5,
+  model: Model,
   token: int | None,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Mean | jax.Array]]:
@@ -62,7 +63,7 @@ def update(
   Args:
     state: before the update.
     tokens: [P, 2, S] int32, chosen first, 0 is padding.
-    model: the T5; its dropout_rate is applied.
+    model: its dropout_rate is applied.
     token: whose logit is the score; None reads the head.
     optimizer: that made `state.opt_state`.
 
@@ -78,8 +79,7 @@ def update(
       params,
       rows,
       token,
-      deterministic=model.config.dropout_rate == 0,
-      rngs={"dropout": dropout_key},
+      dropout_key if model.config.dropout_rate else None,
     ).reshape(-1, 2)
     margin = scores[:, 0] - scores[:, 1]
     return -jax.nn.log_sigmoid(margin).mean(), margin
@@ -185,7 +185,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
       workdir, initial.model_config, initial.vocabulary, initial.params
     )
   model_config = run_folder.load_model_config(workdir)
-  vocabulary = run_folder.load_vocabulary(workdir)
+  vocabulary = run_folder.load_tokenizer(workdir)
   with config_lib.as_config_error():
     inputs = models.Inputs(
       vocabulary, settings.template, config.data.source_length, overlap=None
@@ -199,7 +199,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
     warmup_steps=settings.warmup_steps,
     decay_steps=settings.decay_steps,
     clip_norm=config.optimizer.clip_norm,
-    axes={"t5": t5.logical_axes(model_config)},
+    axes={"t5": families.build(model_config).axes()},
   )
   abstract = preference.abstract_params(model_config, settings.head)
   params_at = preference.param_shardings(
@@ -208,7 +208,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
   state_at = state_shardings(mesh, optimizer, abstract, params_at)
   rows, whole = sharding.row_sharding(mesh), sharding.replicated(mesh)
   share = sharding.process_share(mesh, settings.batch)
-  model = t5.T5(
+  model = families.build(
     dataclasses.replace(model_config, dropout_rate=settings.dropout)
   )
 
@@ -246,7 +246,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
     state, metrics = update_step(
       state, sharding.to_devices(mesh, batch, settings.batch)
     )
-    tokens = int((batch > 0).sum()) * share[1]
+    tokens = int((batch != model_config.pad_id).sum()) * share[1]
     return loop.Step(state, metrics, tokens=tokens)
 
   state = loop.run(
@@ -272,7 +272,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
   )
   scorer = models.make_scorer(
     lambda params, tokens: preference.score_rows(
-      t5.T5(model_config), params, tokens, token
+      families.build(model_config), params, tokens, token
     ),
     state.params,
     mesh,

@@ -22,7 +22,8 @@ from clp_jax.batches import (
 )
 from clp_jax.initial import Initial, load_initial
 from clp_jax.masked import Mean, masked_sum
-from clp_jax.models import t5
+from clp_jax.models import families
+from clp_jax.models.model import Model
 from clp_jax.prompting import Prompts
 from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import loop
@@ -40,36 +41,34 @@ def update(
   encoder_input_tokens: jax.Array,
   decoder_target_tokens: jax.Array,
   *,
-  model: t5.T5,
+  model: Model,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Mean | jax.Array]]:
   """One step on the mean cross-entropy of the target tokens.
 
   Args:
     state: before the update.
-    encoder_input_tokens: [B, S] int32, 0 is padding.
-    decoder_target_tokens: [B, T] int32, EOS included, 0 is padding.
-    model: the T5; its dropout_rate is applied.
+    encoder_input_tokens: [B, S] int32, the model's pad_id is padding.
+    decoder_target_tokens: [B, T] int32, EOS included.
+    model: its dropout_rate is applied.
     optimizer: that made `state.opt_state`.
 
   Returns:
     (state after the update, metrics of the state before it; nats a token).
   """
-  mask = decoder_target_tokens > 0
+  mask = decoder_target_tokens != model.config.pad_id
   tokens = mask.sum().astype(jnp.float32)
   dropout_key = jax.random.fold_in(state.key, state.step)
 
   def loss_fn(params):
-    logits: jax.Array = model.apply(  # type: ignore[assignment]
-      {"params": params},
+    logits, _ = model.score(
+      params,
       encoder_input_tokens,
-      t5.shift_right(decoder_target_tokens),
-      deterministic=model.config.dropout_rate == 0,
-      rngs={"dropout": dropout_key},
+      decoder_target_tokens,
+      dropout_key if model.config.dropout_rate else None,
     )
-    logp = jnp.take_along_axis(
-      jax.nn.log_softmax(logits), decoder_target_tokens[..., None], axis=-1
-    )[..., 0]
+    at = jnp.maximum(decoder_target_tokens, 0)[..., None]  # padding may be -1
+    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), at, axis=-1)[..., 0]
     right = logits.argmax(-1) == decoder_target_tokens
     return -masked_sum(logp, mask) / tokens, masked_sum(right, mask)
 
@@ -101,7 +100,7 @@ class Programs(NamedTuple):
 
 def make_programs(
   config: ml_collections.ConfigDict,
-  model_config: t5.T5Config,
+  model_config: families.Config,
   mesh: Mesh,
   prompts: Prompts | None = None,
 ) -> Programs:
@@ -123,14 +122,14 @@ def make_programs(
     warmup_steps=settings.warmup_steps,
     decay_steps=settings.decay_steps,
     clip_norm=config.optimizer.clip_norm,
-    axes=t5.logical_axes(model_config),
+    axes=families.build(model_config).axes(),
   )
-  model = t5.T5(
+  model = families.build(
     dataclasses.replace(model_config, dropout_rate=settings.dropout)
   )
-  abstract = t5.abstract_params(model_config)
+  abstract = model.abstract()
   params_at = sharding.param_shardings(
-    mesh, t5.logical_axes(model_config), abstract, fsdp=config.mesh.fsdp
+    mesh, model.axes(), abstract, fsdp=config.mesh.fsdp
   )
   state_at = state_shardings(mesh, optimizer, abstract, params_at)
   rows, whole = sharding.row_sharding(mesh), sharding.replicated(mesh)
@@ -191,19 +190,16 @@ def held_out(
   count = min(count_held_out(config, vocabulary), config.eval.prompts)
   batch = eval_batch(config, vocabulary, count)
   mesh = config_lib.make_mesh(config)
-  model = t5.T5(initial.model_config)
+  model = families.build(initial.model_config)
   rows = sharding.row_sharding(mesh)
 
   @jax.jit
   def sums(params, inputs, targets):
     inputs, targets = jax.lax.with_sharding_constraint((inputs, targets), rows)
-    logits: Any = model.apply(
-      {"params": params}, inputs, t5.shift_right(targets)
-    )
-    mask = targets > 0
-    logp = jnp.take_along_axis(
-      jax.nn.log_softmax(logits), targets[..., None], axis=-1
-    )[..., 0]
+    logits, _ = model.score(params, inputs, targets)
+    mask = targets != model.config.pad_id
+    at = jnp.maximum(targets, 0)[..., None]  # padding may be -1
+    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), at, axis=-1)[..., 0]
     right = logits.argmax(-1) == targets
     return masked_sum(logp, mask), masked_sum(right, mask), mask.sum()
 
@@ -213,7 +209,8 @@ def held_out(
   for i in range(0, count, size):
     parts = []
     for tokens in (batch.encoder_input_tokens, batch.decoder_target_tokens):
-      part = np.zeros([size, tokens.shape[1]], np.int32)  # rows of PAD: no mask
+      # Rows of padding: no mask.
+      part = np.full([size, tokens.shape[1]], model.config.pad_id, np.int32)
       part[: len(tokens[i : i + size])] = tokens[i : i + size]
       parts.append(sharding.to_devices(mesh, part[start:stop], size))
     totals += np.asarray(jax.device_get(sums(initial.params, *parts)))
@@ -233,7 +230,7 @@ def report_held_out(
   """
   if config.data.train is not None and config.data.eval is None:
     return None
-  vocabulary = run_folder.load_vocabulary(workdir)
+  vocabulary = run_folder.load_tokenizer(workdir)
   report = held_out(config, initial, vocabulary)
   if jax.process_index() == 0:
     folder = epath.Path(workdir) / "evaluation"
@@ -273,7 +270,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
       workdir, initial.model_config, initial.vocabulary, initial.params
     )
   model_config = run_folder.load_model_config(workdir)
-  vocabulary = run_folder.load_vocabulary(workdir)
+  vocabulary = run_folder.load_tokenizer(workdir)
   mesh = config_lib.make_mesh(config)
   settings = config.sft
   config_lib.check_rows("sft.batch", settings.batch, mesh)
@@ -284,7 +281,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   start = run_folder.load_reference(
     workdir,
     checkpoints_lib.abstract_like(
-      t5.abstract_params(model_config), programs.state_shardings.params
+      families.build(model_config).abstract(), programs.state_shardings.params
     ),
   )
   key = jax.random.fold_in(jax.random.key(config.seed), 0x5F7)
@@ -296,7 +293,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
       sharding.to_devices(mesh, batch.decoder_target_tokens, settings.batch),
     )
     targets = batch.decoder_target_tokens
-    tokens = int((targets > 0).sum()) * (settings.batch // len(targets))
+    tokens = int((targets != model_config.pad_id).sum())
+    tokens *= settings.batch // len(targets)
     return loop.Step(state, metrics, tokens=tokens)
 
   state = loop.run(
@@ -315,6 +313,4 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
     keep=1,
     log_samples_every=max(settings.steps, 1),
   )
-  return Initial(
-    model_config, state.params, run_folder.load_vocabulary_bytes(workdir)
-  )
+  return Initial(model_config, state.params, vocabulary)

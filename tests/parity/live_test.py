@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from clp_jax.models import decoding, t5
+from clp_jax.models import decoding, families, t5
 
 pytestmark = pytest.mark.parity
 pytest.importorskip(
@@ -39,11 +39,11 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
     sep="/",
   )
   params = t5.stack_layers(params) if scan_layers else params
-  model = t5.T5(config)
+  model = families.build(config)
 
   @jax.jit
   def run(params, source, target, keys):
-    logits = model.apply({"params": params}, source, target)
+    logits = t5.T5(config).apply({"params": params}, source, target)
     samples = decoding.sample(
       model,
       params,

@@ -1,0 +1,576 @@
+"""Hugging Face folders of decoder-only models.
+
+Llama 3.x, Qwen2 and 2.5, Qwen3, Gemma 2, Gemma 3 (of a multimodal one its text
+model). A config says what it has: fields that this network has no switch for
+are refused by name, if they are set. Where a field is absent, the default of
+transformers' class counts.
+
+torch has linear maps as [out, in] and we as [in, out]: every kernel is
+transposed. The rest is a matter of names.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from clp_jax.interop import leaves as leaves_lib
+from clp_jax.interop import weight_files
+from clp_jax.interop.leaves import Leaf, View
+from clp_jax.interop.storage import Folder
+from clp_jax.models.causal import NO_PAD, CausalConfig, Rope
+
+_GEMMA = {
+  "vocab_size": 256000,
+  "hidden_size": 2304,
+  "intermediate_size": 9216,
+  "num_hidden_layers": 26,
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "head_dim": 256,
+  "hidden_activation": "gelu_pytorch_tanh",
+  "max_position_embeddings": 8192,
+  "rms_norm_eps": 1e-6,
+  "tie_word_embeddings": True,
+  "rope_theta": 10000.0,
+  "query_pre_attn_scalar": 256,
+  "sliding_window": 4096,
+  "pad_token_id": 0,
+}
+_QWEN = {
+  "vocab_size": 151936,
+  "hidden_size": 4096,
+  "intermediate_size": 22016,
+  "num_hidden_layers": 32,
+  "num_attention_heads": 32,
+  "num_key_value_heads": 32,
+  "hidden_act": "silu",
+  "max_position_embeddings": 32768,
+  "rms_norm_eps": 1e-6,
+  "tie_word_embeddings": False,
+  "rope_theta": 10000.0,
+  "use_sliding_window": False,
+  "sliding_window": 4096,
+  "max_window_layers": 28,
+}
+# What the classes of transformers take for a field that is absent.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+  "llama": {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+  },
+  "qwen2": _QWEN,
+  "qwen3": {**_QWEN, "head_dim": 128},
+  "gemma2": {
+    **_GEMMA,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+  },
+  "gemma3_text": {
+    **_GEMMA,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10000.0,
+  },
+}
+_DERIVED = (
+  *("head_dim", "num_key_value_heads", "layer_types", "pad_token_id"),
+  *("rope_parameters", "rope_theta", "attention_bias", "mlp_bias"),
+)
+_MAY_BE_NULL = (
+  *("final_logit_softcapping", "attn_logit_softcapping", "sliding_window"),
+  "pad_token_id",
+)
+_GEMMAS = ("gemma2", "gemma3_text")
+_NESTED = {"gemma3": "gemma3_text"}  # of a multimodal model -> its text model
+_ACTIVATIONS = {
+  "gelu_pytorch_tanh": "gelu",
+  "silu": "silu",
+  "gelu": "gelu_exact",
+  "gelu_new": "gelu",
+  "relu": "relu",
+}
+# Fields that may be there, but only so.
+_REFUSED = {
+  "partial_rotary_factor": (None, 1, 1.0),
+  "use_bidirectional_attention": (None, False),
+  "quantization_config": (None,),
+  "num_experts": (None, 0),
+  "num_local_experts": (None, 0),
+}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+# Prefixes of the text model, and of what is not of it, in multimodal folders.
+_TEXT = ("model.language_model.", "language_model.")
+_OTHER = ("vision_tower.", "multi_modal_projector.")
+_EMBEDDING = "token_embedder/embedding"
+_HEAD = "decoder/logits_dense/kernel"
+
+
+def is_causal(values: Mapping[str, Any]) -> bool:
+  """Whether a config.json is of a model that `open_folder` may read."""
+  kind = values.get("model_type")
+  return kind in _DEFAULTS or kind in _NESTED
+
+
+def families() -> tuple[str, ...]:
+  """The model_types that can be read."""
+  return (*_DEFAULTS, *_NESTED)
+
+
+def open_folder(
+  folder: Folder, mapped: bool
+) -> tuple[CausalConfig, dict[str, Leaf]]:
+  """What a folder holds; nothing but headers is read.
+
+  Args:
+    folder: with config.json.
+    mapped: map pytorch_model.bin into memory rather than read it whole.
+
+  Returns:
+    The config and {path: leaf}.
+
+  Raises:
+    ValueError: names what is wrong with the folder.
+  """
+  config = read_config(folder)
+  stored = _text_tensors(weight_files.read(folder, mapped))
+  expected = leaves_lib.expected_shapes(config)
+  names = {path: tensor_name(config, path) for path in expected}
+  head = _tensor(_HEAD, config)
+  if config.logits_via_embedding and head in stored:
+    table = stored[names[_EMBEDDING]] if names[_EMBEDDING] in stored else None
+    if table is not None and not leaves_lib.same(stored[head], table):
+      logging.warning(
+        "%s: config.json ties the logit layer to the embedding: %s, which "
+        "differs from it, is not used",
+        folder.path,
+        head,
+      )
+    del stored[head]
+  leaves_lib.check(
+    folder.path,
+    {
+      names[path]: shape[::-1] if _is_turned(path) else shape
+      for path, shape in expected.items()
+    },
+    leaves_lib.shapes(stored),
+  )
+  return config, {
+    path: leaf.transposed() if _is_turned(path) else leaf
+    for path in expected
+    for leaf in (stored[names[path]],)
+  }
+
+
+def _text_tensors(stored: dict[str, Leaf]) -> dict[str, Leaf]:
+  """Tensors of the text model, under the names that it has alone."""
+  found = {}
+  for name, leaf in stored.items():
+    bare = name.removeprefix("model.")
+    if bare.startswith(_OTHER) or name.endswith("rotary_emb.inv_freq"):
+      continue
+    for prefix in _TEXT:
+      if name.startswith(prefix):
+        rest = name.removeprefix(prefix).removeprefix("model.")
+        name = rest if rest.startswith("lm_head.") else f"model.{rest}"
+    found[name] = leaf
+  return found
+
+
+def read_config(folder: Folder) -> CausalConfig:
+  """The config of a folder's model.
+
+  Raises:
+    ValueError: names the field of config.json that is not known or not valid.
+  """
+  values = weight_files.read_json(folder, "config.json")
+  where = f"{folder.path}/config.json"
+  eos_ids = weight_files.eos_ids(folder, values)
+  if values.get("model_type") in _NESTED:
+    outer = values
+    values = dict(outer.get("text_config") or {})
+    values["model_type"] = _NESTED[outer["model_type"]]
+    for name in ("eos_token_id", "pad_token_id", "tie_word_embeddings"):
+      if outer.get(name) is not None:
+        values.setdefault(name, outer[name])
+    eos_ids = eos_ids or weight_files.eos_ids(folder, values)
+  kind = values.get("model_type")
+  if kind not in _DEFAULTS:
+    raise ValueError(
+      f"{where}: model_type must be one of {', '.join(families())}, got "
+      f"{kind!r}."
+    )
+  for name, allowed in _REFUSED.items():
+    if values.get(name) not in allowed:
+      raise ValueError(
+        f"{where}: {name} = {values[name]!r} is not supported; it must be "
+        f"{allowed[-1]!r}."
+      )
+  # null means that these are to be found out; elsewhere it means off.
+  own = {
+    name: value
+    for name, value in values.items()
+    if value is not None or name not in _DERIVED
+  }
+  given = {**_DEFAULTS[kind], **own}
+  for name, default in _DEFAULTS[kind].items():
+    is_number = isinstance(default, int | float) and name not in _MAY_BE_NULL
+    if is_number and not isinstance(given[name], int | float):
+      raise ValueError(
+        f"{where}: {name} must be a number, got {given[name]!r}."
+      )
+  try:
+    return _config(where, kind, given, eos_ids)
+  except (TypeError, KeyError) as error:
+    raise ValueError(f"{where}: {error}") from error
+
+
+def _config(
+  where: str, kind: str, values: Mapping[str, Any], eos_ids: tuple[int, ...]
+) -> CausalConfig:
+  activation = values.get("hidden_activation", values.get("hidden_act"))
+  if activation not in _ACTIVATIONS:
+    raise ValueError(
+      f"{where}: hidden_act must be one of {', '.join(_ACTIVATIONS)}, got "
+      f"{activation!r}."
+    )
+  layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
+  types = _layer_types(where, kind, values)
+  windows: tuple[int, ...] = ()
+  size = values.get("sliding_window")
+  if _SLIDING in types and size is not None:
+    windows = tuple(size if t == _SLIDING else 0 for t in types)
+  ropes, layer_ropes = _ropes(where, kind, values, types)
+  bias = bool(values.get("attention_bias", False))
+  pad_id = values.get("pad_token_id", NO_PAD)
+  if pad_id in eos_ids or not 0 <= pad_id < values["vocab_size"]:
+    pad_id = NO_PAD  # where it means something else, or nothing
+  gemma = kind in _GEMMAS
+  try:
+    return CausalConfig(
+      architecture=kind,
+      vocab_size=values["vocab_size"],
+      emb_dim=values["hidden_size"],
+      num_layers=layers,
+      num_heads=heads,
+      num_kv_heads=values.get("num_key_value_heads", heads),
+      head_dim=values.get("head_dim", values["hidden_size"] // heads),
+      mlp_dim=values["intermediate_size"],
+      activation=_ACTIVATIONS[activation],
+      norm_epsilon=values["rms_norm_eps"],
+      norm_from_one=gemma,
+      post_norms=gemma,
+      qk_norm=kind in ("qwen3", "gemma3_text"),
+      qkv_bias=True if kind == "qwen2" else bias,
+      out_bias=False if kind == "qwen2" else bias,
+      mlp_bias=bool(values.get("mlp_bias", False)) and kind == "llama",
+      query_scale=values["query_pre_attn_scalar"] ** -0.5 if gemma else None,
+      # Gemma 3 has the field, and transformers does not read it.
+      attention_cap=(
+        values["attn_logit_softcapping"] if kind == "gemma2" else None
+      ),
+      logit_cap=values.get("final_logit_softcapping") if gemma else None,
+      ropes=ropes,
+      layer_ropes=layer_ropes,
+      windows=windows,
+      scale_embeddings=gemma,
+      logits_via_embedding=bool(values["tie_word_embeddings"]),
+      max_length=values["max_position_embeddings"],
+      eos_ids=eos_ids,
+      pad_id=pad_id,
+    )
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
+
+
+def _layer_types(
+  where: str, kind: str, values: Mapping[str, Any]
+) -> tuple[str, ...]:
+  layers = range(values["num_hidden_layers"])
+  if kind == "llama":
+    return (_FULL,) * len(layers)
+  if "layer_types" in values:
+    types = tuple(values["layer_types"])
+    if len(types) != len(layers) or not {*types} <= {_SLIDING, _FULL}:
+      raise ValueError(
+        f"{where}: layer_types must name {_FULL} or {_SLIDING} for each of "
+        f"{len(layers)} layers, got {types}."
+      )
+  elif kind == "gemma2":
+    types = tuple(_FULL if i % 2 else _SLIDING for i in layers)
+  elif kind == "gemma3_text":
+    period = values.get("sliding_window_pattern", 6)
+    types = tuple(_SLIDING if (i + 1) % period else _FULL for i in layers)
+  else:
+    first = values["max_window_layers"]
+    types = tuple(_SLIDING if i >= first else _FULL for i in layers)
+  if kind in ("qwen2", "qwen3") and not values["use_sliding_window"]:
+    return (_FULL,) * len(layers)
+  return types
+
+
+def _ropes(
+  where: str, kind: str, values: Mapping[str, Any], types: tuple[str, ...]
+) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
+  """Rotary embeddings, and which one each layer has; of both layouts."""
+  found = values.get("rope_parameters")  # of transformers 5
+  if found is None:
+    found = {
+      "rope_theta": values["rope_theta"],
+      **(values.get("rope_scaling") or {}),
+    }
+    if kind == "gemma3_text":
+      local = {"rope_theta": values["rope_local_base_freq"]}
+      found = {_FULL: found, _SLIDING: local}
+  if _FULL not in found and _SLIDING not in found:
+    return (_rope(where, values, found),), ()
+  if kind != "gemma3_text":
+    raise ValueError(
+      f"{where}: rope_parameters differ between layers, which a {kind} has not."
+    )
+  ropes = (
+    _rope(where, values, found[_FULL]),
+    _rope(where, values, found[_SLIDING]),
+  )
+  return ropes, tuple(int(t == _SLIDING) for t in types)
+
+
+def _rope(
+  where: str, values: Mapping[str, Any], fields: Mapping[str, Any]
+) -> Rope:
+  kind = fields.get("rope_type", fields.get("type", "default"))
+  theta = float(fields.get("rope_theta", values["rope_theta"]))
+  if kind == "default":
+    return Rope(theta)
+  if kind == "linear":
+    return Rope(theta, "linear", float(fields["factor"]))
+  if kind == "llama3":
+    return Rope(
+      theta,
+      "llama3",
+      factor=float(fields["factor"]),
+      low_frequency_factor=float(fields["low_freq_factor"]),
+      high_frequency_factor=float(fields["high_freq_factor"]),
+      original_length=int(fields["original_max_position_embeddings"]),
+    )
+  raise ValueError(
+    f"{where}: rope_type must be default, linear or llama3, got {kind!r}."
+  )
+
+
+def tensor_name(config: CausalConfig, path: str) -> str:
+  """Our path of a parameter -> its name in transformers.
+
+  "decoder/layers_3/mlp/wi_0/kernel" -> "model.layers.3.mlp.gate_proj.weight".
+  """
+  return _tensor(path, config)
+
+
+_PROJECTIONS = {
+  "query": "self_attn.q_proj",
+  "key": "self_attn.k_proj",
+  "value": "self_attn.v_proj",
+  "out": "self_attn.o_proj",
+  "query_norm": "self_attn.q_norm",
+  "key_norm": "self_attn.k_norm",
+  "wi_0": "mlp.gate_proj",
+  "wi_1": "mlp.up_proj",
+  "wo": "mlp.down_proj",
+}
+_NORMS = {"pre_attention_norm": "input_layernorm"}
+_TWO_NORMS = {**_NORMS, "pre_mlp_norm": "post_attention_layernorm"}
+_FOUR_NORMS = {
+  **_NORMS,
+  "post_attention_norm": "post_attention_layernorm",
+  "pre_mlp_norm": "pre_feedforward_layernorm",
+  "post_mlp_norm": "post_feedforward_layernorm",
+}
+
+
+def _tensor(path: str, config: CausalConfig) -> str:
+  match path.split("/"):
+    case ["token_embedder", _]:
+      return "model.embed_tokens.weight"
+    case [_, "logits_dense", _]:
+      return "lm_head.weight"
+    case [_, "decoder_norm", _]:
+      return "model.norm.weight"
+    case [_, layer, *part, leaf]:
+      name = part[-1]
+      norms = _FOUR_NORMS if config.post_norms else _TWO_NORMS
+      module = norms[name] if name in norms else _PROJECTIONS[name]
+      kind = "bias" if leaf == "bias" else "weight"
+      return f"model.layers.{layer.removeprefix('layers_')}.{module}.{kind}"
+  raise ValueError(f"{path} has no name in transformers.")
+
+
+def _is_turned(path: str) -> bool:
+  return path.endswith("/kernel")
+
+
+def save(
+  path: epath.Path,
+  config: CausalConfig,
+  views: Mapping[str, View],
+  tokenizer: Any,
+  max_shard_bytes: int,
+) -> None:
+  """Writes a folder that transformers' from_pretrained reads.
+
+  config.json comes last: without it the folder holds no model yet.
+
+  Args:
+    path: the folder; older weights in it are replaced.
+    config: of the model.
+    views: from `leaves.views`.
+    tokenizer: `data.tokenizer.Tokenizer`, whose files are written beside; None
+      for none.
+    max_shard_bytes: more than this goes to several files.
+
+  Raises:
+    ValueError: no class of transformers has such a model.
+  """
+  values = _config_values(config, views)
+  path.mkdir(parents=True, exist_ok=True)
+  (path / "config.json").unlink(missing_ok=True)
+  weight_files.save(
+    path,
+    {
+      tensor_name(config, p): (view, _is_turned(p)) for p, view in views.items()
+    },
+    max_shard_bytes,
+  )
+  special: dict[str, Any] = {
+    name: values[name]
+    for name in ("eos_token_id", "pad_token_id")
+    if name in values
+  }
+  if tokenizer is not None:
+    for name, content in tokenizer.files().items():
+      (path / name).write_bytes(content)
+    bos = tokenizer.bos_id
+    if bos is not None:
+      special["bos_token_id"] = values["bos_token_id"] = bos
+  weight_files.write_json(path / weight_files.GENERATION, special)
+  weight_files.write_json(path / "config.json", values)
+
+
+def _config_values(
+  config: CausalConfig, views: Mapping[str, View]
+) -> dict[str, Any]:
+  kind = config.architecture
+  if kind not in _DEFAULTS:
+    raise ValueError(
+      f"architecture must be one of {', '.join(_DEFAULTS)}, got {kind!r}."
+    )
+  gemma = kind in _GEMMAS
+  names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+  act = "hidden_activation" if gemma else "hidden_act"
+  values: dict[str, Any] = {
+    "architectures": [_CLASSES[kind]],
+    "model_type": kind,
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.emb_dim,
+    "intermediate_size": config.mlp_dim,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "num_key_value_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    act: names[config.activation],
+    "max_position_embeddings": config.max_length,
+    "rms_norm_eps": config.norm_epsilon,
+    "tie_word_embeddings": config.logits_via_embedding,
+    "attention_bias": config.out_bias,
+    "attention_dropout": 0.0,
+    **_rope_values(config),
+    "torch_dtype": str(views[_EMBEDDING].dtype),
+    "use_cache": True,
+  }
+  first, *others = config.eos_ids or (None,)
+  values["eos_token_id"] = [first, *others] if others else first
+  if config.pad_id >= 0:
+    values["pad_token_id"] = config.pad_id
+  elif gemma:
+    values["pad_token_id"] = None
+  windows = config.windows or (0,) * config.num_layers
+  if kind == "llama":
+    values["mlp_bias"] = config.mlp_bias
+  else:
+    values["layer_types"] = [_SLIDING if w else _FULL for w in windows]
+    if kind in ("qwen2", "qwen3"):
+      values["use_sliding_window"] = any(windows)
+    if any(windows) or not gemma:
+      values["sliding_window"] = max(windows) or None
+  if gemma:
+    scale = config.query_scale or config.head_dim**-0.5
+    scalar = scale**-2
+    whole = round(scalar)
+    values["query_pre_attn_scalar"] = (
+      whole if abs(scalar - whole) < 1e-6 * scalar else scalar
+    )
+    values["attn_logit_softcapping"] = config.attention_cap
+    values["final_logit_softcapping"] = config.logit_cap
+  _check_is_one(config, kind)
+  return values
+
+
+_CLASSES = {
+  "llama": "LlamaForCausalLM",
+  "qwen2": "Qwen2ForCausalLM",
+  "qwen3": "Qwen3ForCausalLM",
+  "gemma2": "Gemma2ForCausalLM",
+  "gemma3_text": "Gemma3ForCausalLM",
+}
+
+
+def _check_is_one(config: CausalConfig, kind: str) -> None:
+  """Raises a ValueError where a class has no field for a switch."""
+  gemma = kind in _GEMMAS
+  wanted = {
+    "norm_from_one": gemma,
+    "post_norms": gemma,
+    "scale_embeddings": gemma,
+    "qk_norm": kind in ("qwen3", "gemma3_text"),
+  }
+  if kind == "qwen2":
+    wanted |= {"qkv_bias": True, "out_bias": False}
+  else:
+    wanted["qkv_bias"] = config.out_bias
+  for name, value in wanted.items():
+    if getattr(config, name) != value:
+      raise ValueError(
+        f"transformers' {kind} has no model with {name} = "
+        f"{getattr(config, name)}."
+      )
+
+
+def _rope_values(config: CausalConfig) -> dict[str, Any]:
+  first = config.ropes[0]
+  scaling: dict[str, Any] | None = None
+  if first.scaling == "linear":
+    scaling = {"rope_type": "linear", "factor": first.factor}
+  elif first.scaling == "llama3":
+    scaling = {
+      "rope_type": "llama3",
+      "factor": first.factor,
+      "low_freq_factor": first.low_frequency_factor,
+      "high_freq_factor": first.high_frequency_factor,
+      "original_max_position_embeddings": first.original_length,
+    }
+  values: dict[str, Any] = {
+    "rope_theta": first.theta,
+    "rope_scaling": scaling,
+  }
+  if len(config.ropes) > 1:
+    values["rope_local_base_freq"] = config.ropes[1].theta
+  return values

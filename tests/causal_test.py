@@ -1,0 +1,422 @@
+"""Decoder-only models: logits, decoding, padding, folders, policies."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_decoder
+from small_decoder import ARCHITECTURES
+
+from clp_jax import conditioning, interop
+from clp_jax.bank import Bank
+from clp_jax.models import causal, decoding, families, trees
+from clp_jax.models.causal import CausalConfig, Rope
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "causal"
+LENGTHS = (19, 8, 1)  # of prompts; over twice the window
+SAMPLES, TARGET = 2, 9
+
+
+def arrays(config, side="right", length=24):
+  """Prompts [3, length] padded on a side, and targets [6, 9]."""
+  rng = np.random.default_rng(1)
+  prompts = np.full([len(LENGTHS), length], config.pad_id, np.int32)
+  for row, size in zip(prompts, LENGTHS, strict=True):
+    text = rng.integers(6, config.vocab_size, size)
+    row[:size] = text
+    if side == "left":
+      row[:] = np.roll(row, length - size)
+  targets = rng.integers(6, config.vocab_size, [len(LENGTHS) * SAMPLES, TARGET])
+  return jnp.asarray(prompts), jnp.asarray(targets, jnp.int32)
+
+
+# Unrolled, or as one scanned layer.
+EVERY = [(name, True) for name in ARCHITECTURES] + [("qwen3", False)]
+SOME = [("qwen2", False), ("gemma3_text", True)]
+
+
+@pytest.mark.parametrize(("name", "scan"), EVERY)
+def test_logits_are_those_of_transformers(name, scan):
+  expected = np.load(FIXTURES / name / "expected.npz")
+  model, params = interop.load_model(FIXTURES / name, scan_layers=scan)
+  ids = expected["ids"]
+  for cut in (1, 13):  # what is prompt and what is response
+    logits, _ = jax.jit(model.score)(
+      params, jnp.asarray(ids[None, :cut]), jnp.asarray(ids[None, cut:])
+    )
+    np.testing.assert_allclose(
+      logits[0], expected["logits"][cut - 1 : -1], atol=1e-4
+    )
+
+
+def test_every_switch_of_a_fixture_changes_its_logits():
+  """What no fixture would notice, none of them tests."""
+  changes = {
+    "llama": ("norm_epsilon", "activation", "ropes"),
+    "qwen2": ("windows",),
+    "qwen3": ("windows", "activation"),
+    "gemma2": ("attention_cap", "logit_cap", "windows", "query_scale"),
+    "gemma3_text": ("ropes", "layer_ropes", "windows", "scale_embeddings"),
+  }
+  others = {
+    "norm_epsilon": 1e-6,
+    "activation": "silu",
+    "ropes": (Rope(), Rope()),
+    "windows": (),
+    "attention_cap": None,
+    "logit_cap": None,
+    "query_scale": None,
+    "layer_ropes": (),
+    "scale_embeddings": False,
+  }
+  for name, fields in changes.items():
+    expected = np.load(FIXTURES / name / "expected.npz")
+    model, params = interop.load_model(FIXTURES / name, scan_layers=True)
+    ids = jnp.asarray(expected["ids"][None])
+    for field in fields:
+      config = dataclasses.replace(model.config, **{field: others[field]})
+      score = jax.jit(families.build(config).score)
+      logits, _ = score(params, ids[:, :1], ids[:, 1:])
+      apart = np.abs(logits[0] - expected["logits"][:-1]).max()
+      assert apart > 1e-3, (name, field)
+
+
+@pytest.mark.parametrize(("name", "scan"), EVERY)
+def test_decoding_gives_the_logits_of_teacher_forcing(name, scan):
+  config = small_decoder.make_config(name, scan_layers=scan)
+  params = small_decoder.random_params(config)
+  model = families.build(config)
+  prompts, targets = arrays(config)
+  expected, states = jax.jit(model.score)(params, prompts, targets)
+  assert expected.dtype == jnp.float32
+  assert states.shape == (*targets.shape, config.emb_dim)
+  context = jax.jit(model.read)(params, prompts)
+  cache = model.empty_cache(len(targets), TARGET)
+  step = jax.jit(model.step)
+  last = jnp.full(len(targets), config.pad_id, jnp.int32)
+  for t in range(TARGET):
+    logits, cache = step(params, context, cache, last, jnp.int32(t))
+    np.testing.assert_allclose(logits, expected[:, t], atol=2e-5)
+    last = targets[:, t]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_padding_changes_no_logit(name):
+  """On either side, of any width; nor do the prompts beside a prompt."""
+  config = small_decoder.make_config(name, scan_layers=True)
+  params = small_decoder.random_params(config)
+  score = jax.jit(families.build(config).score)
+  prompts, targets = arrays(config)
+  whole, _ = score(params, prompts, targets)
+  for changed in (
+    arrays(config, "left")[0],
+    arrays(config, "right", 31)[0],
+    arrays(config, "left", 40)[0],
+  ):
+    np.testing.assert_allclose(
+      score(params, changed, targets)[0], whole, atol=3e-5
+    )
+  for i, size in enumerate(LENGTHS):
+    rows = slice(i * SAMPLES, (i + 1) * SAMPLES)
+    alone, _ = score(params, prompts[i : i + 1, :size], targets[rows])
+    np.testing.assert_allclose(alone, whole[rows], atol=3e-5)
+
+
+def test_zero_is_text_where_padding_is_not_a_token():
+  config = small_decoder.make_config(scan_layers=True)
+  params = small_decoder.random_params(config)
+  score = jax.jit(families.build(config).score)
+  prompts, targets = arrays(config)
+  first, _ = score(params, prompts, targets)
+  changed, _ = score(params, prompts.at[0, 3].set(0), targets)
+  assert np.abs(first - changed).max() > 1e-3
+  # Padded with a token that the text has not, all is as with -1.
+  other = jax.jit(families.build(dataclasses.replace(config, pad_id=5)).score)
+  same, _ = other(params, jnp.where(prompts == -1, 5, prompts), targets)
+  np.testing.assert_array_equal(same, first)
+
+
+def test_many_queries_are_attended_to_in_blocks(monkeypatch):
+  config = small_decoder.make_config("gemma3_text", scan_layers=True)
+  params = small_decoder.random_params(config)
+  model = families.build(config)
+  rng = np.random.default_rng(0)
+  prompts = rng.integers(6, 500, [2, 300]).astype(np.int32)
+  prompts[1, 261:] = -1
+  targets = jnp.asarray(rng.integers(6, 500, [4, 270]), jnp.int32)
+
+  def loss(params):
+    logits, _ = model.score(params, jnp.asarray(prompts), targets)
+    return (jax.nn.log_softmax(logits)[..., 7] * 0.01).sum()
+
+  blocked, gradient = jax.jit(jax.value_and_grad(loss))(params)
+  monkeypatch.setattr(causal, "MANY_QUERIES", 10_000)
+  whole, expected = jax.jit(jax.value_and_grad(lambda p: loss(p)))(params)
+  np.testing.assert_allclose(blocked, whole, rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), gradient, expected
+  )
+
+
+@pytest.mark.parametrize(
+  ("remat", "scan"), [("minimal", True), ("full", True), ("full", False)]
+)
+def test_remat_changes_no_gradient(remat, scan):
+  config = small_decoder.make_config("gemma2", scan_layers=scan)
+  params = small_decoder.random_params(config)
+  prompts, targets = arrays(config)
+
+  def gradient(config):
+    model = families.build(config)
+
+    def loss(params):
+      logits, _ = model.score(params, prompts, targets)
+      return jax.nn.log_softmax(logits)[..., 3].mean()
+
+    return jax.jit(jax.grad(loss))(params)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+    gradient(dataclasses.replace(config, remat=remat)),
+    gradient(config),
+  )
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_bfloat16_is_near_to_float32(name):
+  config = small_decoder.make_config(name)
+  params = small_decoder.random_params(config)
+  prompts, targets = arrays(config)
+  exact, _ = families.build(config).score(params, prompts, targets)
+  narrow = dataclasses.replace(config, dtype="bfloat16")
+  logits, _ = families.build(narrow).score(params, prompts, targets)
+  assert logits.dtype == jnp.float32
+  error = np.abs(logits - exact).mean() / np.abs(exact).mean()
+  assert 0 < error < 0.05
+
+
+def test_what_is_sampled_has_its_teacher_forced_logp():
+  config = small_decoder.make_config()
+  params = small_decoder.random_params(config)
+  model = families.build(config)
+  prompts, _ = arrays(config)
+  tokenizer = small_decoder.make_tokenizer()
+  rows = len(LENGTHS) * SAMPLES
+  samples = decoding.sample(
+    model,
+    params,
+    prompts,
+    jax.random.split(jax.random.key(0), rows),
+    max_length=40,
+    allowed=tokenizer.allowed(config.vocab_size),
+    num_samples=SAMPLES,
+    row_lengths=jnp.asarray([40, 3, 40, 5, 40, 40]),
+    logp_temperature=0.7,
+  )
+  logp, _ = decoding.token_logp(
+    model,
+    params,
+    prompts,
+    samples.tokens,
+    num_samples=SAMPLES,
+    temperature=0.7,
+  )
+  np.testing.assert_allclose(
+    np.where(samples.mask, logp, 0), samples.logp, atol=3e-5
+  )
+  assert (np.asarray(samples.tokens)[~np.asarray(samples.mask)] == -1).all()
+  # Rows of the embedding without a token are never sampled.
+  assert np.asarray(samples.tokens).max() < tokenizer.size < config.vocab_size
+
+
+class TestConditioning:
+  @pytest.mark.parametrize("kind", ["full", "attention", "logits"])
+  @pytest.mark.parametrize("name", ARCHITECTURES)
+  def test_steers_what_it_says(self, name, kind):
+    model = families.build(small_decoder.make_config(name))
+    steered = conditioning.steerable_leaves(model.abstract(), kind)
+    leaves = jax.tree_util.tree_leaves_with_path(steered)
+    names = {"/".join(k.key for k in path) for path, on in leaves if on}
+    if kind == "full":
+      assert len(names) == len(leaves)
+    elif kind == "logits":
+      tied = model.config.logits_via_embedding
+      table = "token_embedder/embedding"
+      assert names == {table if tied else "decoder/logits_dense/kernel"}
+    else:
+      kernels = {n for n in names if n.endswith("kernel")}
+      assert kernels == {
+        f"decoder/layers_{i}/attention/{part}/kernel"
+        for i in range(3)
+        for part in ("query", "key", "value", "out")
+      }
+      assert all("/attention/" in n for n in names)
+
+  @pytest.mark.parametrize(("name", "scan"), SOME)
+  def test_vertices_and_equal_sets_are_exact(self, name, scan):
+    config = small_decoder.make_config(name, scan_layers=scan)
+    sets = [small_decoder.random_params(config, seed) for seed in (0, 1)]
+    bank = Bank(config, "full", num_sets=2)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *sets)
+    for i in range(2):
+      vertex = jax.jit(bank.mix)(stacked, {}, jnp.eye(2)[i])
+      jax.tree.map(np.testing.assert_array_equal, vertex, sets[i])
+    start = bank.init(sets[0], jax.random.key(0))
+    mixed = jax.jit(bank.mix)(start, {}, jnp.asarray([0.3, 0.7]))
+    jax.tree.map(np.testing.assert_array_equal, mixed, sets[0])
+
+  @pytest.mark.parametrize(("name", "scan"), SOME)
+  def test_rows_of_their_own_are_the_mixed_policies(self, name, scan):
+    """Norms, biases, tied tables and soft tokens too; long prompts as well."""
+    config = small_decoder.make_config(name, scan_layers=scan)
+    bank = Bank(config, "full", num_sets=2, soft_tokens=2)
+    sets = [small_decoder.random_params(config, seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *sets)
+    soft = np.random.default_rng(0).normal(size=[2, 2, 32]).astype(np.float32)
+    stacked["soft_tokens"] = {"embedding": jnp.asarray(soft)}
+    model = families.build(bank.model_config)
+    prompts, _ = arrays(config)
+    coefficients = jnp.asarray([[0.3, 0.7], [1.0, 0.0], [0.55, 0.45]])
+    keys = jax.random.split(jax.random.key(3), 3)
+    options = {
+      "max_length": 6,
+      "allowed": np.arange(512) < 500,
+      "temperature": 0.0,
+    }
+    rows = conditioning.mix_rows(stacked, bank.steerable, coefficients)
+    wide = jnp.pad(prompts, ((0, 0), (0, 120)), constant_values=-1)
+    for given in (prompts, wide):  # the second is read policy by policy
+      together = decoding.sample(model, rows, given, keys, **options)
+      for i, c in enumerate(coefficients):
+        one = bank.mix(stacked, {}, c)
+        alone = decoding.sample(
+          model, one, prompts[i : i + 1], keys[i : i + 1], **options
+        )
+        np.testing.assert_array_equal(together.tokens[i], alone.tokens[0])
+        np.testing.assert_allclose(together.logp[i], alone.logp[0], atol=3e-5)
+
+
+class TestFolders:
+  @pytest.mark.parametrize(("name", "scan"), EVERY)
+  def test_come_back_bit_for_bit(self, tmp_path, name, scan):
+    model, params = interop.load_model(FIXTURES / name, scan_layers=scan)
+    interop.save_model(tmp_path, model, params, "hf", max_shard_bytes=30_000)
+    again, same = interop.load_model(tmp_path, scan_layers=scan)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    interop.save_model(tmp_path / "orbax", model, params, "orbax")
+    again, same = interop.load_model(tmp_path / "orbax", scan_layers=scan)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+  def test_stacking_is_a_matter_of_layout(self):
+    _, listed = interop.load_model(FIXTURES / "qwen3")
+    _, stacked = interop.load_model(FIXTURES / "qwen3", scan_layers=True)
+    jax.tree.map(
+      np.testing.assert_array_equal, trees.unstack_layers(stacked), listed
+    )
+
+  @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+      ({"model_type": "qwen3_moe"}, "model_type must be one of"),
+      ({"model_type": "gemma4"}, "model_type must be one of"),
+      ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type must be"),
+      ({"hidden_act": "swish7"}, "hidden_act must be one of"),
+      ({"quantization_config": {"bits": 4}}, "quantization_config ="),
+      ({"num_key_value_heads": 4}, "not a multiple of num_kv_heads = 4"),
+      ({"intermediate_size": 30}, "has shape"),
+      (
+        {"num_hidden_layers": 4, "layer_types": None},
+        "it lacks model.layers.3",
+      ),
+      ({"layer_types": ["full_attention"]}, "layer_types must name"),
+      ({"hidden_size": None}, "hidden_size must be a number"),
+    ],
+  )
+  def test_what_can_not_be_read_is_named(self, tmp_path, changes, message):
+    folder = tmp_path / "model"
+    shutil.copytree(FIXTURES / "qwen3", folder)
+    file = folder / "config.json"
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message) as info:
+      interop.load_model(folder)
+    assert "\n" not in str(info.value)
+
+  def test_both_layouts_of_rope_fields_are_read(self, tmp_path):
+    for name in ("llama", "gemma3_text"):
+      folder = tmp_path / name
+      shutil.copytree(FIXTURES / name, folder)
+      file = folder / "config.json"
+      values = json.loads(file.read_text())
+      rope = {
+        "rope_theta": values.pop("rope_theta"),
+        **values.pop("rope_scaling"),
+      }
+      if name == "gemma3_text":
+        local = {
+          "rope_type": "default",
+          "rope_theta": values.pop("rope_local_base_freq"),
+        }
+        rope = {"full_attention": rope, "sliding_attention": local}
+      values["rope_parameters"] = rope
+      file.write_text(json.dumps(values))
+      config = interop.load_config(folder)
+      assert config == interop.load_config(FIXTURES / name)
+
+  def test_a_multimodal_gemma_is_its_text_model(self, tmp_path):
+    from safetensors import numpy as safetensors
+
+    source = FIXTURES / "gemma3_text"
+    text = json.loads((source / "config.json").read_text())
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    tensors = {}
+    for file in set(index["weight_map"].values()):
+      tensors |= safetensors.load_file(source / file)
+    for prefix in ("language_model.model.", "model.language_model."):
+      folder = tmp_path / prefix
+      folder.mkdir()
+      values = {"model_type": "gemma3", "text_config": text, "eos_token_id": 3}
+      (folder / "config.json").write_text(json.dumps(values))
+      named = {prefix + k.removeprefix("model."): x for k, x in tensors.items()}
+      named["vision_tower.head.weight"] = np.zeros([2, 2], np.float32)
+      safetensors.save_file(named, folder / "model.safetensors")
+      model, params = interop.load_model(folder)
+      expected, same = interop.load_model(source)
+      assert model.config == dataclasses.replace(expected.config, eos_ids=(3,))
+      jax.tree.map(np.testing.assert_array_equal, params, same)
+
+  def test_a_t5_is_still_asked_for_by_name(self):
+    with pytest.raises(ValueError, match="is not a T5; interop.load_model"):
+      interop.load_t5(FIXTURES / "llama")
+
+
+def test_a_config_comes_back_from_json():
+  for name in ARCHITECTURES:
+    config = small_decoder.make_config(name)
+    values = json.loads(json.dumps(families.to_json(config)))
+    assert families.from_json(values) == config
+  with pytest.raises(ValueError, match="family must be one of t5, causal"):
+    families.from_json({"family": "mamba"})
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"num_kv_heads": 3}, "is not a multiple of num_kv_heads"),
+    ({"head_dim": 7}, "head_dim must be even"),
+    ({"windows": (1, 2)}, "windows has 2 entries for 16 layers"),
+    ({"eos_ids": (2,), "pad_id": 2}, "a token that ends nothing"),
+    ({"activation": "tanh"}, "activation must be one of"),
+    ({"num_layers": 0}, "num_layers must be a positive integer"),
+  ],
+)
+def test_a_config_that_is_none_is_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    CausalConfig(**changes)
