@@ -1,7 +1,9 @@
 """Every field of a training config with its default, and their validation.
 
 A file under configs/ imports `get_config`, changes lines and returns it. The
-code reads fields and never falls back to a default of its own.
+code reads fields, and what None stands for is said beside a field, or is "off".
+Only the settings that a reward's description leaves out have their defaults
+elsewhere: they are keyword arguments of the reward.
 """
 
 import contextlib
@@ -356,7 +358,8 @@ def prompts(
 
   Args:
     config: a valid training config.
-    vocabulary: seqio.SentencePieceVocabulary of the model.
+    vocabulary: of the model, a `data.vocabulary.Vocabulary` or what
+      `data.vocabulary.load_vocabulary` gives.
     vocab_size: V, rows of the model's embedding.
 
   Raises:

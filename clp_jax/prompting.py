@@ -142,7 +142,7 @@ def text_prompts(
   """The table of the style "text".
 
   Args:
-    vocabulary: a seqio.SentencePieceVocabulary.
+    vocabulary: a `data.vocabulary.Vocabulary`, or what `load_vocabulary` gives.
     objectives: names of the m rewards, in order.
     levels: a weight is a multiple of 1 / levels.
     alpha_range: (low, high), or None.

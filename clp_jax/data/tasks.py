@@ -488,7 +488,7 @@ def tokenize_inputs(
   """Tokenises documents as a task does its inputs.
 
   Args:
-    vocabulary: a seqio.SentencePieceVocabulary.
+    vocabulary: a `data.vocabulary.Vocabulary`, or what `load_vocabulary` gives.
     texts: [B] documents.
     source_length: S, tokens, EOS included; longer documents are cut.
     template: as in `with_template`; None takes the documents as they are.
@@ -519,7 +519,7 @@ def decode_tokens(
   """Turns sampled tokens into text.
 
   Args:
-    vocabulary: a seqio.SentencePieceVocabulary.
+    vocabulary: a `data.vocabulary.Vocabulary`, or what `load_vocabulary` gives.
     tokens: [R, T] int.
     mask: [R, T] bool, True on a row's own tokens, EOS included if it has one.
 

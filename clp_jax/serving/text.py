@@ -14,7 +14,7 @@ class Detokenizer:
   """
 
   def __init__(self, vocabulary: Any):
-    """vocabulary: a seqio.SentencePieceVocabulary."""
+    """vocabulary: a `data.vocabulary.Vocabulary`, as a `Policy` has."""
     self._tokenizer = vocabulary.tokenizer
     self._eos_ids = vocabulary.eos_ids
     self._ids: list[int] = []
