@@ -1,4 +1,4 @@
-"""Plans the paper's kind of run on TPU slices: the table of BUILD_NOTES.md.
+"""Plans the paper's kind of run on TPU slices: the table of docs/plans.md.
 
   python -m benchmarks.plans --output runs/plans
 

@@ -18,7 +18,7 @@ stacked W_i, which reads each set once for the whole batch, where parameters
 mixed for every row would be read, and held, once for each.
 
 Source: Conditional Language Policy (arXiv 2407.15762); which leaves belong to
-"attention" and "logits" is our reading, see BUILD_NOTES.md.
+"attention" and "logits" is our reading, see docs/decisions.md.
 """
 
 from typing import Any

@@ -25,8 +25,8 @@ class Size(NamedTuple):
   judge: str  # preset of the reward models, in plans
 
 
-# The slices that BUILD_NOTES.md plans have more chips the larger the model, and
-# what they send one another hardly grows with the prompts. With a weighting for
+# The slices of docs/plans.md have more chips the larger the model is, and what
+# they send one another hardly grows with the prompts. With a weighting for
 # each shard of the data no two shards share a mixed policy, which they would
 # hold cut and gather in every layer; for "xxl", with its 64 shards, sending so
 # many policies takes longer than gathering.

@@ -3,7 +3,7 @@
 weights lie on the simplex over the m rewards; alpha in [0, 1] weighs the KL
 term. With one fixed alpha the parameter sets are combined with the weights
 alone; with several, the KL term is one more objective and has a set of its own
-with coefficient alpha (arXiv 2407.15762; our reading, see BUILD_NOTES.md).
+with coefficient alpha (arXiv 2407.15762; our reading, see docs/decisions.md).
 
 Where that set is the reference itself and the others were finetuned at one
 alpha_0, the coefficient can also be 1 - `realignment`(alpha, alpha_0): the

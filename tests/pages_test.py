@@ -88,7 +88,7 @@ COMMANDS = list(all_commands())
 
 def config_of(command, folder):
   """The config that a command names or starts from; None where it has none."""
-  words = [w for w in command if not w.startswith("$")]  # $D of BUILD_NOTES.md
+  words = [w for w in command if not w.startswith("$")]  # $D of measurements.md
   overrides = [w for w in words if w.startswith("--config.")]
   if "--config" in words:
     file = words[words.index("--config") + 1]
@@ -225,6 +225,33 @@ def test_fields_that_python_sets_exist():
   named -= {"rewards.plain", "get_config", "reward"}
   assert "sft.decay_steps" in named and "weightings.alpha_range" in named
   assert named <= known
+
+
+# Links.
+
+
+def anchors(text):
+  """What GitHub calls the headings of a page."""
+  headings = re.findall(
+    r"^#+ (.*)$", re.sub("```.*?```", "", text, flags=re.S), re.M
+  )
+  return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_links_lead_to_files_and_headings():
+  seen = 0
+  for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+      path, _, anchor = link.partition("#")
+      if path.startswith(("http://", "https://")):
+        continue
+      target = page if not path else page.parent / path
+      assert target.exists(), (page.name, link)
+      if anchor:
+        assert anchor in anchors(target.read_text()), (page.name, link)
+        seen += 1
+  assert seen > 20
 
 
 # Tables.

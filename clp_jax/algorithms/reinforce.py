@@ -12,7 +12,7 @@
 A baseline that is learned is in ppo.py: it has a value for every token.
 
 Source: Williams 1992; leave-one-out, Kool et al. 2019; the value is our reading
-of arXiv 2407.15762, see BUILD_NOTES.md.
+of arXiv 2407.15762, see docs/decisions.md.
 """
 
 import jax

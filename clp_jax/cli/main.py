@@ -1,7 +1,8 @@
 """`clp`: parses, calls one command and turns errors into exit statuses.
 
 0 the work is done; 1 a run failed; 2 bad arguments or config; 75 stopped by
-SIGTERM with everything saved; 130 interrupted from the keyboard.
+SIGTERM with everything saved; 130 interrupted from the keyboard. With 134 JAX
+itself ends a process, when another one of its job is gone.
 """
 
 import argparse

@@ -405,7 +405,7 @@ def allowed_tokens(vocabulary: Any, vocab_size: int) -> np.ndarray:
   """Tells the tokens that a policy may produce.
 
   Args:
-    vocabulary: a seqio.SentencePieceVocabulary.
+    vocabulary: a `Vocabulary`, or what `load_vocabulary` gives.
     vocab_size: V, rows of the model's embedding; may exceed the pieces.
 
   Returns:
@@ -439,7 +439,7 @@ def control_ids(vocabulary: Any, vocab_size: int) -> list[int]:
   """Tokens that stand for no text, to mark inputs with.
 
   Args:
-    vocabulary: a seqio.SentencePieceVocabulary.
+    vocabulary: a `Vocabulary`, or what `load_vocabulary` gives.
     vocab_size: V, rows of the model's embedding.
 
   Returns:
