@@ -7,8 +7,10 @@ Chat templates are programs that a checkpoint brings: they run in Jinja's
 sandbox, with the names that transformers gives them.
 """
 
+import collections
 import datetime
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import tokenizers
-from jinja2 import ext, sandbox
+from jinja2 import ext, nodes, parser, sandbox
 
 from clp_jax.data.tokenizer import DOCUMENT, Message, Template, check_messages
 
@@ -25,7 +27,16 @@ _CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"
 FILES = (TOKENIZER, _CONFIG, _SPECIAL, _TEMPLATE)
-_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_ENDS = ("bos_token", "eos_token")
+_NAMES = (
+  *_ENDS,
+  "pad_token",
+  "unk_token",
+  "sep_token",
+  "cls_token",
+  "mask_token",
+)
+_PRIVATE = range(0xF0000, 0xFFFFE)  # characters to which Unicode gives no use
 
 
 class HFTokenizer:
@@ -65,13 +76,9 @@ class HFTokenizer:
       # Text that spells a control token is text.
       self._of_text = tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
     except Exception as error:  # the library's own, a bare Exception
-      raise ValueError(f"{path}/{TOKENIZER} can't be read: {error}") from error
-    for one in (self._tokenizer, self._of_text):
-      one.no_truncation()
-      one.no_padding()
-    self._of_text.encode_special_tokens = True
-    added = self._tokenizer.get_added_tokens_decoder()
-    self._control = {i: t.content for i, t in added.items() if t.special}
+      raise ValueError(
+        f"{path}/{TOKENIZER} can't be read: {_line(error)}"
+      ) from error
     self._names = self._special_names()
     self.chat_template = self._find_template()
     self.eos_ids = tuple(eos_ids)
@@ -83,16 +90,42 @@ class HFTokenizer:
         f"nothing ends a response: set eos_token_id in {path}/config.json, or "
         f"eos_token in {path}/{_CONFIG}."
       )
-    for token in self.eos_ids:  # a list may name tokens that are no controls
+    for one in (self._tokenizer, self._of_text):
+      one.no_truncation()
+      one.no_padding()
+      one.add_special_tokens(self._unmarked())
+    self._of_text.encode_special_tokens = True
+    added = self._tokenizer.get_added_tokens_decoder()
+    self._special = {i: t.content for i, t in added.items() if t.special}
+    self._control = dict(self._special)
+    for token in self.eos_ids:  # a list may name tokens of text
       self._control.setdefault(
         token, self._tokenizer.id_to_token(token) or f"<{token}>"
       )
 
+  def _unmarked(self) -> list[tokenizers.AddedToken]:
+    """What begins or ends a text and is not called special, but is."""
+    added = self._tokenizer.get_added_tokens_decoder()
+    found = [added[i] for i in self.eos_ids if i in added]
+    for content in (self._names[name] for name in _ENDS if name in self._names):
+      own = self._tokenizer.token_to_id(content)
+      if own is not None:
+        plain = tokenizers.AddedToken(content, normalized=False)
+        found.append(added.get(own, plain))
+    for token in found:
+      token.special = True
+    return found
+
   def _json(self, name: str) -> dict[str, Any]:
     try:
-      return json.loads(self._files.get(name, b"{}"))
-    except ValueError as error:
-      raise ValueError(f"{self.path}/{name} can't be read: {error}") from error
+      values = json.loads(self._files.get(name, b"{}"))
+    except (ValueError, RecursionError) as error:
+      raise ValueError(
+        f"{self.path}/{name} can't be read: {_line(error)}"
+      ) from error
+    if not isinstance(values, dict):
+      raise ValueError(f"{self.path}/{name} can't be read: it is no object.")
+    return values
 
   def _special_names(self) -> dict[str, str]:
     """bos_token and so on -> content."""
@@ -108,11 +141,22 @@ class HFTokenizer:
 
   def _find_template(self) -> str | None:
     if _TEMPLATE in self._files:
-      return self._files[_TEMPLATE].decode()
+      try:
+        return self._files[_TEMPLATE].decode()
+      except UnicodeDecodeError as error:
+        raise ValueError(
+          f"{self.path}/{_TEMPLATE} can't be read: {error}"
+        ) from error
     template = self._json(_CONFIG).get("chat_template")
     if isinstance(template, list):  # of several, by name
-      named = {t.get("name"): t.get("template") for t in template}
-      template = named.get("default")
+      named = [t for t in template if isinstance(t, dict)]
+      template = {t.get("name"): t.get("template") for t in named}.get(
+        "default"
+      )
+    if not isinstance(template, str | None):
+      raise ValueError(
+        f"{self.path}/{_CONFIG} can't be read: its chat_template is no text."
+      )
     return template
 
   @property
@@ -123,7 +167,8 @@ class HFTokenizer:
   @property
   def unk_id(self) -> int:
     """The token of what can't be spelled; -1 where all can."""
-    name = self._names.get("unk_token")
+    model = self._tokenizer.model
+    name = self._names.get("unk_token", getattr(model, "unk_token", None))
     found = None if name is None else self._tokenizer.token_to_id(name)
     return -1 if found is None else found
 
@@ -152,8 +197,23 @@ class HFTokenizer:
     return kept
 
   def encode(self, text: str) -> list[int]:
-    """The tokens of a text, which makes no control token."""
-    return self._of_text.encode(text, add_special_tokens=False).ids
+    """The tokens of a text, which makes no control token (but for one that
+    ends responses and is all that spells some character)."""
+    encoding = self._encoded(text)
+    cuts = [
+      left + 1
+      for token, (left, right) in zip(
+        encoding.ids, encoding.offsets, strict=True
+      )
+      if token in self._control and right - left > 1
+    ]
+    if not cuts:
+      return encoding.ids
+    places = itertools.pairwise((0, *cuts, len(text)))
+    return [i for left, right in places for i in self.encode(text[left:right])]
+
+  def _encoded(self, text: str) -> tokenizers.Encoding:
+    return self._of_text.encode(text, add_special_tokens=False)
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of tokens."""
@@ -189,23 +249,27 @@ class HFTokenizer:
     contents = [str(document)]
     if messages is not None:
       contents = [m["content"] for m in messages]
-    longest = max(range(len(contents)), key=lambda i: len(contents[i]))
-    tokens = self.encode(contents[longest])
-    kept = len(tokens)
-    while len(ids) > limit:
-      if kept == 0:
-        raise ValueError(
-          f"what surrounds a document takes {len(ids)} tokens, more than "
-          f"data.source_length = {limit}; raise it or shorten the template."
-        )
-      kept = max(kept - (len(ids) - limit), 0)
-      short = self.decode(tokens[:kept])
-      cut: Any = short
-      if messages is not None:
-        cut = [dict(m) for m in messages]
-        cut[longest]["content"] = short
-      ids = self._whole_prompt(cut, template)
-    return ids, True
+    # Of a conversation the longest turn, and others only if that is not enough.
+    for i in sorted(range(len(contents)), key=lambda i: -len(contents[i])):
+      text = contents[i]
+      starts = [left for left, _ in self._encoded(text).offsets]
+      kept = len(starts)
+      while kept and len(ids) > limit:
+        kept = max(kept - (len(ids) - limit), 0)
+        contents[i] = text[: starts[kept]]
+        cut: Any = contents[0]
+        if messages is not None:
+          cut = [
+            dict(m) | {"content": content}
+            for m, content in zip(messages, contents, strict=True)
+          ]
+        ids = self._whole_prompt(cut, template)
+      if len(ids) <= limit:
+        return ids, True
+    raise ValueError(
+      f"what surrounds a document takes {len(ids)} tokens, more than "
+      f"data.source_length = {limit}; raise it or shorten the template."
+    )
 
   def _whole_prompt(
     self, document: str | Sequence[Message], template: Template
@@ -238,24 +302,85 @@ class HFTokenizer:
       ValueError: there is no chat template, or it fails.
     """
     check_messages(messages)
-    text = self._rendered(messages)
-    parts = [
-      content
-      for m in messages
-      for content in (m["content"].strip(),)
-      if any(name in content for name in self._control.values())
+    # Characters that no message has stand for those at which a message spells a
+    # control token, until the template's own control tokens are found.
+    used = set(json.dumps(list(messages), ensure_ascii=False))
+    unused = (c for c in map(chr, _PRIVATE) if c not in used)
+    hidden: dict[str, str] = collections.defaultdict(lambda: next(unused))
+    text = self._rendered([self._hide(m, hidden) for m in messages])
+    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    own = self._found(text, encoding)
+    if not hidden and len(own) == sum(i in self._control for i in encoding.ids):
+      return encoding.ids
+    back = str.maketrans({x: c for c, x in hidden.items()})
+    ids, start = [], 0
+    for token, left, right in own:
+      ids += [*self.encode(text[start:left].translate(back)), token]
+      start = right
+    return ids + self.encode(text[start:].translate(back))
+
+  def _hide(self, value: Any, hidden: dict[str, str]) -> Any:
+    """A message, or a part of one, that spells no control token.
+
+    Args:
+      value: what JSON can hold.
+      hidden: character -> the one that stands for it; is added to.
+    """
+    if isinstance(value, Mapping):
+      return {name: self._hide(x, hidden) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+      return [self._hide(x, hidden) for x in value]
+    if isinstance(value, str):
+      while places := self._spelled(value):
+        for i in places:
+          value = value[:i] + hidden[value[i]] + value[i + 1 :]
+    return value
+
+  def _found(
+    self, text: str, encoding: tokenizers.Encoding
+  ) -> list[tuple[int, int, int]]:
+    """Control tokens that a text spells as they are written, not those that a
+    normaliser or the model makes of other text: (token, start, end)."""
+    return [
+      (token, left, right)
+      for token, (left, right) in zip(
+        encoding.ids, encoding.offsets, strict=True
+      )
+      if token in self._special and self._special[token] in text[left:right]
     ]
-    ids: list[int] = []
-    for part in parts:
-      before, found, text = text.partition(part)
-      if not found:
-        raise ValueError(
-          "the chat template changes a text that spells control tokens, so "
-          f"that they can't be told from the template's own: {part[:60]!r}."
-        )
-      ids += self._tokenizer.encode(before, add_special_tokens=False).ids
-      ids += self.encode(part)
-    return ids + self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def _spelled(self, text: str) -> list[int]:
+    """Where control tokens begin in a text, or might at its end."""
+    if self._firsts.isdisjoint(text):
+      return []
+    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    found = {
+      text.index(self._special[token], left)
+      for token, left, _ in self._found(text, encoding)
+    }
+    end = text.rstrip()
+    for size in range(1, min(self._longest, len(end)) + 1):
+      if end[-size:] in self._beginnings:
+        found.add(len(end) - size)
+    return sorted(found)
+
+  @functools.cached_property
+  def _firsts(self) -> set[str]:
+    """Characters that begin control tokens."""
+    return {name[0] for name in self._special.values()}
+
+  @functools.cached_property
+  def _beginnings(self) -> set[str]:
+    """What control tokens begin with."""
+    return {
+      name[:size]
+      for name in self._special.values()
+      for size in range(1, len(name))
+    }
+
+  @functools.cached_property
+  def _longest(self) -> int:
+    return max(map(len, self._beginnings), default=0)
 
   def _rendered(self, messages: Sequence[Message]) -> str:
     if self.chat_template is None:
@@ -265,19 +390,19 @@ class HFTokenizer:
       )
     try:
       return _compiled(self.chat_template).render(
-        messages=[dict(m) for m in messages],
+        messages=messages,
+        tools=None,
+        documents=None,
         add_generation_prompt=True,
         **self._names,
       )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a program's mistakes: all can happen
+      file = _TEMPLATE if _TEMPLATE in self._files else _CONFIG
+      own = isinstance(error, jinja2.TemplateError)  # a text that says enough
+      what = _line(error) if own else f"{type(error).__name__}: {_line(error)}"
       raise ValueError(
-        f"the chat template of {self.path} fails: {error}; correct "
-        f"{_TEMPLATE}, or the messages that it is given."
-      ) from error
-    except Exception as error:  # the template's own mistakes: all can happen
-      raise ValueError(
-        f"the chat template of {self.path} fails: {type(error).__name__}: "
-        f"{error}; correct {_TEMPLATE}."
+        f"the chat template of {self.path} fails: {what}; correct {file}, or "
+        "the messages that it is given."
       ) from error
 
   def target(self, text: str, limit: int) -> list[int]:
@@ -316,21 +441,47 @@ class HFTokenizer:
     return dict(self._files)
 
 
+def _line(error: Exception) -> str:
+  return " ".join(str(error).split())
+
+
+class _Generation(ext.Extension):
+  """{% generation %} ... {% endgeneration %}, around what a model has written,
+  which transformers can tell apart."""
+
+  tags = {"generation"}
+
+  def parse(self, parser: parser.Parser) -> nodes.Node:
+    line = next(parser.stream).lineno
+    body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    return nodes.Scope(body, lineno=line)
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
   environment = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols]
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=[_Generation, ext.loopcontrols],
   )
 
   def fail(message: str):
     raise jinja2.TemplateError(message)
 
+  def tojson(
+    x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+  ):
+    return json.dumps(
+      x,
+      ensure_ascii=ensure_ascii,
+      indent=indent,
+      separators=separators,
+      sort_keys=sort_keys,
+    )
+
   environment.globals["raise_exception"] = fail
   environment.globals["strftime_now"] = lambda form: (
     datetime.datetime.now().strftime(form)
   )
-  # Not Jinja's own, which escapes for HTML.
-  environment.filters["tojson"] = lambda x, indent=None: json.dumps(
-    x, ensure_ascii=False, indent=indent
-  )
+  environment.filters["tojson"] = tojson  # Jinja's own escapes for HTML
   return environment.from_string(source)

@@ -2,17 +2,60 @@
 
 import json
 import math
+import os
+import socket
 import time
 from collections.abc import Mapping
 
 import jax
 from etils import epath
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.text import metadata as text_plugin
+from tensorboard.summary.writer import record_writer
+from tensorboard.util import tensor_util
 
 # Steps between points in TensorBoard: writing one takes milliseconds, which
 # was a third of a small run's time. metrics.jsonl has every step.
 TENSORBOARD_EVERY = 10
 # In a bucket a file can't grow: each flush writes it anew.
 SECONDS_BETWEEN_UPLOADS = 10.0
+
+
+class EventFile:
+  """A file of TensorBoard's, written without TensorFlow, which its own writer
+  imports."""
+
+  def __init__(self, folder: epath.Path):
+    """Makes a new file in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+    self._file = (folder / f"events.out.tfevents.{name}").open("wb")
+    self._records = record_writer.RecordWriter(self._file)
+    self._write(event_pb2.Event(file_version="brain.Event:2"))
+
+  def _write(self, event: event_pb2.Event) -> None:
+    event.wall_time = time.time()
+    self._records.write(event.SerializeToString())
+
+  def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """A point of each curve."""
+    summary = summary_pb2.Summary()
+    for tag, value in values.items():
+      summary.value.add(tag=tag, simple_value=value)
+    self._write(event_pb2.Event(step=step, summary=summary))
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    """Texts, as markdown."""
+    summary = summary_pb2.Summary()
+    described = text_plugin.create_summary_metadata("", "")
+    for tag, text in texts.items():
+      tensor = tensor_util.make_tensor_proto([text.encode()])
+      summary.value.add(tag=tag, metadata=described, tensor=tensor)
+    self._write(event_pb2.Event(step=step, summary=summary))
+
+  def close(self) -> None:
+    """Flushes and closes it."""
+    self._file.close()
 
 
 class MetricsWriter:
@@ -31,9 +74,6 @@ class MetricsWriter:
     self._enabled = jax.process_index() == 0
     if not self._enabled:
       return
-    # Lazily: TensorBoard's writer imports TensorFlow.
-    from clu import metric_writers
-
     path = epath.Path(workdir)
     self._path = path / "metrics.jsonl"
     kept = []
@@ -51,7 +91,7 @@ class MetricsWriter:
     self._file = self._path.open("a")
     self._in_bucket = "://" in str(workdir)
     self._flushed = time.monotonic()
-    self._tensorboard = metric_writers.SummaryWriter(str(path / "metrics"))
+    self._tensorboard = EventFile(path / "metrics")
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes one row; non-finite values become null."""
@@ -66,7 +106,7 @@ class MetricsWriter:
     if not self._in_bucket or now - self._flushed >= SECONDS_BETWEEN_UPLOADS:
       self.flush()
     if step % TENSORBOARD_EVERY == 0:
-      self._tensorboard.write_scalars(step, dict(values))
+      self._tensorboard.write_scalars(step, values)
 
   def flush(self) -> None:
     """Lets no row be lost; due before a checkpoint, which they belong to."""
@@ -77,7 +117,7 @@ class MetricsWriter:
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     """Shows texts in TensorBoard."""
     if self._enabled:
-      self._tensorboard.write_texts(step, dict(texts))
+      self._tensorboard.write_texts(step, texts)
 
   def __enter__(self) -> "MetricsWriter":
     return self
