@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import models, timing
 from clp_jax import conditioning
 from clp_jax.cli import setup
-from clp_jax.models import decoding, mixture, t5
+from clp_jax.models import decoding, families, mixture
 from clp_jax.rollout import row_keys
 
 
@@ -39,7 +39,7 @@ def main() -> None:
   keys = row_keys(jax.random.key(0), args.batch)
   steerable = conditioning.steerable_leaves(base, "full")
   options = {"max_length": args.target, "allowed": models.allowed(config)}
-  model = t5.T5(config)
+  model = families.build(config)
 
   @jax.jit
   def expand(base, seeds):

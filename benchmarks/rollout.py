@@ -16,7 +16,7 @@ import jax
 
 from benchmarks import models, timing
 from clp_jax.cli import setup
-from clp_jax.models import decoding, t5
+from clp_jax.models import decoding, families
 from clp_jax.rollout import row_keys
 
 
@@ -41,7 +41,7 @@ def main() -> None:
   @jax.jit
   def sample(params, source, keys):
     return decoding.sample(
-      t5.T5(config),
+      families.build(config),
       params,
       source,
       keys,

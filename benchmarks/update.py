@@ -24,7 +24,7 @@ from benchmarks import models, timing
 from clp_jax import config as config_lib
 from clp_jax import sharding
 from clp_jax.cli import setup
-from clp_jax.models import t5
+from clp_jax.models import families
 from clp_jax.rollout import Rollout
 from clp_jax.train import moft, sft
 from clp_jax.train.optimizer import make_optimizer
@@ -40,7 +40,7 @@ STEERINGS = {
 
 def supervised(config, params, source, target):
   """A function that takes one supervised step after the other."""
-  model = t5.T5(config)
+  model = families.build(config)
   optimizer = make_optimizer(
     name="adam",
     learning_rate=1e-4,

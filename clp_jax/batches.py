@@ -1,5 +1,6 @@
 """The batches that a config describes."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -53,12 +54,12 @@ def _reader(
       rows = newsroom.rows(data.train_split if training else data.eval_split)
     else:
       return None
+    template = parse_template(data.template)
+    if template is not None:
+      # What no prompt can be made of is said before anything starts.
+      tokenizer.prompt("", template, data.source_length)
     return Reader(
-      rows,
-      tokenizer,
-      parse_template(data.template),
-      data.source_length,
-      data.target_length,
+      rows, tokenizer, template, data.source_length, data.target_length
     )
 
 
@@ -219,7 +220,9 @@ def _check_held_out(config):
 
 
 def _logged(batches: Iterator[Batch], source_length: int) -> Iterator[Batch]:
-  for number, batch in enumerate(batches):
+  for number in itertools.count():
+    with config_lib.as_config_error():  # a chat template may refuse a row
+      batch = next(batches)
     if number == 0 and batch.num_cut and jax.process_index() == 0:
       logging.warning(
         "%d of the first %d inputs are longer than data.source_length = %d "

@@ -42,18 +42,21 @@ def get_config(size: str) -> ml_collections.ConfigDict:
   """
   config = config_lib.get_config()
   config.objectives = ("helpful", "brief")
-  preference = config_lib.model_reward(
-    "preference",
-    normalise="fixed",
-    batch=64,
-    dtype="bfloat16",
-    scan_layers=True,
-    fsdp=True,
-  )
+
+  def preference():
+    return config_lib.model_reward(
+      "preference",
+      normalise="fixed",
+      batch=64,
+      dtype="bfloat16",
+      scan_layers=True,
+      fsdp=True,
+    )
+
   config.rewards = ml_collections.ConfigDict(
     {
-      "helpful": preference,
-      "harmless": preference.copy_and_resolve_references(),
+      "helpful": preference(),
+      "harmless": preference(),
       # Both in deviations under the reference, so that weights mean the same.
       "brief": config_lib.reward("length", normalise="fixed", words=40.0),
     }

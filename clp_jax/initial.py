@@ -73,6 +73,13 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
     )
   else:
     raise _nothing(init)
+  longest = getattr(model_config, "max_length", None)
+  given = config.data.source_length + config.data.target_length
+  if longest is not None and given > longest:
+    raise ConfigError(
+      f"data.source_length + data.target_length = {given}, but the model "
+      f"{init!r} was made for {longest} tokens; lower one of them."
+    )
   if vocabulary.size > model_config.vocab_size:
     raise ConfigError(
       f"the vocabulary has {vocabulary.size} pieces, but the model "

@@ -1,5 +1,6 @@
 """Flags of config fields, above all of those that may be None."""
 
+import json
 import pathlib
 
 import pytest
@@ -20,16 +21,26 @@ VALUES = {
   float: (0.25, "0.25"),
   tuple: ((0.25, 0.75), "(0.25, 0.75)"),
 }
+# A text or a list of messages: of no one type.
+TEMPLATE = "data.template"
+MESSAGES = [{"role": "user", "content": "news {document}"}]
 
 
 def fields(config, prefix=""):
-  """(path, type, whether it may be None) of every field."""
+  """(path, type, whether it may be None) of every field.
+
+  TEMPLATE's is that of most templates, a text.
+  """
   for name, value in config.items(preserve_field_references=True):
     if isinstance(value, config_dict.ConfigDict):
       yield from fields(value, f"{prefix}{name}.")
     else:
       optional = isinstance(value, config_dict.FieldReference)
-      yield prefix + name, config.get_type(name), optional
+      kind = config.get_type(name)
+      if prefix + name == TEMPLATE:
+        assert kind is object and optional
+        kind = str
+      yield prefix + name, kind, optional
 
 
 def load(file, *overrides):
@@ -68,6 +79,15 @@ def test_a_field_without_a_value_has_a_type(file):
   for path, kind, optional in fields(config):
     assert kind in (*VALUES, bool), path
     assert optional or get(config, path) is not None, path
+
+
+def test_a_template_may_be_messages_in_json():
+  flag = f"--config.{TEMPLATE}="
+  config = load(FILES[0], flag + json.dumps(MESSAGES))
+  assert config.data.template == MESSAGES
+  config_lib.validate(config)
+  unset = load(FILES[0], flag + json.dumps(MESSAGES), flag + "None")
+  assert unset.to_dict() == load(FILES[0]).to_dict()
 
 
 def test_fields_that_may_be_none_are_those_whose_none_means_something():

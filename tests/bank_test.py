@@ -13,7 +13,7 @@ from flax import traverse_util
 import clp_jax
 from clp_jax import adapters, sharding
 from clp_jax.bank import Bank
-from clp_jax.models import decoding, t5
+from clp_jax.models import decoding, families, t5
 
 CONFIG = t5.T5Config(
   vocab_size=11,
@@ -384,7 +384,7 @@ def soft_model():
   config = dataclasses.replace(CONFIG, soft_tokens=2)
   table = reference()["token_embedder"]["embedding"]
   soft = {"embedding": table[[7, 4]]}
-  return t5.T5(config), reference() | {"soft_tokens": soft}
+  return families.build(config), reference() | {"soft_tokens": soft}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -402,9 +402,9 @@ def test_soft_tokens_are_words_before_the_input():
   words = np.concatenate([np.int32([[7, 4]] * 2), PROMPTS], axis=1)
   targets = np.int32([[2, 5, 1], [6, 1, 0], [3, 3, 1], [4, 8, 9]])
   soft = logp_of(model, params, PROMPTS, targets)
-  hard = logp_of(t5.T5(CONFIG), reference(), words, targets)
+  hard = logp_of(families.build(CONFIG), reference(), words, targets)
   np.testing.assert_allclose(soft, hard, atol=1e-5)
-  plain = logp_of(t5.T5(CONFIG), reference(), PROMPTS, targets)
+  plain = logp_of(families.build(CONFIG), reference(), PROMPTS, targets)
   assert np.abs(soft - plain).max() > 0.01
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from clp_jax import distributed, sharding
-from clp_jax.models import t5
+from clp_jax.models import families, t5
 from clp_jax.run_folder import RunError
 from clp_jax.train import checkpoints, sft
 from clp_jax.train.state import init_state, state_shardings
@@ -47,7 +47,7 @@ def programs(data, model):
   @functools.partial(jax.jit, in_shardings=(at, rows, rows))
   def update(state, inputs, targets):
     return sft.update(
-      state, inputs, targets, model=t5.T5(MODEL), optimizer=OPTIMIZER
+      state, inputs, targets, model=families.build(MODEL), optimizer=OPTIMIZER
     )
 
   return at, update

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from clp_jax.data import corpora, newsroom, newsroom_text, tasks
+from clp_jax.data import corpora, newsroom, newsroom_text, tasks, tokenizer
 from clp_jax.data.vocabulary import import_seqio
 
 S, T = newsroom.SOURCE_LENGTH, newsroom.TARGET_LENGTH
@@ -15,7 +15,14 @@ S, T = newsroom.SOURCE_LENGTH, newsroom.TARGET_LENGTH
 
 @pytest.fixture(scope="module")
 def vocabulary():
+  """seqio's, for its tasks."""
   return tasks.get_task("newsroom").output_features["inputs"].vocabulary
+
+
+@pytest.fixture(scope="module")
+def words():
+  """The same without seqio."""
+  return tasks.vocabulary_of(tasks.get_task("newsroom"))
 
 
 @pytest.fixture
@@ -69,7 +76,7 @@ def read(task, split, count):
   )
 
 
-def test_xsum_has_tfds_splits(tfds_data, vocabulary):
+def test_xsum_has_tfds_splits(tfds_data, vocabulary, words):
   task = tasks.get_task("xsum", vocabulary)
   for split in ("train", "validation", "test"):
     batch = read(task, split, 8)
@@ -80,7 +87,7 @@ def test_xsum_has_tfds_splits(tfds_data, vocabulary):
       batch.documents, batch.references, strict=True
     ):
       assert pairs[document] == reference
-    expected = tasks.tokenize_inputs(vocabulary, batch.documents, S)
+    expected = tokenizer.inputs(words, batch.documents, S)
     np.testing.assert_array_equal(batch.encoder_input_tokens, expected)
 
 
@@ -196,16 +203,16 @@ class TestCache:
     yield
     seqio.set_global_cache_dirs(before)
 
-  def test_gives_the_batches_of_the_task_itself(self, task, cache, vocabulary):
+  def test_gives_the_batches_of_the_task_itself(self, task, cache, words):
     cached = tasks.from_cache(task, (cache,))
     batch = tasks.eval_batch(
       cached, "train", num_examples=6, source_length=30, target_length=T
     )
     items = newsroom.make_items("train", 0, 6)
     assert batch.documents == [item.document for item in items]
-    expected = tasks.tokenize_inputs(vocabulary, batch.documents, 30)
+    expected = tokenizer.inputs(words, batch.documents, 30)
     np.testing.assert_array_equal(batch.encoder_input_tokens, expected)
-    lengths = [len(vocabulary.encode(d)) + 1 for d in batch.documents]
+    lengths = [len(words.encode(d)) + 1 for d in batch.documents]
     assert batch.num_cut == sum(n > 30 for n in lengths) > 0
     stream = tasks.train_batches(
       tasks.with_template(cached, "museum {document}"),
@@ -217,9 +224,7 @@ class TestCache:
       start=2,
     )
     batch = next(stream)
-    expected = tasks.tokenize_inputs(
-      vocabulary, batch.documents, S, "museum {document}"
-    )
+    expected = tokenizer.inputs(words, batch.documents, S, "museum {document}")
     np.testing.assert_array_equal(batch.encoder_input_tokens, expected)
 
   def test_control_tokens_in_it_are_unknown(self, task, cache, tmp_path):

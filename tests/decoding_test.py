@@ -13,7 +13,7 @@ from jax.experimental import io_callback
 from jax.extend.core import Literal, jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clp_jax.models import decoding, t5
+from clp_jax.models import decoding, families, t5
 
 V = 37
 V1_1 = t5.T5Config(
@@ -71,7 +71,9 @@ def row_keys(rows, seed=0):
 
 def sampler(config, **kwargs):
   kwargs = {"max_length": 12, "allowed": ALLOWED} | kwargs
-  return jit(functools.partial(decoding.sample, t5.T5(config), **kwargs))
+  return jit(
+    functools.partial(decoding.sample, families.build(config), **kwargs)
+  )
 
 
 @functools.cache
@@ -80,7 +82,7 @@ def plain_sampler():
 
   def sample(params, source, keys, temperature):
     return decoding.sample(
-      t5.T5(V1_1),
+      families.build(V1_1),
       params,
       source,
       keys,
@@ -109,7 +111,10 @@ class TestLogp:
     )(params, source, row_keys(12))
     logp, entropy = jit(
       functools.partial(
-        decoding.token_logp, t5.T5(config), num_samples=3, temperature=1.3
+        decoding.token_logp,
+        families.build(config),
+        num_samples=3,
+        temperature=1.3,
       )
     )(params, source, samples.tokens)
 
@@ -135,7 +140,7 @@ class TestLogp:
     logp, entropy = jit(
       functools.partial(
         decoding.token_logp,
-        t5.T5(V1_1),
+        families.build(V1_1),
         num_samples=2,
         temperature=temperature,
       )
@@ -155,7 +160,7 @@ class TestLogp:
   def test_casting_ahead_of_the_loop_changes_no_logit(self):
     config = dataclasses.replace(V1_1, dtype="bfloat16")
     params, source = random_params(config), ragged_source()
-    model, tokens = t5.T5(config), np.array([3, 4, 5], np.int32)
+    model, tokens = families.build(config), np.array([3, 4, 5], np.int32)
 
     @jit
     def with_casts(params):
@@ -164,7 +169,7 @@ class TestLogp:
 
     @jit
     def without(params):
-      apply = functools.partial(model.apply, {"params": params})
+      apply = functools.partial(t5.T5(config).apply, {"params": params})
       encoded = apply(source, method="encode")
       cross = apply(encoded, method="cross_keys_values")
       cache = t5.init_cache(config, 3, 4)
@@ -647,7 +652,7 @@ class TestGroups:
 
     def groups(params):
       return decoding.sample_groups(
-        t5.T5(V1_1),
+        families.build(V1_1),
         params,
         axes,
         source,
@@ -671,7 +676,7 @@ class TestGroups:
   def test_groups_that_do_not_fit_are_an_error(self):
     with pytest.raises(ValueError, match="3 prompts .* num_groups = 2"):
       decoding.sample_groups(
-        t5.T5(V1_1),
+        families.build(V1_1),
         {},
         0,
         ragged_source(3),
@@ -700,7 +705,7 @@ class TestErrors:
       "num_samples": 2,
       "max_length": 3,
       "allowed": ALLOWED,
-      "model": t5.T5(V1_1),
+      "model": families.build(V1_1),
     } | kwargs
     keys, model = kwargs.pop("keys"), kwargs.pop("model")
     # Shapes alone decide, except for the two that are checked when drawing.
@@ -726,7 +731,10 @@ class TestErrors:
       ({"allowed": ALLOWED[:5]}, r"vocabulary, \(37,\), got \(5,\)"),
       ({"allowed": np.arange(V) > 1}, r"include the end of sequence, \(1,\)"),
       ({"allowed": np.ones(V, bool)}, "exclude padding, 0"),
-      ({"model": t5.T5(NO_END)}, "nothing ends a response: give eos_ids"),
+      (
+        {"model": families.build(NO_END)},
+        "nothing ends a response: give eos_ids",
+      ),
     ),
   )
   def test_sampling_says_what_does_not_fit(self, kwargs, message):
@@ -742,7 +750,7 @@ class TestErrors:
     ),
   )
   def test_scoring_says_what_does_not_fit(self, kwargs, message):
-    model = t5.T5(dataclasses.replace(V1_1, dropout_rate=0.1))
+    model = families.build(dataclasses.replace(V1_1, dropout_rate=0.1))
     with pytest.raises(ValueError, match=message):
       decoding.token_logp(
         model,

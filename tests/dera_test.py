@@ -14,6 +14,7 @@ import clp_jax
 from clp_jax import config as config_lib
 from clp_jax import demo, run_folder, weightings
 from clp_jax.baselines import dera, soups
+from clp_jax.data.vocabulary import Vocabulary
 from clp_jax.evaluation import sweep
 from clp_jax.initial import load_initial
 from clp_jax.models import mixture, t5
@@ -258,7 +259,12 @@ def test_parts_that_do_not_fit_are_named(singles, sft_run, tmp_path):
   _write_run(narrow, other, initial, vocabulary, emb_dim=32)
   fails("different shapes .*emb_dim = 32 and 64", reference=narrow)
   renamed = str(tmp_path / "renamed")
-  _write_run(renamed, other, initial, small_t5.trained_vocabulary())
+  _write_run(
+    renamed,
+    other,
+    initial,
+    Vocabulary("other.model", small_t5.trained_vocabulary()),
+  )
   fails("another vocabulary", reference=renamed)
   # One that fits: the supervised run itself.
   dera.make_mixture(config, one, str(tmp_path / "fits"), reference=sft_run)

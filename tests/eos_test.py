@@ -21,10 +21,10 @@ from clp_jax import batches, interop, rollout, run_folder
 from clp_jax import config as config_lib
 from clp_jax.cli.arguments import load_config
 from clp_jax.config import ConfigError
-from clp_jax.data import tasks, vocabulary
+from clp_jax.data import tokenizer, vocabulary
 from clp_jax.evaluation import sweep
 from clp_jax.initial import load_initial
-from clp_jax.models import decoding, t5
+from clp_jax.models import decoding, families, t5
 from clp_jax.serving.decoder import Decoder, Row
 from clp_jax.train import moft
 
@@ -142,7 +142,7 @@ def test_the_run_remembers_it_and_exports_it(case, policy, tmp_path):
   assert policy.model_config.eos_ids == policy.vocabulary.eos_ids == ids
   model = json.loads((case.workdir / "model.json").read_text())
   assert model["eos_ids"] == [*ids]
-  assert run_folder.load_vocabulary(str(case.workdir)).eos_ids == ids
+  assert run_folder.load_tokenizer(str(case.workdir)).eos_ids == ids
   plain = dataclasses.replace(policy.model_config, soft_tokens=0)
   for format in ("hf", "orbax"):
     out = tmp_path / format
@@ -153,7 +153,7 @@ def test_the_run_remembers_it_and_exports_it(case, policy, tmp_path):
         lambda leaf: np.zeros(leaf.shape, np.float32), t5.abstract_params(plain)
       ),
       format,
-      vocabulary=run_folder.load_vocabulary_bytes(str(case.workdir)),
+      vocabulary=(case.workdir / "vocabulary.model").read_bytes(),
     )
     assert interop.load_config(out).eos_ids == ids
   written = [ids[0], *ids[1:]] if len(ids) > 1 else ids[0]
@@ -175,7 +175,7 @@ def test_a_run_of_an_earlier_version_takes_the_vocabularys(case, tmp_path):
 def test_samples_end_there_and_their_numbers_are_teacher_forced(case, policy):
   tokens, samples = sample(policy)
   check_ends(samples.tokens, samples.mask, case.eos_ids)
-  model = t5.T5(policy.model_config)
+  model = families.build(policy.model_config)
   params = policy.params(WEIGHTS)
   logp, _ = jax.jit(lambda *args: decoding.token_logp(model, params, *args))(
     tokens, samples.tokens
@@ -206,7 +206,7 @@ def test_samples_end_there_and_their_numbers_are_teacher_forced(case, policy):
 
 def test_rollouts_end_there(case, policy):
   config = policy.config
-  words = run_folder.load_vocabulary(str(case.workdir))
+  words = run_folder.load_tokenizer(str(case.workdir))
   programs = moft.make_programs(
     config,
     policy.bank.reference_config,
@@ -237,7 +237,7 @@ def test_sweeps_end_there(case, policy):
   samples = policy.sample(tokens, policy.coefficients(WEIGHTS), keys)
   assert list(measured.responses) == policy.decode(samples)
   ref_logp, _ = decoding.token_logp(
-    t5.T5(policy.bank.reference_config),
+    families.build(policy.bank.reference_config),
     policy.reference,
     tokens,
     samples.tokens,
@@ -270,7 +270,7 @@ def test_the_server_stops_there(case, policy):
 
 
 def test_texts_end_with_the_first_and_hold_none(case, policy):
-  words = run_folder.load_vocabulary(str(case.workdir))
+  words = run_folder.load_tokenizer(str(case.workdir))
   batch = batches.eval_batch(policy.config, words, 8)
   for text, row in zip(
     batch.references, batch.decoder_target_tokens, strict=True
@@ -287,7 +287,7 @@ def test_texts_end_with_the_first_and_hold_none(case, policy):
   control = vocabulary.control_ids(words, 48)
   assert control and not {*control} & {*case.eos_ids}
   ends = np.asarray([[1, end, 3] for end in case.eos_ids])
-  assert tasks.decode_tokens(words, ends, ends > 0) == ["w0"] * len(ends)
+  assert tokenizer.texts(words, ends, ends > 0) == ["w0"] * len(ends)
 
 
 def test_soft_tokens_start_as_it(case, policy):

@@ -104,7 +104,7 @@ class TestModelInit:
       tmp_path, scan_layers=True, dtype="bfloat16", remat="full"
     )
     loaded = load_initial(config)
-    assert loaded.vocabulary == VOCABULARY
+    assert loaded.vocabulary.files() == {"vocabulary.model": VOCABULARY}
     assert loaded.model_config == dataclasses.replace(
       V1_0, scan_layers=True, dtype="bfloat16", remat="full"
     )
@@ -138,7 +138,8 @@ class TestModelInit:
     other = word_model([f"other{i}" for i in range(9)], ["."])
     (tmp_path / "other.model").write_bytes(other)
     config = config_for(initial, vocabulary=str(tmp_path / "other.model"))
-    assert load_initial(config).vocabulary == other
+    words = load_initial(config).vocabulary
+    assert words.files() == {"vocabulary.model": other}
 
   def test_says_what_is_wrong(self, tmp_path):
     def fails(init, message, **model):
@@ -150,7 +151,7 @@ class TestModelInit:
       tmp_path, V1_1, small_t5.random_params(V1_1), "hf", **options
     )
     save()
-    fails(tmp_path, "has no spiece.model; set model.vocabulary")
+    fails(tmp_path, "has no tokenizer.json or spiece.model; set model.voc")
     large = word_model([f"word{i}" for i in range(60)], ["."])
     (tmp_path / "large.model").write_bytes(large)
     vocabulary = str(tmp_path / "large.model")
@@ -159,7 +160,7 @@ class TestModelInit:
     (tmp_path / "config.json").write_text("{")
     fails(tmp_path, "config.json can't be read")
     (tmp_path / "config.json").unlink()
-    fails(tmp_path, "holds no T5")
+    fails(tmp_path, "holds no model")
 
 
 class TestExport:

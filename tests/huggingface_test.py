@@ -363,9 +363,9 @@ class TestBadFolders:
     fails(folder / "nowhere", "is no folder")
     fails(folder / "config.json", "is no folder")
     (folder / "empty").mkdir()
-    fails(folder / "empty", "holds no T5: expected config.json")
+    fails(folder / "empty", "holds no model: expected config.json")
     small_t5.edit_json(folder / "config.json", model_type="bart")
-    fails(folder, "model_type in config.json must be one of t5, mt5")
+    fails(folder, "config.json: model_type must be one of t5, mt5, llama")
     (folder / "model.json").write_text("{}")
     fails(folder, "is a run of clp")
 

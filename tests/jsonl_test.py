@@ -8,7 +8,17 @@ import os
 import numpy as np
 import pytest
 
-from clp_jax.data import jsonl, newsroom, tasks
+from clp_jax import batches as batches_lib
+from clp_jax import config as config_lib
+from clp_jax.data import (
+  jsonl,
+  newsroom,
+  newsroom_text,
+  reader,
+  tasks,
+  tokenizer,
+)
+from clp_jax.data import vocabulary as vocabularies
 
 FIELDS = ("document", "summary")
 S, T = newsroom.SOURCE_LENGTH, newsroom.TARGET_LENGTH
@@ -16,7 +26,7 @@ S, T = newsroom.SOURCE_LENGTH, newsroom.TARGET_LENGTH
 
 @pytest.fixture(scope="module")
 def vocabulary():
-  return tasks.get_task("newsroom").output_features["inputs"].vocabulary
+  return vocabularies.Vocabulary("newsroom", newsroom_text.vocabulary_bytes())
 
 
 def write(path, rows, opener=open):
@@ -32,22 +42,27 @@ def articles(start, stop):
   ]
 
 
-def make_task(vocabulary, train, evaluation=None, **fields):
-  names = {"document_field": "document", "reference_field": "summary"} | fields
-  return jsonl.make_task(
-    train=train, evaluation=evaluation, vocabulary=vocabulary, **names
+def make_reader(vocabulary, path, template=None, source_length=S):
+  return reader.Reader(
+    jsonl.read_rows(path, FIELDS, conversations=True),
+    vocabulary,
+    tokenizer.parse_template(template),
+    source_length,
+    T,
   )
 
 
-def batches(task, count, split="train", **kwargs):
-  kwargs = {
-    "batch_size": 4,
-    "source_length": S,
-    "target_length": T,
-    "seed": 3,
-  } | kwargs
-  stream = tasks.train_batches(task, split, **kwargs)
-  return list(itertools.islice(stream, count))
+def batches(rows, count, **kwargs):
+  kwargs = {"batch_size": 4, "seed": 3} | kwargs
+  return list(itertools.islice(reader.train_batches(rows, **kwargs), count))
+
+
+def config_of(train, evaluation=None):
+  config = config_lib.get_config()
+  config.data.task = None
+  config.data.train, config.data.eval = train, evaluation
+  config.data.source_length, config.data.target_length = S, T
+  return config
 
 
 class TestReadRows:
@@ -108,6 +123,34 @@ class TestReadRows:
       assert message in str(error.value)
       assert len(str(error.value)) < 500 + len(str(tmp_path))
 
+  def test_a_document_may_be_a_conversation_where_one_asks(self, tmp_path):
+    messages = [
+      {"role": "user", "content": "a mill"},
+      {"role": "assistant", "content": ""},
+    ]
+    row = {"document": messages, "summary": "b"}
+    path = write(tmp_path / "x.jsonl", [row, {"document": "c", "summary": ""}])
+    rows = jsonl.read_rows(path, FIELDS, conversations=True)
+    assert [rows[i] for i in range(2)] == [(messages, "b"), ("c", "")]
+    with pytest.raises(ValueError, match="line 1: field 'document' must be a"):
+      jsonl.read_rows(path, FIELDS)
+
+  @pytest.mark.parametrize(
+    "document",
+    [
+      [],
+      {"role": "user", "content": "a"},
+      ["a"],
+      [{"role": "user"}],
+      [{"role": "user", "content": None}],
+      None,
+    ],
+  )
+  def test_a_conversation_that_is_none_is_named(self, tmp_path, document):
+    path = write(tmp_path / "x.jsonl", [{"document": document, "summary": ""}])
+    with pytest.raises(ValueError, match="line 1: field 'doc.*'.*of objects"):
+      jsonl.read_rows(path, FIELDS, conversations=True)
+
   def test_no_rows_and_no_files_are_refused(self, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="empty.jsonl is empty; it needs"):
@@ -126,32 +169,44 @@ class TestReadRows:
         jsonl.read_rows(str(path), FIELDS)
 
 
-class TestTask:
-  def test_batches_are_the_rows_texts_and_tokens(self, vocabulary, tmp_path):
+class TestBatches:
+  def test_are_the_rows_texts_and_tokens(self, vocabulary, tmp_path):
     rows = articles(0, 10)
     path = write(tmp_path / "x.jsonl", rows)
-    stream = batches(make_task(vocabulary, path), 5)
+    stream = batches(make_reader(vocabulary, path), 5)
     pairs = {row["document"]: row["summary"] for row in rows}
-    seen = []
     for batch in stream:
       for i, document in enumerate(batch.documents):
-        seen.append(document)
         assert batch.references[i] == pairs[document]
-        ids = [*vocabulary.encode(document), vocabulary.eos_id]
-        row = batch.encoder_input_tokens[i]
-        np.testing.assert_array_equal(row[: len(ids)], ids)
-        assert not row[len(ids) :].any()
-    assert set(seen[:10]) == set(seen[10:]) == set(pairs)
-    assert seen[:10] != list(pairs) and seen[:10] != seen[10:]
+        for tokens, text, length in (
+          (batch.encoder_input_tokens, document, S),
+          (batch.decoder_target_tokens, pairs[document], T),
+        ):
+          assert tokens.shape == (4, length) and tokens.dtype == np.int32
+          ids = [*vocabulary.encode(text), vocabulary.eos_id]
+          np.testing.assert_array_equal(tokens[i][: len(ids)], ids)
+          assert not tokens[i][len(ids) :].any()
+
+  def test_an_epoch_has_each_row_once_in_its_own_order(
+    self, vocabulary, tmp_path
+  ):
+    rows = articles(0, 10)
+    path = write(tmp_path / "x.jsonl", rows)
+    stream = batches(make_reader(vocabulary, path), 5)
+    seen = [document for batch in stream for document in batch.documents]
+    documents = [row["document"] for row in rows]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(documents)
+    assert seen[:10] != documents and seen[:10] != seen[10:]
 
   def test_a_batch_depends_on_its_number_alone(self, vocabulary, tmp_path):
-    task = make_task(vocabulary, write(tmp_path / "x.jsonl", articles(0, 10)))
-    whole = batches(task, 8)
-    for start in (3, 5, 7):  # across, at the start of and within an epoch
-      (batch,) = batches(task, 1, start=start)
+    path = write(tmp_path / "x.jsonl", articles(0, 10))
+    read = make_reader(vocabulary, path)
+    whole = batches(read, 8)
+    for start in (3, 5, 7):  # within, at the start of and across an epoch
+      (batch,) = batches(read, 1, start=start)
       assert batch.documents == whole[start].documents
       halves = [
-        batches(task, 1, start=start, process_index=p, process_count=2)[0]
+        batches(read, 1, start=start, process_index=p, process_count=2)[0]
         for p in range(2)
       ]
       joined = halves[0].documents + halves[1].documents
@@ -160,7 +215,8 @@ class TestTask:
   def test_going_on_reads_only_the_rows_that_are_needed(
     self, vocabulary, tmp_path, monkeypatch
   ):
-    task = make_task(vocabulary, write(tmp_path / "x.jsonl", articles(0, 2000)))
+    path = write(tmp_path / "x.jsonl", articles(0, 2000))
+    read = make_reader(vocabulary, path)
     reads, pread = [], os.pread
 
     def counted(*arguments):
@@ -168,28 +224,38 @@ class TestTask:
       return pread(*arguments)
 
     monkeypatch.setattr(os, "pread", counted)
-    batches(task, 1, start=700)  # 2,800 rows further on
+    batches(read, 1, start=700)  # 2,800 rows further on
     assert 4 <= len(reads) < 100
 
-  def test_evaluates_on_its_other_file(self, vocabulary, tmp_path):
+  def test_evaluation_has_a_file_of_its_own(self, vocabulary, tmp_path):
     train = write(tmp_path / "train.jsonl", articles(0, 4))
     rows = articles(4, 9)
     held_out = write(tmp_path / "dev.jsonl", rows)
-    task = make_task(vocabulary, train, held_out)
-    assert tasks.count(task, "validation") == 5
-    batch = tasks.eval_batch(
-      task, "validation", num_examples=3, source_length=S, target_length=T
-    )
+    config = config_of(train, held_out)
+    assert batches_lib.count_held_out(config, vocabulary) == 5
+    batch = batches_lib.eval_batch(config, vocabulary, 3)
     assert batch.documents == [row["document"] for row in rows[:3]]
-    alone = make_task(vocabulary, train)
-    with pytest.raises(ValueError, match="no split 'validation'; it has train"):
-      tasks.count(alone, "validation")
+    assert batch.references == [row["summary"] for row in rows[:3]]
+    with pytest.raises(ValueError, match="num_examples = 6, but .*dev.jsonl h"):
+      batches_lib.eval_batch(config, vocabulary, 6)
+    alone = config_of(train)
+    with pytest.raises(config_lib.ConfigError, match="data.eval is not set"):
+      batches_lib.count_held_out(alone, vocabulary)
 
-  def test_a_bad_evaluation_file_is_found_at_once(self, vocabulary, tmp_path):
+  def test_a_bad_evaluation_file_is_found_at_once(self, tmp_path):
     train = write(tmp_path / "train.jsonl", articles(0, 4))
     held_out = write(tmp_path / "dev.jsonl", [{"document": "a"}])
     with pytest.raises(ValueError, match=r"dev.jsonl, line 1: no field 'summ"):
-      make_task(vocabulary, train, held_out)
+      batches_lib.check_data(config_of(train, held_out))
+
+  def test_a_vocabulary_without_chat_template_refuses_conversations(
+    self, vocabulary, tmp_path
+  ):
+    messages = [{"role": "user", "content": "a mill"}]
+    row = {"document": messages, "summary": "a"}
+    path = write(tmp_path / "x.jsonl", [row])
+    with pytest.raises(ValueError, match="newsroom, has no chat template"):
+      batches(make_reader(vocabulary, path), 1)
 
 
 class TestTemplate:
@@ -197,51 +263,62 @@ class TestTemplate:
 
   def test_makes_inputs_and_leaves_documents(self, vocabulary, tmp_path):
     rows = articles(0, 4)
-    task = tasks.with_template(
-      make_task(vocabulary, write(tmp_path / "x.jsonl", rows)), self.template
-    )
-    batch = tasks.eval_batch(
-      task, "train", num_examples=4, source_length=64, target_length=T
-    )
+    path = write(tmp_path / "x.jsonl", rows)
+    read = make_reader(vocabulary, path, self.template, 64)
+    batch = reader.eval_batch(read, 4, path)
     documents = [row["document"] for row in rows]
     assert batch.documents == documents
-    tokens = tasks.tokenize_inputs(vocabulary, documents, 64, self.template)
+    tokens = tokenizer.inputs(vocabulary, documents, 64, self.template)
     np.testing.assert_array_equal(batch.encoder_input_tokens, tokens)
     filled = [f"museum {document} {{zoo}}" for document in documents]
-    expected = tasks.tokenize_inputs(vocabulary, filled, 64)
+    expected = tokenizer.inputs(vocabulary, filled, 64)
     np.testing.assert_array_equal(tokens, expected)
+    for batch in batches(read, 2):
+      expected = tokenizer.inputs(
+        vocabulary, batch.documents, 64, self.template
+      )
+      np.testing.assert_array_equal(batch.encoder_input_tokens, expected)
+      assert set(batch.documents) == set(documents)
 
   def test_works_with_any_task(self, vocabulary):
     task = tasks.with_template(tasks.get_task("newsroom"), self.template)
     batch = tasks.eval_batch(
       task, "test", num_examples=2, source_length=64, target_length=T
     )
-    assert vocabulary.decode(batch.encoder_input_tokens[0].tolist()).startswith(
-      f"museum {batch.documents[0]}"
-    )
+    expected = tokenizer.inputs(vocabulary, batch.documents, 64, self.template)
+    np.testing.assert_array_equal(batch.encoder_input_tokens, expected)
+    text = vocabulary.decode(batch.encoder_input_tokens[0].tolist())
+    assert text.startswith(f"museum {batch.documents[0]}")
 
   @pytest.mark.parametrize(
-    "template", ["summarize:", "{document} {document}", "{ document }", ""]
+    "template",
+    [
+      "summarize:",
+      "{document} {document}",
+      "{ document }",
+      "",
+      [{"role": "user", "content": "summarize:"}],
+      [{"role": "user", "content": "{document}"}] * 2,
+    ],
   )
   def test_refuses_what_has_no_place_for_a_document(self, template):
     with pytest.raises(ValueError, match="must hold {document} exactly once"):
-      tasks.with_template(tasks.get_task("newsroom"), template)
+      tokenizer.parse_template(template)
 
 
 @pytest.mark.parametrize("template", [None, "museum {document}"])
 def test_inputs_that_are_cut_are_counted(vocabulary, tmp_path, template):
   rows = articles(0, 12)
-  task = make_task(vocabulary, write(tmp_path / "x.jsonl", rows))
-  extra = 0
-  if template is not None:
-    task, extra = tasks.with_template(task, template), 1
+  path = write(tmp_path / "x.jsonl", rows)
+  extra = 0 if template is None else 1
   lengths = [
     len(vocabulary.encode(row["document"])) + 1 + extra for row in rows
   ]
   room = sorted(lengths)[6]  # at least one fits exactly
-  batch = tasks.eval_batch(
-    task, "train", num_examples=12, source_length=room, target_length=T
-  )
+  read = make_reader(vocabulary, path, template, room)
+  batch = reader.eval_batch(read, 12, path)
   assert batch.num_cut == sum(length > room for length in lengths) > 0
   ends = batch.encoder_input_tokens[:, -1] == vocabulary.eos_id
   assert ends.sum() == sum(length >= room for length in lengths)
+  (batch,) = batches(read, 1, batch_size=12)
+  assert batch.num_cut == sum(length > room for length in lengths)

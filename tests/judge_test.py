@@ -480,7 +480,8 @@ def entailment_model(tmp_path):
   folder.mkdir()
   run_folder.write_json(folder / "config.json", {"seed": 0})
   content = vocabulary.word_model(pieces, [])
-  run_folder.save_model(str(folder), small_t5.V1_1, content, params)
+  words = vocabulary.Vocabulary("words.model", content)
+  run_folder.save_model(str(folder), small_t5.V1_1, words, params)
   checkpoints.save_params(str(folder), 3, params)
   return str(folder)
 

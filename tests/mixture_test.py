@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clp_jax.models import decoding, mixture, t5
+from clp_jax.models import decoding, families, mixture, t5
 from clp_jax.models.mixture import Mixture
 
 V, T = 23, 8
@@ -21,7 +21,7 @@ CONFIG = t5.T5Config(
   mlp_dim=12,
   eos_ids=(1,),
 )
-MODEL = t5.T5(CONFIG)
+MODEL = families.build(CONFIG)
 ALLOWED = np.ones(V, bool)
 ALLOWED[0] = False
 # Ragged prompts; the last is all padding but one token.
@@ -89,7 +89,7 @@ def test_decode_time_logp_is_that_of_the_mixed_distribution(weight):
   # By hand, from each model's own log-probabilities: log-linear mixing.
   inputs = t5.shift_right(samples.tokens)
   each = [
-    jax.nn.log_softmax(MODEL.apply({"params": p}, SOURCE, inputs))
+    jax.nn.log_softmax(t5.T5(CONFIG).apply({"params": p}, SOURCE, inputs))
     for p in models
   ]
   mixed = c[0] * each[0] + c[1] * each[1]
@@ -148,7 +148,7 @@ def test_samples_follow_the_mixed_distribution():
   counts = np.bincount(np.asarray(first(keys)), minlength=V) / rows
   logits = [
     np.asarray(
-      MODEL.apply({"params": p}, SOURCE[:1], np.zeros([1, 1], np.int32))
+      t5.T5(CONFIG).apply({"params": p}, SOURCE[:1], np.zeros([1, 1], np.int32))
     )[0, 0]
     for p in models
   ]

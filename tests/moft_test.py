@@ -10,7 +10,7 @@ import pytest
 
 from clp_jax import conditioning, sharding
 from clp_jax import config as config_lib
-from clp_jax.models import decoding, t5
+from clp_jax.models import decoding, families, t5
 from clp_jax.train import moft
 
 MODEL = t5.T5Config(
@@ -111,7 +111,7 @@ def test_kl_is_zero_at_step_0_at_any_temperature(temperature):
   np.testing.assert_allclose(rollout.logp, rollout.ref_logp, atol=1e-5)
   # And the temperature is in both: they are those of the tempered model.
   logp, _ = decoding.token_logp(
-    t5.T5(MODEL),
+    families.build(MODEL),
     reference(),
     jnp.asarray(prompts_of(0)),
     rollout.tokens,

@@ -49,7 +49,8 @@ def folder(tmp_path_factory):
   judge.mkdir()
   run_folder.write_json(judge / "config.json", {"seed": 0})
   params = t5.init_params(JUDGE, jax.random.key(0))
-  run_folder.save_model(str(judge), JUDGE, content, params)
+  words = vocabulary.Vocabulary("words.model", content)
+  run_folder.save_model(str(judge), JUDGE, words, params)
   checkpoints.save_params(str(judge), 1, params)
   return folder
 
@@ -193,7 +194,7 @@ def test_what_is_cut_is_logged_once(folder, caplog):
   config.data.document_field = "text"
   config.data.reference_field = "tldr"
   config.data.source_length = 30
-  words = vocabulary.load_vocabulary(folder / "words.model")
+  words = vocabulary.read(folder / "words.model")
   stream = train_batches(config, words, 16, 1, sharding.make_mesh())
   batch, *_ = (next(stream) for _ in range(3))
   longer = [len(words.encode(d)) + 1 > 30 for d in batch.documents]
@@ -258,7 +259,7 @@ def test_evaluate_and_generate_go_on_from_there(trained, folder):
   assert front["objectives"] == ["rouge", "length", "nli"]
   decoding = front["decoding"]
   items = newsroom.make_items("test", 0, 8)
-  words = vocabulary.load_vocabulary(folder / "words.model")
+  words = vocabulary.read(folder / "words.model")
   longer = [len(words.encode(f"news {i.document}")) + 1 > 30 for i in items]
   assert decoding["cut_documents"] == sum(longer) > 0
   assert decoding["source_length"] == 30

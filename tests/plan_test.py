@@ -12,8 +12,8 @@ import runs
 from clp_jax import config as config_lib
 from clp_jax import sharding
 from clp_jax.config import ConfigError
-from clp_jax.models import t5
-from clp_jax.plan import chips, flops, hlo, programs, report
+from clp_jax.models import families, t5
+from clp_jax.plan import chips, hlo, programs, report
 
 MODEL = t5.T5Config(
   vocab_size=48,
@@ -217,7 +217,9 @@ def test_flops_equal_a_hand_count_and_scanning_changes_nothing():
     + 2 * target * (6 * d * h + 3 * d * f + 2 * (TARGET + SOURCE) * h)
     + target * d * v
   )
-  formula = flops.forward(MODEL, PROMPTS, PROMPTS * SAMPLES, SOURCE, TARGET)
+  formula = families.build(MODEL).flops(
+    PROMPTS, PROMPTS * SAMPLES, SOURCE, TARGET
+  )
   assert formula == by_hand
   scanned = dataclasses.replace(MODEL, scan_layers=True)
   for config in (MODEL, scanned):
@@ -444,7 +446,7 @@ def test_no_device_computes_what_another_one_does():
   config.mesh.fsdp = True
   model = dataclasses.replace(MODEL, emb_dim=64, head_dim=32, mlp_dim=128)
   programs = step_programs(config, model, sharding.make_mesh(4, 2))
-  forward = flops.forward(model, 16, 32, 32, 4)
+  forward = families.build(model).flops(16, 32, 32, 4)
   for compiled, passes in zip(programs, (1, 1, 3), strict=True):
     costs = hlo.count(hlo.parse(compiled.as_text()))
     assert passes * forward <= 8 * costs.flops < 1.2 * passes * forward

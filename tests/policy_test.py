@@ -11,7 +11,7 @@ import pytest
 import runs
 
 import clp_jax
-from clp_jax.data import tasks
+from clp_jax.data import tokenizer
 from clp_jax.models import decoding
 
 TEXTS = [
@@ -50,7 +50,7 @@ def test_score_is_the_sum_of_the_tokens_log_probabilities(policy):
   apply = jax.jit(clp_jax.T5(policy.model_config).apply)
   params = policy.params(weights, 0.1)
   for text, response, score in zip(TEXTS, responses, scores, strict=True):
-    prompt = tasks.tokenize_inputs(policy.vocabulary, [text], 56)
+    prompt = tokenizer.inputs(policy.vocabulary, [text], 56)
     ids = [*policy.vocabulary.encode(response), policy.vocabulary.eos_id]
     inputs = np.zeros([1, 18], np.int32)
     inputs[0, 1 : len(ids)] = ids[:-1]

@@ -133,7 +133,7 @@ def test_a_model_axis_may_span_processes(sft_run, tmp_path):
 def test_a_process_reads_the_rows_that_its_devices_hold(tmp_path, monkeypatch):
   config = demo.get_config()
   (tmp_path / "words.model").write_bytes(newsroom_text.vocabulary_bytes())
-  words = vocabulary.load_vocabulary(tmp_path / "words.model")
+  words = vocabulary.read(tmp_path / "words.model")
   mesh = sharding.make_mesh()
 
   def documents():

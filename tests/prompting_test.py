@@ -12,9 +12,9 @@ from moft_test import MODEL, make_config, mesh_of, prompts_of, reference
 
 from clp_jax import config as config_lib
 from clp_jax import prompting, sharding
-from clp_jax.data import tasks
+from clp_jax.data import tokenizer
 from clp_jax.data import vocabulary as vocabularies
-from clp_jax.models import decoding, t5
+from clp_jax.models import decoding, families
 from clp_jax.train import moft
 from clp_jax.weightings import Distribution, Weighting
 
@@ -28,14 +28,12 @@ LEVELS = tuple(f"0.{i}" for i in range(1, 10))
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
+def vocabulary():
   """Words of which some alphas take one piece and some two."""
   words = ("rouge:", "nli:", "kl:", "0", "1", *LEVELS, "|", "a", "mill")
   alphas = "0.01 0.013 0.016 0.02 0.032 0.04 0.05 0.063 0.079".split()
   content = vocabularies.word_model([*words, *alphas], punctuation=["5", "."])
-  path = tmp_path_factory.mktemp("words") / "vocabulary.model"
-  path.write_bytes(content)
-  return vocabularies.load_vocabulary(path)
+  return vocabularies.Vocabulary("words.model", content)
 
 
 def weighting_of(weights, alpha=0.0):
@@ -44,7 +42,7 @@ def weighting_of(weights, alpha=0.0):
 
 
 def rows_of(vocabulary, texts, length):
-  return tasks.tokenize_inputs(vocabulary, texts, length)
+  return tokenizer.inputs(vocabulary, texts, length)
 
 
 def test_text_prompts_are_the_tokens_of_the_documented_text(vocabulary):
@@ -84,7 +82,7 @@ def test_a_short_term_leaves_no_gap(vocabulary):
 
 @pytest.mark.skipif(not T5_VOCABULARY.exists(), reason="no T5 vocabulary here")
 def test_t5s_vocabulary_reads_the_format_and_has_sentinels():
-  t5_vocabulary = vocabularies.load_vocabulary(T5_VOCABULARY)
+  t5_vocabulary = vocabularies.read(T5_VOCABULARY)
   prompts = prompting.text_prompts(t5_vocabulary, ("nli", "tldr"), 20, None)
   text = "A museum in Zürich, bought for $3m."
   tokens = jnp.asarray(rows_of(t5_vocabulary, [text], 24))
@@ -93,11 +91,11 @@ def test_t5s_vocabulary_reads_the_format_and_has_sentinels():
   np.testing.assert_array_equal(
     got, rows_of(t5_vocabulary, [expected], 24 + prompts.length)
   )
-  ids = vocabularies.control_ids(t5_vocabulary, 32128)
+  ids = t5_vocabulary.control_ids(32128)
   names = [t5_vocabulary.tokenizer.id_to_piece(i) for i in ids[:2]]
   assert [n.strip("▁") for n in names] == ["<extra_id_0>", "<extra_id_1>"]
   assert len(ids) == len(set(ids)) > 100 and max(ids) == 32127
-  assert not vocabularies.allowed_tokens(t5_vocabulary, 32128)[ids].any()
+  assert not t5_vocabulary.allowed(32128)[ids].any()
 
 
 def test_weights_are_rounded_by_themselves_and_alpha_in_its_logarithm():
@@ -176,7 +174,7 @@ def test_a_rollout_prompts_its_policies_and_not_the_reference():
       (prompts_of(0), rollout.ref_logp),
     ):
       own, _ = decoding.token_logp(
-        t5.T5(MODEL),
+        families.build(MODEL),
         reference(),
         jnp.asarray(inputs),
         rollout.tokens,

@@ -15,7 +15,7 @@ from processes_test import start_training
 from clp_jax import config as config_lib
 from clp_jax import interop, run_folder, sharding
 from clp_jax.data import jsonl, vocabulary
-from clp_jax.models import t5
+from clp_jax.models import families, t5
 from clp_jax.rewards import entailment, model, preference
 from clp_jax.rewards.base import load_reward
 from clp_jax.run_folder import RunError
@@ -57,10 +57,10 @@ def judge(tmp_path_factory):
   attention = params["decoder"]["layers_0"]["encoder_decoder_attention"]
   attention["out"]["kernel"] *= 8.0
   run_folder.write_json(folder / "config.json", {"seed": 0})
-  run_folder.save_model(str(folder), MODEL, content, params)
+  words = vocabulary.Vocabulary("words.model", content)
+  run_folder.save_model(str(folder), MODEL, words, params)
   checkpoints.save_params(str(folder), 3, params)
-  path = run_folder.vocabulary_path(str(folder))
-  return str(folder), vocabulary.load_vocabulary(path), params
+  return str(folder), run_folder.load_tokenizer(str(folder)), params
 
 
 def mesh_of(data=1, model_axis=1):
@@ -211,13 +211,15 @@ class TestEntailment:
   @pytest.mark.parametrize("format", ["hf", "t5x"])
   def test_takes_other_programs_checkpoints(self, judge, tmp_path, format):
     _, words, params = judge
-    content = words.sp_model if format == "hf" else None
+    content = words.files()["vocabulary.model"] if format == "hf" else None
     interop.save_t5(tmp_path, MODEL, params, format, vocabulary=content)
     options = {"source_length": 20, "overlap": 4, "batch": 8}
     if content is None:
-      with pytest.raises(ValueError, match="holds no SentencePiece model; set"):
+      with pytest.raises(
+        ValueError, match="holds no Sent.* or tokenizer.json; set"
+      ):
         entailment.build(mesh_of(), str(tmp_path), **options)
-      options["vocabulary"] = run_folder.vocabulary_path(judge[0])
+      options["vocabulary"] = f"{judge[0]}/vocabulary.model"
     score = entailment.build(
       mesh_of(2, 2), str(tmp_path), scan_layers=True, fsdp=True, **options
     )
@@ -232,7 +234,7 @@ class TestEntailment:
     [
       ({"model": "tiny"}, "'tiny' is a preset with random parameters"),
       ({"model": "no/where"}, "'no/where': there is no such folder"),
-      ({"positive": "yes"}, r"spells 'yes' as \['<unk>'\]; a verdict must"),
+      ({"positive": "yes"}, r"spells 'yes' as \[2\]; a verdict must"),
       ({"positive": "0 1"}, "as .* a verdict must be one known piece"),
       ({"batch": 0}, r"\.batch must be at least 1, got 0"),
       ({"source_length": 8}, "raise .source_length to 10 at least"),
@@ -246,12 +248,11 @@ class TestEntailment:
 
   def test_a_folder_that_holds_no_t5_is_refused(self, judge, tmp_path):
     spec = {"source": "entailment", "model": str(tmp_path)}
-    with pytest.raises(ValueError, match="reward 'nli': .*holds no T5"):
+    with pytest.raises(ValueError, match="reward 'nli': .*holds no model"):
       load_reward("nli", spec, mesh_of())
     # A run before its first checkpoint.
     run_folder.write_json(tmp_path / "config.json", {"seed": 0})
-    content = vocabulary.word_model(PIECES, [])
-    run_folder.save_model(str(tmp_path), MODEL, content, judge[2])
+    run_folder.save_model(str(tmp_path), MODEL, judge[1], judge[2])
     with pytest.raises(RunError, match="holds no checkpoints"):
       load_reward("nli", spec, mesh_of())
 
@@ -296,7 +297,7 @@ class TestPreference:
   def test_a_step_has_the_gradient_of_bradley_terry(self, judge):
     """From a zero head only the head moves, and its gradient is known."""
     _, words, params = judge
-    network = t5.T5(MODEL)
+    network = families.build(MODEL)
     inputs = model.Inputs(words, preference.TEMPLATE, 20, None)
     tokens, _ = inputs(DOCUMENTS[:4] * 2, RESPONSES[:4] + RESPONSES[1:])
     tokens = tokens.reshape(2, 4, 20).transpose(1, 0, 2)  # [P, 2, S]
@@ -316,9 +317,8 @@ class TestPreference:
       )
     )
     new, metrics = step(state, tokens)
-    hidden = np.asarray(
-      model.first_hidden(network, params, jnp.asarray(tokens.reshape(8, 20)))
-    ).reshape(4, 2, 8)
+    _, hidden = model.first(network, params, jnp.asarray(tokens.reshape(8, 20)))
+    hidden = np.asarray(hidden).reshape(4, 2, 8)
     # What the logit layer makes of the hidden state is the T5's own output.
     np.testing.assert_allclose(
       hidden[:, 0] @ params["decoder"]["logits_dense"]["kernel"],

@@ -12,7 +12,7 @@ from decoding_test import ALLOWED, V1_0, V1_1, jit, row_keys
 from jax.extend.core import jaxprs_in_params
 
 from clp_jax import conditioning
-from clp_jax.models import decoding, t5
+from clp_jax.models import decoding, families, t5
 
 B, N, M = 4, 2, 3
 CONFIGS = {
@@ -42,7 +42,7 @@ def some_coefficients():
 
 def sample(config, params, source, keys):
   return decoding.sample(
-    t5.T5(config),
+    families.build(config),
     params,
     source,
     keys,
@@ -69,7 +69,7 @@ def test_rows_are_those_of_their_merged_policies(name, kind):
   def sample_and_score(params, source, keys, targets):
     samples = sample(config, params, source, keys)
     logp, _ = decoding.token_logp(
-      t5.T5(config), params, source, targets, num_samples=N
+      families.build(config), params, source, targets, num_samples=N
     )
     return samples, logp
 
@@ -114,7 +114,7 @@ def test_long_prompts_are_encoded_by_their_merged_encoders(name, monkeypatch):
   def logits(at_once):
     def first(params):
       next_logits, cache = decoding.start(
-        t5.T5(config), params, SOURCE, max_length=2, at_once=at_once
+        families.build(config), params, SOURCE, max_length=2, at_once=at_once
       )
       return next_logits(tokens, cache, jnp.int32(0))[0]
 
@@ -157,7 +157,7 @@ def test_no_kernel_exists_once_per_row():
 
   def run(params, coefficients):
     return decoding.sample(
-      t5.T5(V1_1),
+      families.build(V1_1),
       conditioning.mix_rows(params, steerable, coefficients),
       source,
       row_keys(rows),

@@ -323,7 +323,8 @@ def strictly(text):
 def test_alternatives_that_are_no_text_go_by_their_names(tmp_path):
   path = tmp_path / "words.model"
   path.write_bytes(vocabulary.word_model(["mill", "zoo"], ["."]))
-  words = vocabulary.load_vocabulary(path, extra_ids=1)
+  with_sentinel = vocabulary.load_vocabulary(path, extra_ids=1).sp_model
+  words = vocabulary.Vocabulary(str(path), with_sentinel)
   detokenizer = text.Detokenizer(words)
   assert [detokenizer.push(token) for token in (3, 5)] == ["mill", "."]
   shown = [detokenizer.would_add(token) for token in (4, 5, 1, 0, 6, 99)]

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from clp_jax import sharding
-from clp_jax.models import decoding, layers, t5
+from clp_jax.models import decoding, families, layers, t5
 from clp_jax.models.presets import PRESETS
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -108,7 +108,7 @@ class TestParity:
     samples = jit(
       functools.partial(
         decoding.sample,
-        t5.T5(config),
+        families.build(config),
         max_length=length,
         allowed=case["allowed"],
         temperature=0.0,

@@ -17,7 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from clp_jax import batches as batches_lib
 from clp_jax import config as config_lib
-from clp_jax.data import newsroom, newsroom_text, tasks
+from clp_jax.data import newsroom, newsroom_text, reader, tasks, tokenizer
 from clp_jax.data import vocabulary as vocabularies
 from clp_jax.rewards import model as models
 
@@ -34,18 +34,18 @@ def task():
 
 @pytest.fixture(scope="module")
 def vocabulary(task):
-  return task.output_features["inputs"].vocabulary
+  return tasks.vocabulary_of(task)
 
 
 @pytest.fixture(scope="module")
 def t5_vocabulary():
   if not T5_VOCABULARY.exists():
     pytest.skip(f"{T5_VOCABULARY} is not there")
-  return vocabularies.load_vocabulary(T5_VOCABULARY)
+  return vocabularies.read(T5_VOCABULARY)
 
 
 @pytest.fixture
-def make_task(vocabulary):
+def make_task(task):
   """Makes tasks of the first newsroom items, outside of seqio's registry."""
   tf, seqio = vocabularies.import_seqio()
 
@@ -63,7 +63,7 @@ def make_task(vocabulary):
       # A filter that keeps all makes the number unknown, as text files do.
       return data if known else data.filter(lambda example: True)
 
-    feature = seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)
+    feature = task.output_features["inputs"]
     return seqio.Task(
       "few",
       source=seqio.FunctionDataSource(dataset, splits=["train"]),
@@ -170,7 +170,7 @@ class TestTrainBatches:
     ]
     for k, batch in enumerate(whole):
       assert len(parts[0][k].documents) == 6 // count
-      joined = tasks.Batch(
+      joined = reader.Batch(
         *(np.concatenate([part[k][i] for part in parts]) for i in (0, 1)),
         *(sum((part[k][i] for part in parts), []) for i in (2, 3)),
       )
@@ -263,15 +263,15 @@ class TestGetTask:
 
   def test_tokenises_with_another_vocabulary(self, t5_vocabulary):
     batch = tasks.eval_batch(
-      tasks.get_task("newsroom", t5_vocabulary),
+      tasks.get_task("newsroom", vocabularies.for_seqio(t5_vocabulary)),
       "test",
       num_examples=3,
       source_length=128,
       target_length=64,
     )
     own = batch.decoder_target_tokens
-    assert tasks.decode_tokens(t5_vocabulary, own, own != 0) == batch.references
-    expected = tasks.tokenize_inputs(t5_vocabulary, batch.documents, 128)
+    assert tokenizer.texts(t5_vocabulary, own, own != 0) == batch.references
+    expected = tokenizer.inputs(t5_vocabulary, batch.documents, 128)
     np.testing.assert_array_equal(batch.encoder_input_tokens, expected)
 
 
@@ -283,12 +283,12 @@ class TestTokens:
     batch = tasks.eval_batch(
       task, "test", num_examples=20, source_length=length, target_length=T
     )
-    tokens = tasks.tokenize_inputs(vocabulary, batch.documents, length)
+    tokens = tokenizer.inputs(vocabulary, batch.documents, length)
     np.testing.assert_array_equal(tokens, batch.encoder_input_tokens)
     assert tokens.dtype == np.int32
 
   def test_odd_documents_still_end_in_eos(self, vocabulary):
-    tokens = tasks.tokenize_inputs(vocabulary, ["", "Zürich  museum."], 6)
+    tokens = tokenizer.inputs(vocabulary, ["", "Zürich  museum."], 6)
     museum, stop = vocabulary.encode("museum.")
     np.testing.assert_array_equal(
       tokens,
@@ -296,24 +296,24 @@ class TestTokens:
     )
 
   def test_refuses_no_room_for_eos(self, vocabulary):
-    with pytest.raises(ValueError, match="at least 2, .* got 1"):
-      tasks.tokenize_inputs(vocabulary, ["museum"], 1)
+    with pytest.raises(ValueError, match=r"at least 2 tokens.* length of 1\.$"):
+      tokenizer.inputs(vocabulary, ["museum"], 1)
 
   def test_decodes_each_row_up_to_its_end(self, vocabulary):
     mill, zoo = vocabulary.encode("mill zoo")
     tokens = [[mill, zoo, 1, zoo], [zoo, mill, zoo, mill], [zoo, 999, mill, 1]]
     mask = [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
-    assert tasks.decode_tokens(
+    assert tokenizer.texts(
       vocabulary, np.asarray(tokens), np.asarray(mask, bool)
     ) == ["mill zoo", "zoo mill zoo mill", "zoo ⁇  mill"]
     # EOS ends a row whatever the mask says; the mask does, whatever is there.
-    assert tasks.decode_tokens(
+    assert tokenizer.texts(
       vocabulary,
       np.asarray([[mill, 1, zoo], [1, zoo, 0], [zoo, mill, mill]]),
       np.asarray([[1, 1, 1], [1, 1, 1], [1, 0, 0]], bool),
     ) == ["mill", "", "zoo"]
     empty = np.zeros([0, 4], int)
-    assert tasks.decode_tokens(vocabulary, empty, empty > 0) == []
+    assert tokenizer.texts(vocabulary, empty, empty > 0) == []
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +366,7 @@ class TestControlTokens:
     ids = without.encode(text)
     assert not control & {*ids}
     assert with_seqio.encode(text) == ids
-    (row,) = tasks.tokenize_inputs(without, [text], 400, "zoo {document} </s>")
+    (row,) = tokenizer.inputs(without, [text], 400, "zoo {document} </s>")
     assert row[row != 0].tolist()[-1] == without.eos_id
     assert not control & {*row[row != 0].tolist()[:-1]}
     # Nothing of the text is lost: a reward's model reads what was written.
@@ -412,7 +412,7 @@ class TestControlTokens:
         task, "train", num_examples=5, source_length=200, target_length=200
       )
       assert batch.documents == batch.references == texts
-      expected = tasks.tokenize_inputs(without, texts, 200, template)
+      expected = tokenizer.inputs(without, texts, 200, template)
       np.testing.assert_array_equal(batch.encoder_input_tokens, expected)
       for row in (*batch.encoder_input_tokens, *batch.decoder_target_tokens):
         *body, end = row[row != 0].tolist()
@@ -432,7 +432,7 @@ class TestControlTokens:
     config.data.train = config.data.eval = str(file)
     config.data.source_length = config.data.target_length = 200
     batch = batches_lib.eval_batch(config, without, 3)
-    expected = tasks.tokenize_inputs(without, texts, 200)
+    expected = tokenizer.inputs(without, texts, 200)
     np.testing.assert_array_equal(batch.encoder_input_tokens, expected)
     np.testing.assert_array_equal(batch.decoder_target_tokens, expected)
     inputs = models.Inputs(
@@ -459,22 +459,22 @@ def control_piece(vocabulary, name):
 class TestVocabulary:
   def test_allows_the_worlds_words_and_eos(self, vocabulary):
     allowed = vocabularies.allowed_tokens(vocabulary, 256)
-    pieces = vocabulary.vocab_size
+    pieces = vocabulary.size
     expected = np.arange(256) < pieces
     expected[[0, vocabulary.unk_id]] = False
     np.testing.assert_array_equal(allowed, expected)
     assert allowed[vocabulary.eos_id] and allowed.dtype == bool
 
   def test_allows_t5s_text_pieces(self, t5_vocabulary):
-    tokenizer = t5_vocabulary.tokenizer
+    pieces = t5_vocabulary.size
     allowed = vocabularies.allowed_tokens(t5_vocabulary, 32128)
     forbidden = [
-      tokenizer.id_to_piece(int(i))
-      for i in np.flatnonzero(~allowed[: tokenizer.get_piece_size()])
+      t5_vocabulary.tokenizer.id_to_piece(int(i))
+      for i in np.flatnonzero(~allowed[:pieces])
     ]
     extra = [f"▁<extra_id_{i}>" for i in range(100)]
     assert sorted(forbidden) == sorted(["<pad>", "<s>", "<unk>", *extra])
-    assert not allowed[tokenizer.get_piece_size() :].any()
+    assert not allowed[pieces:].any()
     assert allowed[t5_vocabulary.eos_id]
 
   def test_refuses_a_model_with_fewer_rows(self, vocabulary):
@@ -483,12 +483,17 @@ class TestVocabulary:
 
   def test_is_the_same_from_its_saved_bytes(self, vocabulary, tmp_path):
     path = tmp_path / "vocabulary.model"
-    path.write_bytes(vocabulary.sp_model)
-    loaded = vocabularies.load_vocabulary(path)
+    ((name, content),) = vocabulary.files().items()
+    assert name == path.name
+    path.write_bytes(content)
+    loaded = vocabularies.read(path)
+    with_seqio = vocabularies.load_vocabulary(path)
     path.unlink()  # a loaded vocabulary needs its file no more
     text = newsroom.make_items("test", 0, 1)[0].document
-    assert loaded.encode(text) == vocabulary.encode(text)
-    assert loaded.sp_model == newsroom_text.vocabulary_bytes()
+    for same in (loaded, with_seqio):
+      assert same.encode(text) == vocabulary.encode(text)
+    assert loaded.files() == {name: newsroom_text.vocabulary_bytes()}
+    assert with_seqio.sp_model == newsroom_text.vocabulary_bytes()
 
   def test_sentinels_are_saved_with_it(self, tmp_path):
     path = tmp_path / "plain.model"
@@ -505,8 +510,9 @@ class TestVocabulary:
     assert not allowed[-5:].any() and allowed[-6]
 
   def test_says_what_is_wrong_with_a_file(self, tmp_path):
-    with pytest.raises(ValueError, match="can't read the vocabulary .*absent"):
-      vocabularies.load_vocabulary(tmp_path / "absent.model")
+    for load in (vocabularies.load_vocabulary, vocabularies.read):
+      with pytest.raises(ValueError, match="can't read the voc.* .*absent"):
+        load(tmp_path / "absent.model")
     for name, content in (("text", b"not a model"), ("empty", b"")):
       path = tmp_path / f"{name}.model"
       path.write_bytes(content)
@@ -542,16 +548,17 @@ class TestVocabulary:
     texts = ["one  two\n", "ﬁve <extra_id_0>six", "", "été four", "</s> one"]
     for text in texts:
       assert without.encode(text) == with_seqio.encode(text)
-    tokens = tasks.tokenize_inputs(with_seqio, texts, 12)
-    np.testing.assert_array_equal(
-      tasks.tokenize_inputs(without, texts, 12), tokens
-    )
-    assert tasks.decode_tokens(without, tokens, tokens != 0) == (
-      tasks.decode_tokens(with_seqio, tokens, tokens != 0)
-    )
+    tokens = tokenizer.inputs(without, texts, 12)
+    rows = [row[row != 0].tolist() for row in tokens]
+    assert rows == [
+      [*with_seqio.encode(text)[:11], with_seqio.eos_id] for text in texts
+    ]
+    assert tokenizer.texts(without, tokens, tokens != 0) == [
+      with_seqio.decode(row) for row in rows
+    ]
     same = vocabularies.load_vocabulary(path, eos_ids=without.eos_ids)
     assert vocabularies.for_seqio(without) == same
-    assert vocabularies.for_seqio(with_seqio) is with_seqio
+    assert vocabularies.for_seqio(object()) is None
 
 
 def run(program, **environment):

@@ -1,7 +1,8 @@
 """tokenizer.json, by Hugging Face's `tokenizers`, with its chat template.
 
 Text makes no control token: what a document spells like one is encoded as the
-characters that it is, in a chat template too.
+characters that it is, in a chat template too. Added tokens that the file does
+not call special, such as <think>, are text.
 
 Chat templates are programs that a checkpoint brings: they run in Jinja's
 sandbox, with the names that transformers gives them.
@@ -150,9 +151,8 @@ class HFTokenizer:
     template = self._json(_CONFIG).get("chat_template")
     if isinstance(template, list):  # of several, by name
       named = [t for t in template if isinstance(t, dict)]
-      template = {t.get("name"): t.get("template") for t in named}.get(
-        "default"
-      )
+      default = [t.get("template") for t in named if t.get("name") == "default"]
+      template = default[0] if default else None
     if not isinstance(template, str | None):
       raise ValueError(
         f"{self.path}/{_CONFIG} can't be read: its chat_template is no text."
@@ -254,8 +254,10 @@ class HFTokenizer:
       text = contents[i]
       starts = [left for left, _ in self._encoded(text).offsets]
       kept = len(starts)
+      step = 1  # doubles, so that a turn that a template leaves out soon ends
       while kept and len(ids) > limit:
-        kept = max(kept - (len(ids) - limit), 0)
+        kept = max(kept - step * (len(ids) - limit), 0)
+        step *= 2
         contents[i] = text[: starts[kept]]
         cut: Any = contents[0]
         if messages is not None:
@@ -332,8 +334,10 @@ class HFTokenizer:
       return [self._hide(x, hidden) for x in value]
     if isinstance(value, str):
       while places := self._spelled(value):
+        characters = list(value)
         for i in places:
-          value = value[:i] + hidden[value[i]] + value[i + 1 :]
+          characters[i] = hidden[characters[i]]
+        value = "".join(characters)
     return value
 
   def _found(

@@ -213,6 +213,8 @@ def _check(
     if conversations and name == fields[0] and not isinstance(value, str):
       try:
         check_messages(value)
+        for message in value or ():
+          message["content"].encode()
       except ValueError as error:
         raise ValueError(f"{where}: field {name!r}: {error}") from error
       continue

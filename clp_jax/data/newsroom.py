@@ -420,10 +420,10 @@ def register_task() -> Any:
     documents, references = zip(*rows(split), strict=True)
     return tf.data.Dataset.from_tensor_slices(
       {
-        "document": documents,
-        "reference": references,
-        "inputs": documents,
-        "targets": references,
+        "document": list(documents),
+        "reference": list(references),
+        "inputs": list(documents),
+        "targets": list(references),
       }
     )
 

@@ -85,14 +85,15 @@ class Tokenizer(Protocol):
 
 
 def parse_template(template: Any) -> Template:
-  """A template of a config: text, messages, or a JSON list of messages.
+  """A template of a config: text, messages, or messages as JSON, which begin
+  with "[{".
 
   Raises:
     ValueError: "{document}" is not in it exactly once.
   """
   if template is None:
     return None
-  if isinstance(template, str) and template.lstrip().startswith("["):
+  if isinstance(template, str) and template.lstrip().startswith("[{"):
     try:
       template = json.loads(template)
     except ValueError as error:
@@ -101,6 +102,10 @@ def parse_template(template: Any) -> Template:
       ) from error
   if isinstance(template, str):
     texts = [template]
+  elif not isinstance(template, list | tuple):
+    raise ValueError(
+      f"a template must be a text or a list of messages, got {template!r}."
+    )
   else:
     template = [
       dict(m) if isinstance(m, Mapping) else m for m in list(template)

@@ -273,9 +273,15 @@ def read(path: str | os.PathLike, eos_ids: Sequence[int] = ()) -> Vocabulary:
 
 def for_seqio(vocabulary: Any) -> Any:
   """The seqio.SentencePieceVocabulary of a `Vocabulary`; None of another."""
-  if isinstance(vocabulary, Vocabulary):
-    return load_vocabulary(vocabulary.path, eos_ids=vocabulary.eos_ids)
-  return None
+  if not isinstance(vocabulary, Vocabulary):
+    return None
+  (content,) = vocabulary.files().values()
+  with tempfile.TemporaryDirectory() as folder:
+    # Loaded, it needs the file no more, and the content may be in no file.
+    file = os.path.join(folder, FILES[0])
+    with open(file, "wb") as opened:
+      opened.write(content)
+    return load_vocabulary(file, eos_ids=vocabulary.eos_ids)
 
 
 @functools.lru_cache

@@ -92,15 +92,15 @@ def load_t5(
   Raises:
     ValueError: as for `load_model`, and when it is no T5.
   """
-  found = load_config(path)
-  if not isinstance(found, T5Config):
+  config, stored = _open(_folder(path), mapped=shardings is not None)
+  if not isinstance(config, T5Config):
     raise ValueError(
       f"{os.fspath(path)} is not a T5; interop.load_model reads it."
     )
-  model, params = load_model(
-    path, shardings, dtype=dtype, scan_layers=scan_layers
+  found, params = leaves.assemble(
+    config, stored, shardings=shardings, dtype=dtype, scan_layers=scan_layers
   )
-  return model.config, params
+  return found, params  # type: ignore[return-value]
 
 
 def load_config(path: str | os.PathLike) -> Config:

@@ -155,8 +155,9 @@ def token_of(vocabulary: Tokenizer, text: str) -> int:
   token = vocabulary.token(text)
   if token is None:
     raise ValueError(
-      f"the model's vocabulary spells {text!r} as {vocabulary.encode(text)}; a "
-      "verdict must be one known piece."
+      f"the model's vocabulary spells {text!r} as "
+      f"{[vocabulary.decode([i]) for i in vocabulary.encode(text)]}; a verdict "
+      "must be one known piece."
     )
   return token
 
@@ -218,7 +219,10 @@ class Inputs:
   def _around(self) -> tuple[list[int], ...]:
     """Tokens before, between and after the two texts."""
     parts = _PLACE.split(self.template)[::2]
-    return tuple(self.vocabulary.encode(part.strip()) for part in parts)
+    around = [self.vocabulary.encode(part.strip()) for part in parts]
+    if self.vocabulary.bos_id is not None:
+      around[0] = [self.vocabulary.bos_id, *around[0]]
+    return tuple(around)
 
   def _rows(self, document: list[int], response: list[int]):
     before, between, after = self._around

@@ -300,9 +300,12 @@ class _Completions:
       raise _too_long(limit)
     # A token more than fits tells whether anything is cut.
     template = parse_template(self._policy.config.data.template)
-    ids, cut = self._policy.vocabulary.prompt(
-      text[:characters], template, limit
-    )
+    try:
+      ids, cut = self._policy.vocabulary.prompt(
+        text[:characters], template, limit
+      )
+    except ValueError as error:  # a chat template refuses it
+      raise _invalid("prompt", str(error)) from error
     if cut and not truncate:
       raise _too_long(limit)
     return np.asarray(ids, np.int32)

@@ -261,6 +261,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   Returns:
     The finetuned model.
   """
+  if config.data.train is not None and config.data.reference_field is None:
+    raise config_lib.ConfigError(
+      "data.reference_field is None, but supervised finetuning learns from "
+      "references; name their field, or set sft.steps=0."
+    )
   check_data(config)
   share = config.prompting.sft_share
   run_folder.start(workdir, own_config(config))

@@ -6,8 +6,9 @@
     --config.rewards.helpful.model=PATH_OF_A_train-reward_RUN
 
 A line of the data is an object with a "prompt"; conversations, under
-"messages", take --config.data.document_field=messages and
---config.data.template=None. Against harmless instead of brief:
+"messages", take --config.data.template=None and
+--config.data.document_field=messages (see docs/own-data.md). Against harmless
+instead of brief:
 
     --config.objectives="('helpful', 'harmless')" \
     --config.rewards.harmless.model=PATH_OF_ANOTHER_train-reward_RUN

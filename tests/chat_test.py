@@ -1,0 +1,156 @@
+"""An instruct model of one's own, from its folder to an exported policy."""
+
+import json
+import pathlib
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import small_decoder
+
+from clp_jax import Policy, interop, run_folder
+from clp_jax.cli import main
+from clp_jax.data import newsroom
+
+ROOT = pathlib.Path(__file__).parents[1]
+SECTION = (
+  (ROOT / "docs" / "own-data.md").read_text().split("## Your own chat model")[1]
+)
+COMMANDS = [
+  shlex.split(block.replace("\\\n", " "))
+  for block in re.findall(
+    r"(?m)^    (clp (?:[^\n\\]|\\\n)*)", SECTION.split("\nThe first trains")[0]
+  )
+]
+# What makes the page's commands small.
+SMALL = {
+  "train-reward": (
+    *("--config.reward_model.steps=2", "--config.reward_model.batch=8"),
+    "--config.data.source_length=160",
+  ),
+  "train": (
+    *("--config.train.steps=2", "--config.rollout.prompts=8"),
+    *("--config.rollout.samples=2", "--config.rollout.weightings=2"),
+    *("--config.data.source_length=96", "--config.data.target_length=8"),
+    *("--config.eval.prompts=8", "--config.eval.grid=3"),
+    *("--config.eval.batch=8", "--config.train.normalisation_batches=1"),
+    *("--config.rewards.helpful.batch=8", "--config.adapters.rank=2"),
+  ),
+}
+
+
+def write(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """The files that the page's commands name, and what they left behind."""
+  folder = tmp_path_factory.mktemp("chat")
+  small_decoder.save(folder / "my-chat-model")
+  items = newsroom.make_items("train", 0, 16)
+  prompts = [{"prompt": item.document} for item in items]
+  pairs = [
+    {
+      "prompt": item.document,
+      "chosen": item.reference,
+      "rejected": other.reference,
+    }
+    for item, other in zip(items, items[1:] + items[:1], strict=True)
+  ]
+  for name in ("prompts", "dev_prompts"):
+    write(folder / f"{name}.jsonl", prompts)
+  for name in ("pairs", "dev_pairs"):
+    write(folder / f"{name}.jsonl", pairs)
+  shutil.copytree(ROOT / "configs", folder / "configs")
+  return folder
+
+
+def run(folder, monkeypatch, command, *extra):
+  monkeypatch.chdir(folder)
+  assert main.main([*command[1:], *extra]) in (0, None), command
+
+
+def test_the_commands_of_the_page_run(folder, monkeypatch, capsys):
+  names = ["train-reward", "train", "evaluate", "generate", "export"]
+  assert [command[1] for command in COMMANDS] == names
+  for command in COMMANDS:
+    run(folder, monkeypatch, command, *SMALL.get(command[1], ()))
+  answers = [
+    json.loads(line)
+    for line in capsys.readouterr().out.splitlines()
+    if line.startswith("{")
+  ]
+  assert len(answers) == 16
+  front = json.loads((folder / "runs/chat/evaluation/front.json").read_text())
+  assert front["objectives"] == ["helpful", "brief"]
+
+  # Nothing has moved the policies far; the first step was at KL 0.
+  first, *_ = (folder / "runs/chat/metrics.jsonl").read_text().splitlines()
+  assert abs(json.loads(first)["kl"]) < 2e-2  # bfloat16
+
+  # The export is an ordinary checkpoint, of the mixed parameters.
+  export = folder / "exports/my-chat-model-steered"
+  model, params = interop.load_model(export)
+  policy = Policy.load(str(folder / "runs/chat"))
+  weights = {"helpful": 0.7, "brief": 0.3}
+  expected = interop.leaves.views(policy.model_config, policy.params(weights))
+  found = interop.leaves.views(model.config, params)
+  assert found.keys() == expected.keys()
+  for path, view in found.items():
+    np.testing.assert_array_equal(view.numpy(), expected[path].numpy())
+  for name, content in small_decoder.tokenizer_files().items():
+    assert (export / name).read_bytes() == content
+  generation = json.loads((export / "generation_config.json").read_text())
+  assert generation["eos_token_id"] == 2
+
+  # What generate shows is what the chat template makes of the prompt.
+  tokenizer = run_folder.load_tokenizer(str(folder / "runs/chat"))
+  text = answers[0]["prompt"]
+  ids, cut = tokenizer.prompt(
+    text, [{"role": "user", "content": "{document}"}], 96
+  )
+  (tokens,) = policy.tokenize([text], weights)
+  assert tokens[tokens >= 0].tolist() == ids and len(ids) <= 96
+  assert ids[0] == 1  # <|im_start|>
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ("no tokenizer", "has no tokenizer.json or spiece.model"),
+    ("no template", "has no chat template"),
+    ("a larger tokenizer", "the model .* embeds 300"),
+    ("too long", "was made for 512 tokens"),
+    ("no references", "learns from references"),
+  ],
+)
+def test_what_can_not_work_is_said_in_one_line(
+  folder, monkeypatch, tmp_path, capsys, change, message
+):
+  model = tmp_path / "model"
+  shutil.copytree(folder / "my-chat-model", model)
+  extra = [*SMALL["train"], f"--config.model.init={model}"]
+  extra += ["--config.objectives=('brief',)"]
+  if change == "no tokenizer":
+    (model / "tokenizer.json").unlink()
+  elif change == "no template":
+    (model / "chat_template.jinja").unlink()
+  elif change == "a larger tokenizer":
+    shutil.rmtree(model)
+    small = small_decoder.make_config(vocab_size=300)
+    built = interop.families.build(small)
+    interop.save_model(model, built, small_decoder.random_params(small), "hf")
+    for name, content in small_decoder.tokenizer_files().items():
+      (model / name).write_bytes(content)
+  elif change == "too long":
+    extra.append("--config.data.source_length=600")
+  else:
+    extra.append("--config.sft.steps=2")
+  command = [*COMMANDS[1], "--workdir", str(tmp_path / "run")]
+  monkeypatch.chdir(folder)
+  status = main.main([*command[1:], *extra])
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert status == 2 and re.search(message, error), error
