@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import models, timing
 from clp_jax import conditioning
 from clp_jax.cli import setup
-from clp_jax.models import decoding, mixture, t5
+from clp_jax.models import decoding, families, mixture
 from clp_jax.rollout import row_keys
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     "--one-by-one", action="store_true", help="time that, too"
   )
   timing.add_arguments(parser, n=3)
-  args = parser.parse_args()
+  args = models.parse(parser)
   setup.configure()
   config = models.config_of(args)
   base = models.random_params(config)
@@ -39,7 +39,7 @@ def main() -> None:
   keys = row_keys(jax.random.key(0), args.batch)
   steerable = conditioning.steerable_leaves(base, "full")
   options = {"max_length": args.target, "allowed": models.allowed(config)}
-  model = t5.T5(config)
+  model = families.build(config)
 
   @jax.jit
   def expand(base, seeds):
@@ -71,7 +71,12 @@ def main() -> None:
       max_length=args.target,
     )
     return decoding.sample_from(
-      next_logits, cache, keys, eos_ids=config.eos_ids, **options
+      next_logits,
+      cache,
+      keys,
+      eos_ids=config.eos_ids,
+      pad_id=config.pad_id,
+      **options,
     )
 
   def one_by_one(sets, coefficients, source, keys):
