@@ -31,7 +31,7 @@ def main() -> None:
     "--one-by-one", action="store_true", help="time that, too"
   )
   timing.add_arguments(parser, n=3)
-  args = parser.parse_args()
+  args = models.parse(parser)
   setup.configure()
   config = models.config_of(args)
   base = models.random_params(config)
@@ -71,7 +71,12 @@ def main() -> None:
       max_length=args.target,
     )
     return decoding.sample_from(
-      next_logits, cache, keys, eos_ids=config.eos_ids, **options
+      next_logits,
+      cache,
+      keys,
+      eos_ids=config.eos_ids,
+      pad_id=config.pad_id,
+      **options,
     )
 
   def one_by_one(sets, coefficients, source, keys):

@@ -1,9 +1,10 @@
 """Sampling: tokens a second, next to transformers.
 
-    python -m benchmarks.rollout [--size small] [--batch 32] [--source 256]
-      [--target 64] [--dtype float32] [--samples 1] [--n 5] [--json]
+    python -m benchmarks.rollout [--family t5] [--size small] [--batch 32]
+      [--source 256] [--target 64] [--dtype float32] [--samples 1] [--n 5]
+      [--json]
 
-A run encodes the sources and samples `target` tokens for each at temperature 1
+A run reads the sources and samples `target` tokens for each at temperature 1
 out of the whole vocabulary. On an accelerator the table has the share of the
 memory bandwidth that decoding would need at least, of what was measured there:
 
@@ -30,7 +31,7 @@ def main() -> None:
     "--samples", type=int, default=1, help="a source (default: 1)"
   )
   timing.add_arguments(parser, n=5)
-  args = parser.parse_args()
+  args = models.parse(parser)
   setup.configure()
   config = models.config_of(args)
   params = models.random_params(config)
@@ -53,7 +54,7 @@ def main() -> None:
   keys = row_keys(jax.random.key(0), rows)
   runs = {"clp_jax": lambda: sample(params, source, keys)}
   if models.has_peer(args):
-    peer = models.Peer(config, params)
+    peer = models.Peer(config, params, source=args.source, target=args.target)
     inputs = peer.tensor(source)
 
     def peer_sample():
@@ -77,7 +78,9 @@ def main() -> None:
   for name in runs:
     fields = models.describe(args) | {"samples": args.samples}
     if name == ours and timing.is_accelerator():
-      needed = models.decode_bytes(config, rows, args.source, args.target)
+      needed = models.decode_bytes(
+        config, rows, args.source, args.target, args.samples
+      )
       rate = timing.memory_bandwidth()
       fields["measured GB/s"] = rate / 1e9
       fields["share of bandwidth"] = needed / times[name].median / rate

@@ -1,7 +1,8 @@
 """Training steps: tokens a second, next to transformers; what steering costs.
 
-    python -m benchmarks.update [--size small] [--batch 32] [--source 256]
-      [--target 64] [--dtype float32] [--remat none] [--n 3] [--json]
+    python -m benchmarks.update [--family t5] [--size small] [--batch 32]
+      [--source 256] [--target 64] [--dtype float32] [--remat none] [--n 3]
+      [--json]
 
 "supervised" is one step of Adam on the cross-entropy of `target` tokens, the
 peer's is torch's AdamW on the same batch. "reinforce, ..." are updates of a run
@@ -114,11 +115,7 @@ def peer_step(peer, source, target):
 
   def step():
     optimizer.zero_grad(set_to_none=True)
-    loss = model(
-      input_ids=inputs,
-      attention_mask=peer.torch.ones_like(inputs),
-      labels=labels,
-    ).loss
+    _, loss = peer.score(inputs, labels)
     loss.backward()
     peer.torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -142,7 +139,7 @@ def main() -> None:
     help="leave the others out",
   )
   timing.add_arguments(parser, n=3)
-  args = parser.parse_args()
+  args = models.parse(parser)
   if args.batch % (SAMPLES * WEIGHTINGS):
     parser.error(f"--batch must be a multiple of {SAMPLES * WEIGHTINGS}.")
   setup.configure()
@@ -155,11 +152,10 @@ def main() -> None:
   def share(times, sources):
     if rate is None:
       return {}
-    encoded = models.forward_flops(config, sources, args.source, 0)
-    decoded = models.forward_flops(
-      config, args.batch, args.source, args.target
-    ) - models.forward_flops(config, args.batch, args.source, 0)
-    used = 3 * (encoded + decoded) / times.median
+    work = families.build(config).flops(
+      sources, args.batch, args.source, args.target
+    )
+    used = 3 * work / times.median
     return {"measured TFLOP/s": rate / 1e12, "share of rate": used / rate}
 
   if args.only != "reinforce":
@@ -169,7 +165,7 @@ def main() -> None:
     runs = {ours: supervised(config, params, source, target)}
     name = None
     if models.has_peer(args):
-      peer = models.Peer(config, params)
+      peer = models.Peer(config, params, source=args.source, target=args.target)
       name = f"supervised, {peer.name}"
       runs[name] = peer_step(peer, source, target)
     times = timing.take_turns(runs, args.n)

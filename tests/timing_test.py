@@ -1,14 +1,17 @@
 """What benchmarks measure and report."""
 
+import argparse
 import json
 import pathlib
 import shlex
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-from benchmarks import models, rollout, timing
-from clp_jax.models import t5
+from benchmarks import mixing, models, rollout, timing, update
+from clp_jax.models import families, t5
 from clp_jax.models.presets import PRESETS
 
 
@@ -44,7 +47,8 @@ def test_work_is_two_flops_a_parameter_and_token_and_attention():
   expected = (
     2 * 32 * (encoder + cross) + 2 * 16 * (decoder + query_and_output)
   ) + attention
-  assert models.forward_flops(config, 3, 32, 16) == pytest.approx(3 * expected)
+  flops = families.build(config).flops(3, 3, 32, 16)
+  assert flops == pytest.approx(3 * expected)
 
 
 def test_decoding_reads_kernels_and_caches_at_every_token():
@@ -58,22 +62,102 @@ def test_decoding_reads_kernels_and_caches_at_every_token():
   assert one - (two - one) == 16 * 4 * kernels
 
 
+def test_decoders_read_fewer_keys_and_a_source_once_for_its_samples():
+  config = models.sizes("qwen3")["0.6b"]
+  one, two = (models.decode_bytes(config, b, 32, 16) for b in (1, 2))
+  keys_and_values = 2 * 28 * 8 * 128 * 4
+  assert two - one == 16 * keys_and_values * (32 + 8)
+  shared = models.decode_bytes(config, 2, 32, 16, samples=2)
+  assert two - shared == 16 * keys_and_values * 32
+  params = families.build(config).abstract()
+  table = params["token_embedder"]["embedding"].size
+  kernels = sum(leaf.size for leaf in _kernels(params["decoder"]))
+  assert one - (two - one) == 16 * 4 * (kernels + table)
+
+
+def test_every_family_has_small_models_and_those_that_are_published():
+  named = {family: [*models.sizes(family)] for family in models.FAMILIES}
+  assert named["t5"] == [
+    *("micro", "tiny", "mini", "small", "base", "large", "xl", "xxl")
+  ]
+  assert named["llama"] == ["tiny", "small"]
+  assert named["qwen3"] == ["tiny", "small", "0.6b", "4b", "8b"]
+  assert named["gemma3_text"] == ["tiny", "small", "1b", "4b", "12b"]
+  for family in models.FAMILIES[1:]:
+    for config in models.sizes(family).values():
+      assert config.architecture == family
+    small = families.build(models.sizes(family)["small"]).abstract()
+    assert 25e6 < sum(leaf.size for leaf in jax.tree.leaves(small)) < 35e6
+
+
+def test_a_size_is_of_its_family(monkeypatch, capsys):
+  parser = argparse.ArgumentParser()
+  models.add_arguments(parser, batch=1, source=2, target=3)
+  monkeypatch.setattr(sys, "argv", ["it", "--family", "llama", "--size", "xl"])
+  with pytest.raises(SystemExit):
+    models.parse(parser)
+  assert "--family llama must be one of tiny, small" in capsys.readouterr().err
+
+
+def test_decoders_sample_no_end():
+  for family in models.FAMILIES:
+    args = argparse.Namespace(family=family, size="tiny", dtype="float32")
+    (forbidden,) = np.flatnonzero(~models.allowed(models.config_of(args)))
+    assert forbidden == (0 if family == "t5" else 1)
+
+
 @pytest.mark.slow
-def test_the_documented_command_prints_its_table(monkeypatch, capsys):
+@pytest.mark.parametrize(
+  "family, flags",
+  (("t5", "benchmarks.rollout "), ("qwen3", "--family qwen3 ")),
+)
+def test_the_documented_commands_print_their_table(
+  family, flags, monkeypatch, capsys
+):
   page = pathlib.Path(__file__).parents[1] / "docs" / "speed.md"
   (command,) = [
     line.strip()
     for line in page.read_text().splitlines()
-    if line.startswith("    ") and "--size tiny" in line
+    if line.startswith("    ") and f"{flags}--size tiny" in line
   ]
   python, m, module, *arguments = shlex.split(command)
   assert (python, m, module) == ("python", "-m", "benchmarks.rollout")
-  arguments += ["--no-peer", "--json"]
-  monkeypatch.setattr(sys, "argv", [module, *arguments])
-  rollout.main()
-  (row,) = json.loads(capsys.readouterr().out)["rows"]
+  (row,) = _rows(rollout, arguments, monkeypatch, capsys)
   assert (row["what"], row["batch"], row["n"]) == ("clp_jax", 8, 2)
   assert row["tokens/s"] == pytest.approx(8 * 8 / row["median s"])
+  assert row.get("family", "t5") == family
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("t5", "gemma3_text"))
+def test_updates_of_either_kind_are_timed(family, monkeypatch, capsys):
+  arguments = shlex.split(
+    f"--family {family} --size tiny --batch 16 --source 18 --target 2 --n 1"
+  )
+  rows = _rows(update, arguments, monkeypatch, capsys)
+  tokens = 16 * (18 + 2)
+  assert rows[0]["what"] == "supervised, clp_jax" and len(rows) == 4
+  assert rows[0]["tokens/s"] == pytest.approx(tokens / rows[0]["median s"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("t5", "gemma2"))
+def test_steering_of_either_kind_is_timed(family, monkeypatch, capsys):
+  arguments = shlex.split(
+    f"--family {family} --size tiny --batch 2 --source 8 --target 2 --n 1"
+  )
+  rows = _rows(mixing, arguments, monkeypatch, capsys)
+  assert [row["what"] for row in rows if "tokens/s" in row] == [
+    *("merged, m = 2", "per row, m = 2", "per row, m = 3", "DeRa, 2 models")
+  ]
+
+
+def _rows(module, arguments, monkeypatch, capsys):
+  """What a benchmark prints without transformers."""
+  words = [module.__name__, *arguments, "--no-peer", "--json"]
+  monkeypatch.setattr(sys, "argv", words)
+  module.main()
+  return json.loads(capsys.readouterr().out)["rows"]
 
 
 def _kernels(tree, without="nothing"):
