@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import optax
 
 from clp_jax.conditioning import combine
+from clp_jax.low_rank import LowRank
 
 Params = Any
 Leaves = dict[str, Any]  # of one adapted kernel: arrays, shapes or axes
@@ -163,13 +164,45 @@ class Adapter:
     product = self._lora if self.kind == "lora" else self._svd
     return _add(kernel, self.scale * product(leaves, coefficients))
 
+  def unmerged(
+    self, kernel: jax.Array, leaves: Leaves, coefficients: jax.Array
+  ) -> LowRank:
+    """The kernel of a weighting, without making it: `adapt` up to rounding.
+
+    Args:
+      kernel: [..., D, F], the base.
+      leaves: as `init` makes them.
+      coefficients: [*batch, M] float32, convex.
+
+    Returns:
+      A LowRank whose diagonal is [*batch, ..., k].
+    """
+    batch = coefficients.shape[:-1]
+    layers = kernel.shape[:-2]
+    if self.kind == "lora":
+      a, b = leaves["lora_a"], leaves["lora_b"]
+      sets = a.shape[0]
+      # [M, ..., D, r] -> [..., D, M r], and [M, ..., r, F] -> [..., M r, F].
+      left = jnp.moveaxis(a, 0, -2).reshape(*layers, a.shape[-2], -1)
+      right = jnp.moveaxis(b, 0, -3).reshape(*layers, -1, b.shape[-1])
+      diagonal = jnp.repeat(coefficients[..., :sets], self.rank, axis=-1)
+      diagonal = diagonal.reshape(*batch, *(1,) * len(layers), -1)
+      diagonal = jnp.broadcast_to(
+        diagonal, (*batch, *layers, diagonal.shape[-1])
+      )
+    else:
+      left, right = leaves["svd_left"], leaves["svd_right"]
+      diagonal = self._singular_values(leaves, coefficients)
+    return LowRank(kernel, left, right, self.scale * diagonal)
+
   def _lora(self, leaves, coefficients):
     products = _matmul(leaves["lora_a"], leaves["lora_b"])
     if self.frozen_kl:
       products = jnp.concatenate([products, jnp.zeros_like(products[:1])])
     return combine(products, coefficients)
 
-  def _svd(self, leaves, coefficients):
+  def _singular_values(self, leaves, coefficients):
+    """[*batch, ..., r + M]."""
     values, scale = leaves["svd_values"], leaves["svd_scale"]
     batch, layers = coefficients.shape[:-1], scale.shape
     own = coefficients[..., :-1] if self.frozen_kl else coefficients
@@ -178,7 +211,11 @@ class Adapter:
     if self.frozen_kl:
       values = values * own.sum(-1, keepdims=True)
     scaled = own * scale.reshape((1,) * len(batch) + (*layers, 1))
-    diagonal = jnp.concatenate([values, scaled], axis=-1)
+    return jnp.concatenate([values, scaled], axis=-1)
+
+  def _svd(self, leaves, coefficients):
+    batch = coefficients.shape[:-1]
+    diagonal = self._singular_values(leaves, coefficients)
     left, right = (
       leaves[name].reshape((1,) * len(batch) + leaves[name].shape)
       for name in ("svd_left", "svd_right")

@@ -160,6 +160,26 @@ class Bank:
     Raises:
       ValueError: when there are not as many coefficients as sets.
     """
+    return self._mixed(params, reference, coefficients, merged=True)
+
+  def policies(
+    self, params: Params, reference: Params, coefficients: jax.Array
+  ) -> Params:
+    """`mix` for G policies that run together, or as sets of rows to come.
+
+    Adapted kernels are LowRanks, which hold the base and the factors once, and
+    no gradient of theirs goes through a whole kernel. Args as for `mix`.
+    """
+    return self._mixed(params, reference, coefficients, merged=False)
+
+  def _mixed(
+    self,
+    params: Params,
+    reference: Params,
+    coefficients: jax.Array,
+    *,
+    merged: bool,
+  ) -> Params:
     coefficients = jnp.asarray(coefficients, jnp.float32)
     if coefficients.shape[-1] != self.num_sets:
       raise ValueError(
@@ -178,7 +198,8 @@ class Bank:
           for p, x in trained.items()
           if p[:-1] == path[:-1] and p != path
         }
-        flat[path] = self.adapter.adapt(kernel, leaves, coefficients)
+        adapt = self.adapter.adapt if merged else self.adapter.unmerged
+        flat[path] = adapt(kernel, leaves, coefficients)
       elif steers:
         sets = trained[path]
         if self.frozen_kl:
@@ -191,6 +212,10 @@ class Bank:
   def stacked(self, params: Params, reference: Params) -> Params:
     """The bank as plain sets: steerable leaves [M, ...], shared ones [...]."""
     return self.mix(params, reference, jnp.eye(self.num_sets))
+
+  def row_sets(self, params: Params, reference: Params) -> Params:
+    """What `conditioning.mix_rows` mixes rows from."""
+    return self.policies(params, reference, jnp.eye(self.num_sets))
 
   def counts(self) -> Counts:
     """How many numbers the bank trains, and what steering by it has to keep."""

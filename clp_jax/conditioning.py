@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from clp_jax.low_rank import LowRank, is_low_rank
+
 Params = Any  # nested dict of arrays
 STEERING = ("full", "attention", "logits", "none")
 _ATTENTION = {"attention", "self_attention", "encoder_decoder_attention"}
@@ -171,9 +173,16 @@ def _combine_backward(residuals, gradient):
 combine.defvjp(_combine_forward, _combine_backward)
 
 
-def batched_axes(steerable: Params) -> Params:
-  """vmap `in_axes` for the result of `mix` with [G, M] coefficients."""
-  return jax.tree.map(lambda s: 0 if s else None, steerable)
+def batched_axes(policies: Params, steerable: Params) -> Params:
+  """vmap `in_axes` of G policies, whose steerable leaves are [G, ...]; of a
+  LowRank the diagonal alone is."""
+
+  def leaf(s, p):
+    if s and is_low_rank(p):
+      return LowRank(None, None, None, 0)  # type: ignore[arg-type]
+    return 0 if s else None
+
+  return jax.tree.map(leaf, steerable, policies)
 
 
 @struct.dataclass
@@ -230,6 +239,7 @@ def mix_rows(
   Args:
     params: tree whose steerable leaves are [M, ...]; in scanned layers
       [M, L, ...], as `expand` makes them.
+      A LowRank holds its sets' diagonals.
     steerable: tree of booleans from `steerable_leaves`.
     coefficients: [B, M] float32 on the simplex, one for each prompt.
 
@@ -246,23 +256,33 @@ def mix_rows(
   """
   coefficients = jnp.asarray(coefficients, jnp.float32)
 
-  def leaf(path, p, combined):
+  def leaf(path, combined, p):
     if not combined:
       return p
+    stacked = "layers" in [entry.key for entry in path]
+    if is_low_rank(p):
+      _check_sets(p.diagonal, coefficients)
+      return p.of_rows(coefficients, stacked)
     _check_sets(p, coefficients)
-    if "layers" not in [entry.key for entry in path]:
+    if not stacked:
       return RowMixture(p, coefficients)
     p = jnp.moveaxis(p, 1, 0)
     return RowMixture(
       p, jnp.broadcast_to(coefficients, (p.shape[0], *coefficients.shape))
     )
 
-  return jax.tree_util.tree_map_with_path(leaf, params, steerable)
+  return jax.tree_util.tree_map_with_path(leaf, steerable, params)
 
 
 def row_coefficients(params: Params) -> jax.Array | None:
-  """[B, M], those that `mix_rows` was given; None if it made nothing here."""
-  for leaf in jax.tree.leaves(params, is_leaf=_is_mixture):
+  """[B, M], those that `mix_rows` was given; None if it made nothing here that
+  `mix_one` could mix: a LowRank costs no more for a row of its own."""
+  leaves = jax.tree.leaves(
+    params, is_leaf=lambda leaf: _is_mixture(leaf) or is_low_rank(leaf)
+  )
+  if any(map(is_low_rank, leaves)):
+    return None
+  for leaf in leaves:
     if _is_mixture(leaf):
       c = leaf.coefficients
       return c if c.ndim == 2 else c[0]

@@ -582,11 +582,12 @@ class Policy:
 
   @functools.cached_property
   def _stacked(self) -> Params:
-    """Plain sets, which rows are mixed from."""
+    """Sets, which rows are mixed from."""
     if self.bank.adapter is None and not self.bank.needs_reference:
       return self.sets
     reference = self.reference if self.bank.needs_reference else {}
-    return jax.jit(self.bank.stacked)(self.sets, reference)
+    sets = self.bank.stacked if self.mixes_logits else self.bank.row_sets
+    return jax.jit(sets)(self.sets, reference)
 
   def _mix_rows(
     self, params: Params, coefficients: jax.Array | None

@@ -82,13 +82,13 @@ def sample_rollout(
     encoder_input_tokens = prompts.prepend(encoder_input_tokens, weighting)
   policies = decoding.spread_policies(
     families.build(bank.model_config),
-    bank.mix(params, reference, coefficients),
+    bank.policies(params, reference, coefficients),
     whole=True,
   )
   samples = decoding.sample_groups(
     families.build(bank.model_config),
     policies,
-    conditioning.batched_axes(bank.steerable),
+    conditioning.batched_axes(policies, bank.steerable),
     encoder_input_tokens,
     row_keys(samples_key, encoder_input_tokens.shape[0] * num_samples),
     num_groups=coefficients.shape[0],
@@ -172,6 +172,9 @@ def score_groups(
     TokenScores whose arrays have the leading axes [G, R/G, T].
   """
   model = families.build(bank.model_config)
+  policies = decoding.spread_policies(
+    model, bank.policies(params, reference, coefficients), whole=False
+  )
   return sharding.map_groups(
     lambda policy, prompts, responses: decoding.score_tokens(
       model,
@@ -181,16 +184,8 @@ def score_groups(
       num_samples=num_samples,
       temperature=temperature,
     ),
-    in_axes=(conditioning.batched_axes(bank.steerable), 0, 0),
-  )(
-    decoding.spread_policies(
-      model,
-      bank.mix(params, reference, coefficients),
-      whole=False,
-    ),
-    encoder_input_tokens,
-    tokens,
-  )
+    in_axes=(conditioning.batched_axes(policies, bank.steerable), 0, 0),
+  )(policies, encoder_input_tokens, tokens)
 
 
 def row_keys(key: jax.Array, num_rows: int) -> jax.Array:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import clp_jax
 from clp_jax import conditioning
 from clp_jax.bank import Bank
+from clp_jax.low_rank import LowRank
 from clp_jax.models import t5
 
 CONFIG = t5.T5Config(
@@ -273,7 +274,8 @@ def test_wrong_number_of_coefficients_is_an_error():
 
 
 def test_batched_axes_mark_what_mix_batches():
-  assert conditioning.batched_axes({"a": True, "b": False}) == {
-    "a": 0,
-    "b": None,
-  }
+  low_rank = LowRank(*(jnp.zeros(2) for _ in range(4)))
+  policies = {"a": jnp.zeros(2), "b": jnp.zeros(2), "c": low_rank}
+  steerable = {"a": True, "b": False, "c": True}
+  axes = conditioning.batched_axes(policies, steerable)
+  assert axes == {"a": 0, "b": None, "c": LowRank(None, None, None, 0)}

@@ -26,6 +26,7 @@ import numpy as np
 
 from clp_jax import sharding
 from clp_jax.conditioning import RowMixture, mix_one, row_coefficients
+from clp_jax.low_rank import is_low_rank
 from clp_jax.models.layers import PAD_ID
 from clp_jax.models.model import Cache, Context, Model, Params
 
@@ -756,7 +757,7 @@ def spread_policies(model: Model, policies: Params, *, whole: bool) -> Params:
     The same, cast as `start` casts them; placed inside `sharding.on_mesh`.
   """
   dtypes = jax.tree_util.tree_map_with_path(
-    lambda path, x: _dtype(model, path, x), policies
+    lambda path, x: _dtype(model, path, x), policies, is_leaf=is_low_rank
   )
   return sharding.spread(policies, model.axes(), dtypes, whole=whole)
 
@@ -765,19 +766,25 @@ def _in_compute_dtype(model: Model, params: Params) -> Params:
   """Casts, before the loop and not in each step, what the model would cast."""
 
   def cast(path, leaf):
+    dtype = _dtype(model, path, leaf)
     if isinstance(leaf, RowMixture):
-      dtype = _dtype(model, path, leaf.sets)
       return RowMixture(leaf.sets.astype(dtype), leaf.coefficients)
-    return leaf.astype(_dtype(model, path, leaf))
+    return sharding.cast(leaf, dtype)
 
   return jax.tree_util.tree_map_with_path(
-    cast, params, is_leaf=lambda leaf: isinstance(leaf, RowMixture)
+    cast,
+    params,
+    is_leaf=lambda leaf: isinstance(leaf, RowMixture) or is_low_rank(leaf),
   )
 
 
-def _dtype(model: Model, path: Any, leaf: jax.Array) -> Any:
-  names = tuple(entry.key for entry in path)
-  return model.config.compute_dtype if model.is_cast(names) else leaf.dtype
+def _dtype(model: Model, path: Any, leaf: Any) -> Any:
+  """That of the computation where the model casts; else the leaf's own."""
+  if model.is_cast(tuple(entry.key for entry in path)):
+    return model.config.compute_dtype
+  if isinstance(leaf, RowMixture):
+    return leaf.sets.dtype
+  return leaf.kernel.dtype if is_low_rank(leaf) else leaf.dtype
 
 
 def _per_row(name: str, value: jax.Array | float, rows: int) -> jax.Array:

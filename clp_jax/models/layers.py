@@ -18,6 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from clp_jax.conditioning import RowMixture
+from clp_jax.low_rank import LowRank
 from clp_jax.sharding import constrain
 
 PAD_ID = 0  # padding in the encoder, and the decoder's first input
@@ -211,8 +212,8 @@ def param(
   """A float32 parameter, its logical axes recorded when it is created."""
   if module.has_variable("params", name):
     value: Any = module.get_variable("params", name)
-    if isinstance(value, RowMixture):  # of another shape than init's
-      return value
+    if isinstance(value, RowMixture | LowRank):  # of another shape than init's
+      return cast(RowMixture, value)
   boxed_init = nn.with_logical_partitioning(init, axes)
   made = module.param(name, boxed_init, shape, jnp.float32)
   return cast(jax.Array, made)  # param takes the box off
@@ -264,13 +265,16 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (x.shape[-1], self.features)
-    kernel = param(self, "kernel", self.kernel_init, shape, self.axes)
+    kernel: Any = param(self, "kernel", self.kernel_init, shape, self.axes)
     x = x.astype(self.dtype)
     if isinstance(kernel, RowMixture):
       y = kernel.matmul(x)
     else:
+      base = kernel.kernel if isinstance(kernel, LowRank) else kernel
       # Cut over the data axis (fsdp) it is gathered here, a layer at a time.
-      y = matmul(x, constrain(kernel.astype(self.dtype), *self.axes))
+      y = matmul(x, constrain(base.astype(self.dtype), *self.axes))
+      if isinstance(kernel, LowRank):
+        y = y + kernel.matmul(x)
     if self.use_bias:
       zeros = nn.initializers.zeros_init()
       bias = param(self, "bias", zeros, (self.features,), self.axes[1:])

@@ -95,10 +95,10 @@ class Decoder:
     self.trace_count = 0
     self._policy = policy
     self._model = policy.model
-    # As plain sets, whatever kind they are of: rows are mixed from these.
+    # Rows are mixed from these, whatever kind they are of.
     bank = policy.bank
     reference = policy.reference if bank.needs_reference else {}
-    self._sets = jax.jit(bank.stacked)(policy.sets, reference)
+    self._sets = jax.jit(bank.row_sets)(policy.sets, reference)
     self._begin = jax.jit(self._trace_begin)
     self._advance = jax.jit(self._trace_advance, donate_argnames="loop")
 

@@ -1,0 +1,152 @@
+"""Adapted kernels that are never made equal the merged ones."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_decoder
+import small_t5
+
+from clp_jax import adapters, conditioning, sharding
+from clp_jax.bank import Bank
+from clp_jax.low_rank import LowRank
+from clp_jax.models import decoding, families, trees
+
+C = np.float32([[0.2, 0.5, 0.3], [1, 0, 0], [0.4, 0.25, 0.35], [0, 0.6, 0.4]])
+# family, kind of adapter, whether the KL set is frozen, scanned
+CASES = [
+  ("t5", "lora", False, False),
+  ("t5", "svd_lora", True, True),
+  ("decoder", "lora", True, True),
+  ("decoder", "svd_lora", False, False),
+]
+
+
+def make(family, kind, frozen_kl, scan):
+  """(bank, reference, params away from their start, model)."""
+  if family == "t5":
+    config = small_t5.V1_1
+    reference = small_t5.random_params(config)
+  else:
+    config = small_decoder.make_config("qwen2")
+    reference = small_decoder.random_params(config)
+  if scan:
+    config = dataclasses.replace(config, scan_layers=True)
+    reference = trees.stack_layers(reference)
+  adapter = adapters.Adapter(kind, 2, 0.7, ("attention", "mlp"), frozen_kl)
+  bank = Bank(
+    config,
+    kind,
+    num_sets=3,
+    frozen_kl=frozen_kl,
+    frozen_shared=True,
+    adapter=adapter,
+  )
+  params = bank.init(reference, jax.random.key(0))
+  rng = np.random.default_rng(0)
+  moved = jax.tree.map(
+    lambda p: p + 0.2 * rng.normal(size=p.shape).astype(np.float32), params
+  )
+  return bank, reference, params, moved, families.build(config)
+
+
+def arrays(config):
+  rng = np.random.default_rng(1)
+  prompts = rng.integers(2, config.vocab_size, [4, 7]).astype(np.int32)
+  prompts[1, 5:] = config.pad_id
+  targets = rng.integers(2, config.vocab_size, [8, 5]).astype(np.int32)
+  return jnp.asarray(prompts), jnp.asarray(targets)
+
+
+class TestMatmul:
+  def test_is_the_change_of_the_dense_kernel(self):
+    rng = np.random.default_rng(0)
+    kernel, left, right, x, d = (
+      rng.normal(size=shape).astype(np.float32)
+      for shape in ((6, 5), (6, 3), (3, 5), (4, 2, 6), (2, 3))
+    )
+    for i in range(2):
+      one = LowRank(kernel, left, right, d[i])
+      np.testing.assert_allclose(
+        one.matmul(jnp.asarray(x)), x @ (left * d[i] @ right), atol=1e-5
+      )
+    rows = LowRank(kernel, left, right, jnp.asarray(d)).matmul(jnp.asarray(x))
+    for row in range(4):  # two rows for each prompt
+      expected = x[row] @ (left * d[row // 2] @ right)
+      np.testing.assert_allclose(rows[row], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+def test_policies_rows_and_gradients_are_those_of_merged_kernels(case):
+  bank, reference, start, params, model = make(*case)
+  prompts, targets = arrays(bank.reference_config)
+
+  def merged(params, c):
+    logits, _ = model.score(bank.mix(params, reference, c), prompts, targets)
+    return logits
+
+  def together(params):
+    """[G, R, T, V] of the G policies."""
+    policies = decoding.spread_policies(
+      model, bank.policies(params, reference, jnp.asarray(C)), whole=True
+    )
+    axes = conditioning.batched_axes(policies, bank.steerable)
+    return sharding.map_groups(
+      lambda policy: model.score(policy, prompts, targets)[0], (axes,)
+    )(policies)
+
+  def of_rows(params):
+    rows = conditioning.mix_rows(
+      bank.row_sets(params, reference), bank.steerable, jnp.asarray(C)
+    )
+    return model.score(rows, prompts, targets)[0]
+
+  logits = jax.jit(merged)
+  expected = np.stack([logits(params, c) for c in C])
+  np.testing.assert_allclose(jax.jit(together)(params), expected, atol=2e-4)
+  rows = np.asarray(jax.jit(of_rows)(params))
+  for b in range(4):
+    mine = slice(2 * b, 2 * b + 2)
+    np.testing.assert_allclose(rows[mine], expected[b, mine], atol=2e-4)
+  # It moves with the weighting, and starts as the base.
+  assert np.abs(expected[0] - expected[1]).max() > 0.05
+  base, _ = jax.jit(model.score)(reference, prompts, targets)
+  untrained = np.asarray(jax.jit(together)(start))
+  for group in untrained:
+    np.testing.assert_allclose(group, base, atol=2e-4)
+
+  def loss(logits):
+    return (jax.nn.log_softmax(logits)[..., 3] * 0.1).sum()
+
+  gradient = jax.jit(jax.grad(lambda p: loss(together(p))))(params)
+  sums = jax.grad(lambda p: sum(loss(merged(p, c)) for c in C))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4),
+    gradient,
+    jax.jit(sums)(params),
+  )
+
+
+def test_no_policy_has_a_kernel_of_its_own():
+  """Neither the forward pass nor the gradient makes G x [D, F]."""
+  bank, reference, _, params, model = make("decoder", "lora", False, False)
+  prompts, targets = arrays(bank.reference_config)
+
+  def loss(params, unmerged):
+    policies = (bank.policies if unmerged else bank.mix)(
+      params, reference, jnp.asarray(C)
+    )
+    axes = conditioning.batched_axes(policies, bank.steerable)
+    return sharding.map_groups(
+      lambda policy: model.score(policy, prompts, targets)[0].sum(), (axes,)
+    )(policies).sum()
+
+  def makes_kernels(unmerged):
+    gradient = jax.jit(jax.grad(lambda p: loss(p, unmerged)))
+    text = gradient.lower(params).compile().as_text()
+    return "f32[4,32,48]" in text or "f32[4,32,40]" in text
+
+  assert makes_kernels(unmerged=False)  # the check can fail
+  assert not makes_kernels(unmerged=True)
