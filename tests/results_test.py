@@ -1,12 +1,15 @@
 """The results page: from numbers to pictures, tables and costs."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
 from clp_jax.evaluation import fronts
 from clp_jax.experiments import page, pictures, protocol
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 WEIGHTINGS = [[i / 4, 1 - i / 4, 0.01] for i in range(5)]
 
@@ -149,3 +152,13 @@ def test_numbers_are_json_with_a_line_for_each_front():
   text = results._compact(STEPS | {"note": "x", "empty": {}})
   assert json.loads(text) == STEPS | {"note": "x", "empty": {}}
   assert text.count("\n") < 20
+
+
+def test_the_chosen_steps_are_those_that_the_measurement_chose():
+  file = ROOT / "docs" / "results" / "choose-steps.json"
+  volumes = protocol.step_volumes(json.loads(file.read_text()))
+  chosen = protocol.converged(volumes, protocol.STEPS_GAIN, relative=False)
+  assert chosen <= protocol.STEPS <= protocol.MAX_STEPS
+  # Half as many more were measured, too.
+  later = volumes[protocol.STEPS * 3 // 2]
+  assert later - volumes[protocol.STEPS] < protocol.STEPS_GAIN
