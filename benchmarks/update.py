@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from benchmarks import models, timing
+from clp_jax import build, sharding
 from clp_jax import config as config_lib
-from clp_jax import sharding
 from clp_jax.cli import setup
 from clp_jax.models import families
 from clp_jax.rollout import Rollout
@@ -82,7 +82,7 @@ def reinforce(config, params, args, steering, num_rewards):
   held = [programs.init(params, jax.random.key(0))]
   rng = np.random.default_rng(0)
   rows = (args.batch, args.target)
-  distribution = config_lib.distribution(c)
+  distribution = build.distribution(c)
   weighting = distribution.sample(jax.random.key(1), c.rollout.weightings)
   logp = rng.normal(-3, 1, rows).astype(np.float32)
   rollout = Rollout(

@@ -9,12 +9,12 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from clp_jax import config as config_lib
 from clp_jax import sharding
 from clp_jax.data import jsonl, newsroom, reader, tasks
 from clp_jax.data.reader import Batch, Reader
 from clp_jax.data.tokenizer import Tokenizer, parse_template
 from clp_jax.data.vocabulary import for_seqio
+from clp_jax.errors import ConfigError, as_config_error
 
 
 class _WithoutReferences:
@@ -47,7 +47,7 @@ def _reader(
     ConfigError: when a file is not valid, or there is no such split.
   """
   data = config.data
-  with config_lib.as_config_error():
+  with as_config_error():
     if data.train is not None:
       rows = _jsonl_rows(data, data.train if training else data.eval)
     elif data.task == "newsroom" and not data.use_cached:
@@ -72,10 +72,10 @@ def _task(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Any:
   data = config.data
   template = parse_template(data.template)
   vocabulary = for_seqio(tokenizer)
-  with config_lib.as_config_error():
+  with as_config_error():
     if vocabulary is None:  # it is no SentencePiece model
       if data.use_cached:
-        raise config_lib.ConfigError(
+        raise ConfigError(
           "data.use_cached holds tokens of a SentencePiece model, which "
           f"{config.model.init} has not; set it to False."
         )
@@ -97,7 +97,7 @@ def check_data(config: ml_collections.ConfigDict) -> None:
     ConfigError: names the file and the line.
   """
   data = config.data
-  with config_lib.as_config_error():
+  with as_config_error():
     for pattern in (data.train, data.eval):
       if pattern is not None:
         _jsonl_rows(data, pattern)
@@ -136,7 +136,7 @@ def train_batches(
   }
   data = config.data
   by_number = _reader(config, tokenizer, training=True)
-  with config_lib.as_config_error():
+  with as_config_error():
     if by_number is not None:
       batches = reader.train_batches(by_number, **options)
     else:
@@ -182,7 +182,7 @@ def eval_batch(
   _check_held_out(config)
   data = config.data
   by_number = _reader(config, tokenizer, training=False)
-  with config_lib.as_config_error():
+  with as_config_error():
     if by_number is not None:
       what = data.eval if data.train is not None else repr(data.eval_split)
       return reader.eval_batch(by_number, num_examples, what)
@@ -208,20 +208,20 @@ def count_held_out(
   by_number = _reader(config, tokenizer, training=False)
   if by_number is not None:
     return len(by_number.rows)
-  with config_lib.as_config_error():
+  with as_config_error():
     return tasks.count(_task(config, tokenizer), config.data.eval_split)
 
 
 def _check_held_out(config):
   if config.data.train is not None and config.data.eval is None:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       "data.eval is not set; give a JSONL file of held-out documents."
     )
 
 
 def _logged(batches: Iterator[Batch], source_length: int) -> Iterator[Batch]:
   for number in itertools.count():
-    with config_lib.as_config_error():  # a chat template may refuse a row
+    with as_config_error():  # a chat template may refuse a row
       batch = next(batches)
     if number == 0 and batch.num_cut and jax.process_index() == 0:
       logging.warning(

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clp_jax.config import ConfigError
-from clp_jax.run_folder import RunError
+from clp_jax.errors import ConfigError, RunError
 
 
 def initialize(

@@ -7,16 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from clp_jax import config as config_lib
-from clp_jax import interop, run_folder, sharding
-from clp_jax.config import ConfigError
-from clp_jax.data import newsroom_text, tasks, tokenizer
+from clp_jax import build, interop, run_folder, saved_params, sharding
+from clp_jax.data import newsroom_text, tasks, tokenizer_files
 from clp_jax.data.tokenizer import Tokenizer
 from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.interop.storage import Folder
 from clp_jax.models import families, trees
 from clp_jax.models.presets import OWN_VOCABULARY, PRESETS
-from clp_jax.train import checkpoints
 
 Params = Any
 
@@ -56,7 +54,7 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
     params = draw(key)
   elif _is_run(init):
     model_config = run_folder.load_model_config(init)
-    params, _ = checkpoints.load_params(
+    params, _ = saved_params.load_params(
       init, families.build(model_config).abstract()
     )
     if model_config.scan_layers and not config.model.scan_layers:
@@ -106,7 +104,7 @@ def load_model_config(config: ml_collections.ConfigDict) -> families.Config:
   elif _is_run(init):
     model_config = run_folder.load_model_config(init)
   elif Folder(init).is_folder():
-    with config_lib.as_config_error():
+    with as_config_error():
       model_config = interop.load_config(init)
   else:
     raise _nothing(init)
@@ -144,7 +142,7 @@ def _preset(
   if config.model.init in OWN_VOCABULARY:
     # As many rows as pieces and prompts' tokens, up to a multiple that cuts
     # well over devices.
-    tokens = vocabulary.size + config_lib.control_tokens(config)
+    tokens = vocabulary.size + build.control_tokens(config)
     fields["vocab_size"] = -(-tokens // 16) * 16
   if model_config.pad_id != vocabulary.pad_id:
     fields["pad_id"] = vocabulary.pad_id
@@ -157,10 +155,10 @@ def _preset(
 
 
 def _vocabulary(config: ml_collections.ConfigDict) -> Tokenizer:
-  with config_lib.as_config_error():
+  with as_config_error():
     if config.model.vocabulary is not None:
       # Of a tokenizer.json, every id may be text.
-      found = tokenizer.find(config.model.vocabulary, pad_id=-1)
+      found = tokenizer_files.find(config.model.vocabulary, pad_id=-1)
       if found is None:
         raise ConfigError(
           f"model.vocabulary = {config.model.vocabulary!r} holds no "
@@ -185,12 +183,12 @@ def _is_run(init: str) -> bool:
 
 def _vocabulary_beside(config: ml_collections.ConfigDict) -> Tokenizer:
   init = config.model.init
-  with config_lib.as_config_error():
+  with as_config_error():
     own = interop.load_config(init)
     path = config.model.vocabulary or interop.find_vocabulary(init)
     found = None
     if path is not None:
-      found = tokenizer.find(path, own.eos_ids, own.pad_id)
+      found = tokenizer_files.find(path, own.eos_ids, own.pad_id)
   if found is None:
     raise ConfigError(
       f"model.init = {init} has no tokenizer.json or spiece.model; set "
@@ -204,7 +202,7 @@ def _load_checkpoint(
   config: ml_collections.ConfigDict,
 ) -> tuple[families.Config, Params]:
   """A model of another program, in float32, cut over the mesh as it is read."""
-  with config_lib.as_config_error():
+  with as_config_error():
     model, params = interop.load_model(
       config.model.init,
       functools.partial(_shardings, config),
@@ -219,7 +217,7 @@ def _shardings(
 ) -> Any:
   model = families.build(model_config)
   return sharding.param_shardings(
-    config_lib.make_mesh(config),
+    build.make_mesh(config),
     model.axes(),
     model.abstract(),
     fsdp=config.mesh.fsdp,

@@ -19,8 +19,15 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from clp_jax import conditioning, interop, run_folder, sharding, weightings
-from clp_jax import config as config_lib
+from clp_jax import (
+  build,
+  conditioning,
+  interop,
+  run_folder,
+  saved_params,
+  sharding,
+  weightings,
+)
 from clp_jax.bank import Bank
 from clp_jax.data import tokenizer
 from clp_jax.data.tokenizer import Tokenizer, parse_template
@@ -28,7 +35,6 @@ from clp_jax.models import decoding, families, mixture
 from clp_jax.models.model import Model, Params
 from clp_jax.prompting import Prompts
 from clp_jax.rollout import row_keys
-from clp_jax.train import checkpoints
 from clp_jax.weightings import Weighting
 
 Weights = Mapping[str, float]
@@ -76,7 +82,7 @@ class Policy:
     model_config = run_folder.load_model_config(workdir)
     mesh = sharding.make_mesh() if mesh is None else mesh
     if "objectives" in config:  # a supervised run has neither
-      bank = config_lib.bank(config, model_config)
+      bank = build.bank(config, model_config)
     else:
       bank = Bank(model_config, "none", num_sets=1)
     abstract = jax.eval_shape(
@@ -85,8 +91,8 @@ class Policy:
       jax.random.key(0),
     )
     shardings = sharding.param_shardings(mesh, bank.logical_axes, abstract)
-    sets, step = checkpoints.load_params(
-      workdir, checkpoints.abstract_like(abstract, shardings), step
+    sets, step = saved_params.load_params(
+      workdir, saved_params.abstract_like(abstract, shardings), step
     )
     vocabulary = run_folder.load_tokenizer(workdir)
     return cls(config, bank, sets, step, vocabulary, mesh, workdir)
@@ -118,7 +124,7 @@ class Policy:
     abstract = model.abstract()
     shardings = sharding.param_shardings(self.mesh, model.axes(), abstract)
     return run_folder.load_reference(
-      self.workdir, checkpoints.abstract_like(abstract, shardings)
+      self.workdir, saved_params.abstract_like(abstract, shardings)
     )
 
   def coefficients(
@@ -140,7 +146,7 @@ class Policy:
         raise ValueError("this run has no objectives: give no weights.")
       return np.ones([1], np.float32)
     array, alpha = self.weighting(weights, alpha)
-    q = config_lib.distribution(self.config)
+    q = build.distribution(self.config)
     on_host: Any = (array, np.asarray(alpha, np.float32))
     return np.asarray(q.coefficients(Weighting(*on_host)))
 
@@ -160,7 +166,7 @@ class Policy:
         )
       weights = {self.objectives[0]: 1.0}
     array = weightings.weights_array(weights, self.objectives)
-    q = config_lib.distribution(self.config)
+    q = build.distribution(self.config)
     if q.alpha_range is None:
       if alpha is not None and alpha != q.alpha:
         raise ValueError(
@@ -526,7 +532,7 @@ class Policy:
     """What the policy is told of a weighting; None without prompting."""
     if not self.objectives:
       return None
-    return config_lib.prompts(
+    return build.prompts(
       self.config, self.vocabulary, self.model_config.vocab_size
     )
 

@@ -22,8 +22,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from clp_jax import config as config_lib
-from clp_jax.data import tokenizer as tokenizer_lib
+from clp_jax.data import tokenizer_files
 from clp_jax.data.tokenizer import Tokenizer
+from clp_jax.errors import ConfigError, RunError
 from clp_jax.interop import storage
 from clp_jax.models import families
 
@@ -43,10 +44,6 @@ _RATES = tuple(
 )
 
 
-class RunError(RuntimeError):
-  """A run's folder can't be used; the message says what to change."""
-
-
 def folder(workdir: str) -> epath.Path:
   """The absolute path of a run's folder: Orbax takes no other."""
   return storage.absolute(workdir)
@@ -60,7 +57,7 @@ def start(workdir: str, config: ml_collections.ConfigDict) -> None:
 
   Raises:
     RunError: when the folder can't be written.
-    config.ConfigError: when it holds a run of another config.
+    ConfigError: when it holds a run of another config.
   """
   path = folder(workdir)
   new = config_lib.to_json(config)
@@ -69,7 +66,7 @@ def start(workdir: str, config: ml_collections.ConfigDict) -> None:
     if file.exists():
       _check_same(workdir, _read(file), new)
     elif path.exists() and any(path.glob("checkpoints/*")):
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f"{workdir} holds checkpoints but no config.json; choose another "
         "--workdir."
       )
@@ -91,7 +88,7 @@ def _check_same(workdir: str, old: dict, new: dict) -> None:
   ]
   if differing:
     shown = "; ".join(differing[:3]) + ("; ..." if differing[3:] else "")
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"{workdir} holds another run's config ({shown}); choose another "
       "--workdir or the same config."
     )
@@ -186,7 +183,7 @@ def load_model_config(workdir: str) -> families.Config:
   if config.eos_ids:
     return config
   # Of a version that took the vocabulary's own.
-  own = tokenizer_lib.load_tokenizer(folder(workdir))
+  own = tokenizer_files.load_tokenizer(folder(workdir))
   assert own is not None
   return dataclasses.replace(config, eos_ids=own.eos_ids)
 
@@ -205,7 +202,7 @@ def load_tokenizer(workdir: str) -> Tokenizer:
     ValueError: its files are not valid.
   """
   config = load_model_config(workdir)
-  found = tokenizer_lib.load_tokenizer(
+  found = tokenizer_files.load_tokenizer(
     folder(workdir), config.eos_ids, config.pad_id
   )
   if found is None:

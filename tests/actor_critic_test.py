@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from moft_test import PROMPTS, SAMPLES, assert_trees_close, mesh_of
 
-from clp_jax import conditioning, sharding
-from clp_jax import config as config_lib
+from clp_jax import build, conditioning, saved_params, sharding
 from clp_jax.models import t5
 from clp_jax.train import checkpoints, moft
 from clp_jax.train.state import step_keys
@@ -106,7 +105,7 @@ def update(programs, mesh=None, state=None, rollout=None, rewards=None):
 
 def full_state():
   """The sampled state, with an estimate of the front."""
-  adaptation = config_lib.adaptation(full_config())
+  adaptation = build.adaptation(full_config())
   return dataclasses.replace(sampled()[0], front=adaptation.empty())
 
 
@@ -343,7 +342,7 @@ def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(tmp_path):
   whole, metrics = advance(state, (2, 3))
   with checkpoints.Checkpoints(str(tmp_path), keep=1) as saved:
     state, _ = saved.restore(
-      checkpoints.abstract_like(
+      saved_params.abstract_like(
         jax.eval_shape(programs.init, reference, key), programs.state_shardings
       )
     )
@@ -360,5 +359,5 @@ def test_q_is_drawn_as_ever_where_it_is_not_adapted():
   state, rollout, _ = sampled()
   assert state.front is None
   weightings_key, _, _ = step_keys(state.key, np.int32(4))
-  plain = config_lib.distribution(make_config()).sample(weightings_key, 2)
+  plain = build.distribution(make_config()).sample(weightings_key, 2)
   np.testing.assert_array_equal(rollout.weighting.weights, plain.weights)

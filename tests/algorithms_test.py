@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import runs
 
-from clp_jax import config as config_lib
-from clp_jax import demo
+from clp_jax import build, demo
 from clp_jax.cli.arguments import load_config
+from clp_jax.errors import ConfigError
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "methods.md"
 
@@ -28,7 +28,7 @@ def test_the_documented_commands_are_valid():
     assert arguments[1:3] == ["--config", "configs/demo.py"]
     overrides = [a for a in arguments if a.startswith("--config.")]
     config = load_config(runs.CONFIG, overrides)
-    config_lib.validate(config)
+    build.validate(config)
     assert overrides and config != demo.get_config()
 
 
@@ -103,18 +103,18 @@ def test_the_documented_commands_train(number, sft_run, tmp_path):
 def test_settings_that_do_not_fit_are_config_errors(changes, message):
   config = demo.get_config()
   config.update_from_flattened_dict(changes)
-  with pytest.raises(config_lib.ConfigError, match=message):
-    config_lib.validate(config)
+  with pytest.raises(ConfigError, match=message):
+    build.validate(config)
 
 
 def test_what_is_off_by_default():
   config = demo.get_config()
-  config_lib.validate(config)
-  assert config_lib.adaptation(config) is None
-  assert config_lib.scalarisation(config).name == "linear"
-  assert not config_lib.has_critic(config)
+  build.validate(config)
+  assert build.adaptation(config) is None
+  assert build.scalarisation(config).name == "linear"
+  assert not build.has_critic(config)
   # One sample a prompt is enough for a critic.
   config.algorithm = "ppo"
   config.ppo.leave_one_out = False
   config.rollout.samples = 1
-  config_lib.validate(config)
+  build.validate(config)

@@ -6,8 +6,10 @@ import pathlib
 import pytest
 from ml_collections import config_dict
 
+from clp_jax import build
 from clp_jax import config as config_lib
 from clp_jax.cli.arguments import load_config
+from clp_jax.errors import ConfigError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FILES = [
@@ -85,7 +87,7 @@ def test_a_template_may_be_messages_in_json():
   flag = f"--config.{TEMPLATE}="
   config = load(FILES[0], flag + json.dumps(MESSAGES))
   assert config.data.template == MESSAGES
-  config_lib.validate(config)
+  build.validate(config)
   unset = load(FILES[0], flag + json.dumps(MESSAGES), flag + "None")
   assert unset.to_dict() == load(FILES[0]).to_dict()
 
@@ -100,10 +102,10 @@ def test_fields_that_may_be_none_are_those_whose_none_means_something():
       config.data.train = "train.jsonl"
     config.update_from_flattened_dict({path: None})
     if path == "model.init":
-      with pytest.raises(config_lib.ConfigError, match="model.init is not set"):
-        config_lib.validate(config)
+      with pytest.raises(ConfigError, match="model.init is not set"):
+        build.validate(config)
     else:
-      config_lib.validate(config)
+      build.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_fields_that_may_be_none_are_those_whose_none_means_something():
   ],
 )
 def test_none_for_another_field_is_refused(overrides, message):
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     load(str(CONFIGS / "demo.py"), *overrides)
 
 

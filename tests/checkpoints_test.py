@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from clp_jax import distributed, sharding
+from clp_jax import distributed, saved_params, sharding
+from clp_jax.errors import RunError
 from clp_jax.models import families, t5
-from clp_jax.run_folder import RunError
 from clp_jax.train import checkpoints, sft
 from clp_jax.train.state import init_state, state_shardings
 
@@ -58,7 +58,7 @@ def abstract_state(data, model):
   shapes = jax.eval_shape(
     init, t5.abstract_params(MODEL), key=jax.random.key(0)
   )
-  return checkpoints.abstract_like(shapes, programs(data, model)[0])
+  return saved_params.abstract_like(shapes, programs(data, model)[0])
 
 
 @pytest.fixture(scope="module")

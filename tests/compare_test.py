@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import runs
 
+from clp_jax.errors import FrontError
 from clp_jax.evaluation import (
   compare,
   comparison,
@@ -17,7 +18,7 @@ from clp_jax.evaluation import (
   report,
   sweep,
 )
-from clp_jax.evaluation.report import Estimate, FrontError
+from clp_jax.evaluation.report import Estimate
 from clp_jax.weightings import Distribution
 
 PROMPTS = 40

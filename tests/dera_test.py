@@ -11,14 +11,13 @@ import runs
 import small_t5
 
 import clp_jax
-from clp_jax import config as config_lib
-from clp_jax import demo, run_folder, weightings
+from clp_jax import demo, run_folder, saved_params, weightings
 from clp_jax.baselines import dera, soups
 from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.errors import ConfigError
 from clp_jax.evaluation import sweep
 from clp_jax.initial import load_initial
 from clp_jax.models import mixture, t5
-from clp_jax.train import checkpoints
 
 LOW = 0.02  # the least alpha, of the finetuned runs
 
@@ -96,14 +95,14 @@ def test_a_folder_is_of_the_parts_that_it_was_made_of(parts, tmp_path, make):
   }
   assert run_folder.load_config(str(workdir)).eval.samples == 2
   mixed = {"nli": first["nli"], "rouge": second["rouge"]}
-  with pytest.raises(config_lib.ConfigError) as refused:
+  with pytest.raises(ConfigError) as refused:
     make(config, mixed, str(workdir))
   assert f"rouge {first['rouge']} at step 4" in str(refused.value)
   assert f"rouge {second['rouge']} at step 4" in str(refused.value)
   assert first["nli"] not in str(refused.value)
   assert "choose another folder" in str(refused.value)
   (workdir / "parts.json").unlink()
-  with pytest.raises(config_lib.ConfigError, match="no parts.json that says"):
+  with pytest.raises(ConfigError, match="no parts.json that says"):
     make(config, first, str(workdir))
 
 
@@ -117,7 +116,7 @@ def test_parts_of_another_optimum_are_refused(parts, tmp_path):
     if changes:
       config.rollout.temperature = 0.7
     config.update_from_flattened_dict(changes)
-    with pytest.raises(config_lib.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
       soups.make_soup(config, parts[0], str(tmp_path / "out"))
   assert not (tmp_path / "out").exists()
 
@@ -238,7 +237,7 @@ def test_parts_that_do_not_fit_are_named(singles, sft_run, tmp_path):
   one = {"rouge": singles["rouge"]}
 
   def fails(message, config=config, parts=one, **kwargs):
-    with pytest.raises(config_lib.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
       dera.make_mixture(config, parts, str(tmp_path / "out"), **kwargs)
     assert not (tmp_path / "out").exists()
 
@@ -276,4 +275,4 @@ def _write_run(workdir, config, initial, vocabulary, **changes):
   params = t5.init_params(model_config, jax.random.key(0))
   run_folder.start(workdir, config)
   run_folder.save_model(workdir, model_config, vocabulary, params)
-  checkpoints.save_params(workdir, 0, params)
+  saved_params.save_params(workdir, 0, params)

@@ -9,7 +9,7 @@ import pytest
 import runs
 
 from clp_jax import distributed
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError
 
 JOIN = """
 import sys

@@ -20,8 +20,8 @@ import clp_jax
 from clp_jax import batches, interop, rollout, run_folder
 from clp_jax import config as config_lib
 from clp_jax.cli.arguments import load_config
-from clp_jax.config import ConfigError
 from clp_jax.data import tokenizer, vocabulary
+from clp_jax.errors import ConfigError
 from clp_jax.evaluation import sweep
 from clp_jax.initial import load_initial
 from clp_jax.models import decoding, families, t5

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import runs
 
+from clp_jax import build, demo, run_folder, weightings
 from clp_jax import config as config_lib
-from clp_jax import demo, run_folder, weightings
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError, FrontError, RunError
 from clp_jax.evaluation import report
 from clp_jax.experiments import (
   costs,
@@ -25,7 +25,6 @@ from clp_jax.experiments import (
 from clp_jax.models import t5
 from clp_jax.models.presets import PRESETS
 from clp_jax.plan import chips
-from clp_jax.run_folder import RunError
 
 
 def plan_of(name, workdir, config_changes=None, **changes):
@@ -181,7 +180,7 @@ def test_a_stopped_run_is_not_taken_for_finished(trainer, tmp_path):
   (folder,) = (tmp_path / "runs").glob("clp-full-0-*")
   (folder / "evaluation" / "front.json").unlink()
   before = len(trainer.trained)
-  with pytest.raises(report.FrontError, match="no run of two-reward"):
+  with pytest.raises(FrontError, match="no run of two-reward"):
     running.run(plan, train=False)
   running.run(plan, train=True)
   assert len(trainer.trained) == before and len(trainer.evaluated) == 2
@@ -409,7 +408,7 @@ def test_realigned_clp_has_the_soups_coefficients(tmp_path):
   for cell in running.cells(plan):
     if methods.METHODS[cell.method].overrides is None:
       continue
-    q = config_lib.distribution(running._config(plan, cell))
+    q = build.distribution(running._config(plan, cell))
     weighting = weightings.Weighting(np.ones([2, 1]), np.float32([0.01, 0.1]))
     kl = q.coefficients(weighting)[:, 1]
     expected = [0, 1 - 1 / 11] if cell.method in names else [0.01, 0.1]

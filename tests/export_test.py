@@ -12,14 +12,13 @@ import small_t5
 from small_t5 import V1_0, V1_1
 
 import clp_jax
-from clp_jax import conditioning, interop, run_folder
+from clp_jax import conditioning, interop, run_folder, saved_params
 from clp_jax import config as config_lib
-from clp_jax.config import ConfigError
 from clp_jax.data.vocabulary import word_model
+from clp_jax.errors import ConfigError
 from clp_jax.initial import load_initial
 from clp_jax.interop import leaves
 from clp_jax.models import t5
-from clp_jax.train import checkpoints
 
 VOCABULARY = word_model([f"word{i}" for i in range(30)], [".", ","])
 FORMATS = ("hf", "t5x", "orbax")
@@ -64,7 +63,7 @@ def start_run(workdir, init, perturb, steering="full", step=7, **model):
     sets = jax.tree.map(
       lambda p: p + rng.standard_normal(p.shape).astype(np.float32), sets
     )
-  checkpoints.save_params(str(workdir), step, sets)
+  saved_params.save_params(str(workdir), step, sets)
   return sets
 
 
@@ -314,7 +313,7 @@ class TestExport:
       loaded.vocabulary,
       loaded.params,
     )
-    checkpoints.save_params(str(tmp_path / "run"), 2, loaded.params)
+    saved_params.save_params(str(tmp_path / "run"), 2, loaded.params)
     status, _, err = runs.clp(
       *("export", "--workdir", tmp_path / "run", "--format", "orbax"),
       *("--output", tmp_path / "out"),

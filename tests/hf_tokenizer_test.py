@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from clp_jax.data import tokenizer as tokenizer_lib
+from clp_jax.data import tokenizer_files
 from clp_jax.data.hf_tokenizer import FILES, HFTokenizer
 from clp_jax.serving.text import Detokenizer
 
@@ -935,8 +936,8 @@ class TestFiles:
     for name, content in first.files().items():
       assert name in FILES
       (tmp_path / name).write_bytes(content)
-    read = tokenizer_lib.load_tokenizer(tmp_path, (), -1)
-    found = tokenizer_lib.find(tmp_path / "tokenizer.json", (), -1)
+    read = tokenizer_files.load_tokenizer(tmp_path, (), -1)
+    found = tokenizer_files.find(tmp_path / "tokenizer.json", (), -1)
     text = "Brivane <|im_end|> é"
     for one in (again, read, found):
       assert one.files() == first.files()

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from clp_jax.data import newsroom, tasks
+from clp_jax.errors import FrontError
 from clp_jax.evaluation import html as page
 from clp_jax.evaluation import report
 
@@ -291,11 +292,11 @@ def test_the_page_loads_nothing():
 
 
 def test_fronts_that_do_not_fit_are_an_error():
-  with pytest.raises(report.FrontError, match="same objectives"):
+  with pytest.raises(FrontError, match="same objectives"):
     page.render("x", fronts=[front(), front("b", ("rouge", "tldr"))])
   broken = front()
   del broken["points"][0]["kl"]
-  with pytest.raises(report.FrontError, match=r"fronts\[1\].*'kl'"):
+  with pytest.raises(FrontError, match=r"fronts\[1\].*'kl'"):
     page.render("x", fronts=[front(), broken])
 
 

@@ -19,6 +19,7 @@ from clp_jax.data import (
   tokenizer,
 )
 from clp_jax.data import vocabulary as vocabularies
+from clp_jax.errors import ConfigError
 
 FIELDS = ("document", "summary")
 S, T = newsroom.SOURCE_LENGTH, newsroom.TARGET_LENGTH
@@ -239,7 +240,7 @@ class TestBatches:
     with pytest.raises(ValueError, match="num_examples = 6, but .*dev.jsonl h"):
       batches_lib.eval_batch(config, vocabulary, 6)
     alone = config_of(train)
-    with pytest.raises(config_lib.ConfigError, match="data.eval is not set"):
+    with pytest.raises(ConfigError, match="data.eval is not set"):
       batches_lib.count_held_out(alone, vocabulary)
 
   def test_a_bad_evaluation_file_is_found_at_once(self, tmp_path):

@@ -20,11 +20,11 @@ import scipy.stats
 import small_t5
 
 from clp_jax import config as config_lib
-from clp_jax import run_folder
+from clp_jax import run_folder, saved_params
 from clp_jax.data import vocabulary
+from clp_jax.errors import JudgeError
 from clp_jax.evaluation import judge, judge_endpoint
-from clp_jax.evaluation.judge import JudgeError, Pair, Question
-from clp_jax.train import checkpoints
+from clp_jax.evaluation.judge import Pair, Question
 
 
 class Server:
@@ -482,7 +482,7 @@ def entailment_model(tmp_path):
   content = vocabulary.word_model(pieces, [])
   words = vocabulary.Vocabulary("words.model", content)
   run_folder.save_model(str(folder), small_t5.V1_1, words, params)
-  checkpoints.save_params(str(folder), 3, params)
+  saved_params.save_params(str(folder), 3, params)
   return str(folder)
 
 

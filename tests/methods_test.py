@@ -20,8 +20,7 @@ from moft_test import (
 )
 
 import clp_jax
-from clp_jax import config as config_lib
-from clp_jax import demo, interop
+from clp_jax import build, demo, interop
 from clp_jax.evaluation import sweep
 from clp_jax.models.presets import PRESETS
 
@@ -44,8 +43,8 @@ def test_documented_overrides_make_a_config(method):
   config = demo.get_config()
   pairs = (pair.split("=") for pair in METHODS[method].split())
   config.update_from_flattened_dict({k: value_of(v) for k, v in pairs})
-  config_lib.validate(config)
-  config_lib.bank(config, PRESETS["tiny"])
+  build.validate(config)
+  build.bank(config, PRESETS["tiny"])
   name = sweep.method_name(config)
   expected = re.sub("(,| alone).*", "", method)
   assert name == expected
@@ -164,7 +163,7 @@ def test_a_frozen_kl_set_stays_the_reference_through_training():
   )
   state, history, _ = train(config, mesh_of(), 2)
   np.testing.assert_allclose(history[0]["kl"].sum, 0, atol=1e-3)
-  bank = config_lib.bank(config, MODEL)
+  bank = build.bank(config, MODEL)
   assert bank.num_sets == 3
   kernel = state.params["encoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]
   assert kernel.shape == (2, 8, 8)

@@ -10,11 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from clp_jax import config as config_lib
-from clp_jax import paper, sharding
+from clp_jax import build, paper, sharding
 from clp_jax.bank import Bank
+from clp_jax.errors import RunError
 from clp_jax.models import t5
-from clp_jax.run_folder import RunError
 from clp_jax.train import checkpoints, moft
 from clp_jax.train import optimizer as optimizer_lib
 from clp_jax.train.state import init_state, state_shardings
@@ -263,7 +262,7 @@ def moved_under(config, name):
   """How far 100 steps of one direction move a kernel, relative to itself."""
   config = config.copy_and_resolve_references()
   config.steering = name
-  bank = config_lib.bank(config, WIDE)
+  bank = build.bank(config, WIDE)
   reference = t5.init_params(WIDE, jax.random.key(0))
   params = bank.init(reference, jax.random.key(1))
   tx = optimizer_lib.rl_optimizer(config, bank.logical_axes)
@@ -310,7 +309,7 @@ def test_adapters_move_their_kernels_as_far_as_full_sets(papers_config):
 
 def test_adams_state_has_no_scales():
   config = moft_test.make_config(steering="lora")
-  bank = config_lib.bank(config, WIDE)
+  bank = build.bank(config, WIDE)
   reference = t5.init_params(WIDE, jax.random.key(0))
   state = optimizer_lib.rl_optimizer(config, bank.logical_axes).init(
     bank.init(reference, jax.random.key(1))
@@ -328,7 +327,7 @@ def test_the_trained_run_has_the_adapters_scales():
     config, moft_test.MODEL, moft_test.mesh_of(), moft_test.ALLOWED
   )
   state = programs.init(moft_test.reference(), jax.random.key(0))
-  bank: Bank = config_lib.bank(config, moft_test.MODEL)
+  bank: Bank = build.bank(config, moft_test.MODEL)
   scales = bank.update_scales(moft_test.reference())
   (floors,) = (
     x.floor

@@ -12,14 +12,14 @@ import pytest
 import runs
 
 import clp_jax
+from clp_jax import build, run_folder, saved_params, sharding
 from clp_jax import config as config_lib
-from clp_jax import run_folder, sharding
 from clp_jax.batches import train_batches
 from clp_jax.cli.arguments import load_config
 from clp_jax.data import newsroom, newsroom_text, vocabulary
+from clp_jax.errors import ConfigError
 from clp_jax.models import t5
 from clp_jax.serving import server
-from clp_jax.train import checkpoints
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 TEMPLATE = "news {document}"
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
   params = t5.init_params(JUDGE, jax.random.key(0))
   words = vocabulary.Vocabulary("words.model", content)
   run_folder.save_model(str(judge), JUDGE, words, params)
-  checkpoints.save_params(str(judge), 1, params)
+  saved_params.save_params(str(judge), 1, params)
   return folder
 
 
@@ -323,14 +323,12 @@ def test_supervised_runs_need_steps_and_documents_to_evaluate(folder, tmp_path):
   assert status == 2 and "sft.steps is 0" in err
   config = config_lib.get_config()
   config.data.eval = "dev.jsonl"
-  with pytest.raises(
-    config_lib.ConfigError, match="data.eval = 'dev.jsonl' is"
-  ):
-    config_lib.validate(config)
+  with pytest.raises(ConfigError, match="data.eval = 'dev.jsonl' is"):
+    build.validate(config)
   config.model.init = None
   config.data.eval = None
-  with pytest.raises(config_lib.ConfigError, match="model.init is not set"):
-    config_lib.validate(config)
+  with pytest.raises(ConfigError, match="model.init is not set"):
+    build.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +339,7 @@ def test_every_config_file_is_valid(name):
   if name in ("jsonl.py", "reward.py"):
     overrides.append("--config.data.train=x.jsonl")
   config = load_config(str(CONFIGS / name), overrides)
-  config_lib.validate(config)
+  build.validate(config)
   if "/" in name:
     task = name.partition("/")[0]
     assert config.data.task == task and config.objectives == ("nli", "rouge")

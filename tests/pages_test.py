@@ -25,7 +25,7 @@ import textwrap
 import pytest
 import runs
 
-from clp_jax import bank, config, demo, prompting, scalarisation
+from clp_jax import bank, build, demo, prompting, scalarisation
 from clp_jax.cli import experiment as experiment_command
 from clp_jax.cli import main
 from clp_jax.cli.arguments import load_config
@@ -127,7 +127,7 @@ def test_a_command_exists_with_its_flags(command, folder):
   found = config_of(command, folder)  # every field, to its last component
   # Others fill in what a run has to be given, or have it in $D.
   if name.startswith("train") and "$D" not in rest:
-    config.validate(found)
+    build.validate(found)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p)[-13:])
@@ -135,7 +135,7 @@ def test_a_config_s_docstring_names_fields_of_it(path):
   docstring = ast.get_docstring(ast.parse(path.read_text()))
   words = re.findall(r"--config\.\S+=(?:\"[^\"]*\"|\S+)", docstring)
   assert bool(words) == (path.name != "demo.py")
-  config.validate(load_config(str(path), [w.replace('"', "") for w in words]))
+  build.validate(load_config(str(path), [w.replace('"', "") for w in words]))
 
 
 @functools.cache
@@ -311,7 +311,7 @@ def test_algorithms_and_baselines():
     "what is subtracted from a return",
   )
   assert [(names(a), names(b)) for a, b, _ in rows] == [
-    *((["reinforce"], [b]) for b in config.BASELINES),
+    *((["reinforce"], [b]) for b in build.BASELINES),
     (["ppo"], []),
   ]
 

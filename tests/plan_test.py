@@ -11,7 +11,7 @@ import runs
 
 from clp_jax import config as config_lib
 from clp_jax import sharding
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError
 from clp_jax.models import families, t5
 from clp_jax.plan import chips, hlo, programs, report
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from moft_test import MODEL, make_config, mesh_of, prompts_of, reference
 
-from clp_jax import config as config_lib
-from clp_jax import prompting, sharding
+from clp_jax import build, prompting, sharding
 from clp_jax.data import tokenizer
 from clp_jax.data import vocabulary as vocabularies
+from clp_jax.errors import ConfigError
 from clp_jax.models import decoding, families
 from clp_jax.train import moft
 from clp_jax.weightings import Distribution, Weighting
@@ -230,5 +230,5 @@ def test_what_can_not_be_written_is_refused(vocabulary, make, message):
   ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, message):
-  with pytest.raises(config_lib.ConfigError, match=message):
-    config_lib.validate(make_config(**changes))
+  with pytest.raises(ConfigError, match=message):
+    build.validate(make_config(**changes))

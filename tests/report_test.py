@@ -11,6 +11,7 @@ import pytest
 from matplotlib import image
 from rich.console import Console
 
+from clp_jax.errors import FrontError
 from clp_jax.evaluation import report
 from clp_jax.evaluation.report import Estimate
 
@@ -117,7 +118,7 @@ class TestFrontFromPoints:
   )
   def test_parts_that_do_not_fit_are_named(self, change, message):
     arguments = {"points": _PLANE, **change}
-    with pytest.raises(report.FrontError, match=message):
+    with pytest.raises(FrontError, match=message):
       report.front_from_points(
         arguments.pop("points"),
         **{
@@ -133,7 +134,7 @@ class TestFrontFromPoints:
 
   def test_a_value_that_is_not_finite_is_named(self):
     bad = dataclasses.replace(_PLANE[1], kl=Estimate(1.5, float("nan")))
-    with pytest.raises(report.FrontError, match=r"points\[1\].kl.stderr.* nan"):
+    with pytest.raises(FrontError, match=r"points\[1\].kl.stderr.* nan"):
       _front([_PLANE[0], bad])
 
 
@@ -206,7 +207,7 @@ class TestFiles:
     assert report.load_front(path) == _front()
 
   def test_no_file(self, tmp_path):
-    with pytest.raises(report.FrontError, match="clp evaluate"):
+    with pytest.raises(FrontError, match="clp evaluate"):
       report.load_front(tmp_path / "front.json")
 
   @pytest.mark.parametrize(
@@ -232,14 +233,14 @@ class TestFiles:
     content = json.loads(path.read_text())
     edit(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(report.FrontError, match=f"front.json.*{message}"):
+    with pytest.raises(FrontError, match=f"front.json.*{message}"):
       report.load_front(path)
 
   @pytest.mark.parametrize("text", ['{"method": ', "[1, 2]", "", "null"])
   def test_a_file_of_something_else(self, tmp_path, text):
     path = tmp_path / "front.json"
     path.write_text(text)
-    with pytest.raises(report.FrontError, match=r"front.json is no"):
+    with pytest.raises(FrontError, match=r"front.json is no"):
       report.load_front(path)
 
 
@@ -298,9 +299,9 @@ class TestPlot:
 
   def test_other_objectives_and_no_fronts_are_errors(self, tmp_path):
     one = _front([_point((1.0,), (0.5,))], method="one")
-    with pytest.raises(report.FrontError, match="nli, rouge and one of nli;"):
+    with pytest.raises(FrontError, match="nli, rouge and one of nli;"):
       report.plot_fronts([_front(), one], tmp_path / "x.png")
-    with pytest.raises(report.FrontError, match="no front"):
+    with pytest.raises(FrontError, match="no front"):
       report.plot_fronts([], tmp_path / "x.png")
 
 
@@ -354,7 +355,7 @@ class TestMethodsTable:
     )
 
   def test_other_reference_points_are_an_error(self):
-    with pytest.raises(report.FrontError, match="soups from"):
+    with pytest.raises(FrontError, match="soups from"):
       report.methods_table(
         [_front(), _front(method="soups", reference_point=[0.0, 0.1])]
       )

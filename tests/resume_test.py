@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import runs
 
+from clp_jax.errors import ConfigError
+
 
 @pytest.mark.slow
 def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(sft_run, tmp_path):
@@ -151,12 +153,11 @@ def test_a_run_of_an_older_version_gets_the_fields_it_lacks(tmp_path):
   run_folder.start(str(tmp_path), config)  # resumed
   values["conditioning"] = {"kl_set": "frozen"}
   file.write_text(json.dumps(values))
-  with pytest.raises(config_lib.ConfigError, match="conditioning.kl_set"):
+  with pytest.raises(ConfigError, match="conditioning.kl_set"):
     run_folder.start(str(tmp_path), config)
 
 
 def test_the_rate_of_rl_is_no_setting_of_the_stages_before(tmp_path):
-  from clp_jax import config as config_lib
   from clp_jax import demo, run_folder
   from clp_jax.train import reward_model, sft
 
@@ -175,15 +176,14 @@ def test_the_rate_of_rl_is_no_setting_of_the_stages_before(tmp_path):
   other = own_configs(learning_rate=0.5, warmup_steps=1, decay_steps=7)
   for name in ("sft", "reward"):
     run_folder.start(str(tmp_path / name), other[name])  # resumed
-  with pytest.raises(config_lib.ConfigError, match="optimizer.learning_rate"):
+  with pytest.raises(ConfigError, match="optimizer.learning_rate"):
     run_folder.start(str(tmp_path / "run"), other["run"])
   for name, config in own_configs(clip_norm=7.0).items():
-    with pytest.raises(config_lib.ConfigError, match="optimizer.clip_norm"):
+    with pytest.raises(ConfigError, match="optimizer.clip_norm"):
       run_folder.start(str(tmp_path / name), config)
 
 
 def test_a_path_may_be_spelled_another_way(tmp_path, monkeypatch):
-  from clp_jax import config as config_lib
   from clp_jax import demo, run_folder
 
   config = demo.get_config()
@@ -193,5 +193,5 @@ def test_a_path_may_be_spelled_another_way(tmp_path, monkeypatch):
   config.model.init = "sft"
   run_folder.start("run", config)  # resumed
   config.model.init = "other"
-  with pytest.raises(config_lib.ConfigError, match="model.init = 'sft' there"):
+  with pytest.raises(ConfigError, match="model.init = 'sft' there"):
     run_folder.start("run", config)

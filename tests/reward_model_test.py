@@ -13,13 +13,13 @@ import runs
 from processes_test import start_training
 
 from clp_jax import config as config_lib
-from clp_jax import interop, run_folder, sharding
+from clp_jax import interop, run_folder, saved_params, sharding
 from clp_jax.data import jsonl, vocabulary
+from clp_jax.errors import RunError
 from clp_jax.models import families, t5
 from clp_jax.rewards import entailment, model, preference
 from clp_jax.rewards.base import load_reward
-from clp_jax.run_folder import RunError
-from clp_jax.train import checkpoints, reward_model
+from clp_jax.train import reward_model
 from clp_jax.train.optimizer import make_optimizer
 from clp_jax.train.state import init_state
 
@@ -59,7 +59,7 @@ def judge(tmp_path_factory):
   run_folder.write_json(folder / "config.json", {"seed": 0})
   words = vocabulary.Vocabulary("words.model", content)
   run_folder.save_model(str(folder), MODEL, words, params)
-  checkpoints.save_params(str(folder), 3, params)
+  saved_params.save_params(str(folder), 3, params)
   return str(folder), run_folder.load_tokenizer(str(folder)), params
 
 

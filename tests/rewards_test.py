@@ -5,8 +5,9 @@ import pytest
 from rouge_score import rouge_scorer
 
 from clp_jax.data import newsroom
+from clp_jax.errors import RewardError
 from clp_jax.rewards import base
-from clp_jax.rewards.base import Reward, RewardError, load_reward, score_all
+from clp_jax.rewards.base import Reward, load_reward, score_all
 from clp_jax.rewards.rouge import rouge
 
 DOCUMENTS = ["a b c", "d e", "f"]

@@ -15,12 +15,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from clp_jax import config as config_lib
-from clp_jax import run_folder
+from clp_jax import build, run_folder, saved_params
 from clp_jax.cli.arguments import load_config
 from clp_jax.cli.main import main
 from clp_jax.models import t5
-from clp_jax.train import checkpoints, moft
+from clp_jax.train import moft
 
 CONFIG = str(pathlib.Path(__file__).parents[1] / "configs" / "demo.py")
 
@@ -58,13 +57,13 @@ def save_untrained(config, workdir, draw=0):
   moft.prepare(config, str(workdir))
   abstract = t5.abstract_params(run_folder.load_model_config(str(workdir)))
   reference = run_folder.load_reference(str(workdir), abstract)
-  bank = config_lib.bank(config, run_folder.load_model_config(str(workdir)))
+  bank = build.bank(config, run_folder.load_model_config(str(workdir)))
   random = np.random.default_rng(draw)
   sets = jax.tree.map(
     lambda p: p + 0.03 * random.standard_normal(p.shape).astype(np.float32),
     bank.init(reference, jax.random.key(0)),
   )
-  checkpoints.save_params(str(workdir), config.train.steps, sets)
+  saved_params.save_params(str(workdir), config.train.steps, sets)
 
 
 def clp(*arguments):

@@ -23,8 +23,8 @@ import pytest
 import runs
 
 import clp_jax
-from clp_jax.config import ConfigError
 from clp_jax.data import vocabulary
+from clp_jax.errors import ConfigError
 from clp_jax.evaluation import report
 from clp_jax.serving import protection, server, text
 from clp_jax.serving.decoder import Decoder, Row

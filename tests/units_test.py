@@ -10,11 +10,10 @@ import pytest
 import runs
 
 from clp_jax import config as config_lib
-from clp_jax import run_folder
+from clp_jax import run_folder, saved_params
 from clp_jax.baselines import soups
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError, FrontError
 from clp_jax.evaluation import compare, html, report, sweep, units
-from clp_jax.train import checkpoints
 from clp_jax.weightings import Distribution
 
 NORMALISED = {"rewards.rouge.normalise": "fixed"}
@@ -46,7 +45,7 @@ def test_a_normalised_reward_is_measured_as_it_was_optimised(trained):
   front = front_of(trained)
   assert set(front["units"]) == {"rouge"}
   mean, deviation = front["units"]["rouge"].values()
-  stats = checkpoints.load_reward_stats(str(trained), front["step"], 2)
+  stats = saved_params.load_reward_stats(str(trained), front["step"], 2)
   assert stats.count[0] > 0 and deviation != 1
   assert mean == pytest.approx(float(stats.mean[0]))
   assert deviation == pytest.approx(float(stats.deviation()[0]))
@@ -91,7 +90,7 @@ def test_soups_have_the_moments_of_their_parts(trained, sft_run, tmp_path):
   soups.make_soup(config, parts, soup)
   front = sweep.evaluate_run(soup)
   (step,) = runs.checkpoint_steps(parts["rouge"])[-1:]
-  stats = checkpoints.load_reward_stats(parts["rouge"], step, 1)
+  stats = saved_params.load_reward_stats(parts["rouge"], step, 1)
   moments = (float(stats.mean[0]), float(stats.deviation()[0]))
   assert front.units == {"rouge": pytest.approx(moments)}
   assert all(set(point.raw) == {"rouge"} for point in front.points)
@@ -162,7 +161,7 @@ def test_one_normalised_and_one_not_are_not_compared(trained):
   other = compare.dataclasses.replace(
     first, front=report.dataclasses.replace(first.front, units={})
   )
-  with pytest.raises(report.FrontError, match="differ in what is normalised"):
+  with pytest.raises(FrontError, match="differ in what is normalised"):
     compare.in_one_unit({"a": [first], "b": [other]})
 
 

@@ -23,13 +23,12 @@ import ml_collections
 import numpy as np
 
 from clp_jax import config as config_lib
-from clp_jax import run_folder
-from clp_jax.config import ConfigError
+from clp_jax import run_folder, saved_params
 from clp_jax.data.tokenizer import Tokenizer
+from clp_jax.errors import ConfigError
 from clp_jax.initial import load_initial
 from clp_jax.models import families
 from clp_jax.policy import Policy
-from clp_jax.train import checkpoints
 
 Params = Any
 
@@ -122,8 +121,8 @@ def combine(
   if not run_folder.has_model(workdir):
     run_folder.save_model(workdir, first.model_config, vocabulary, start)
   step = sum(part.step for part in parts)
-  if checkpoints.newest_step(workdir) != step:
-    checkpoints.save_params(workdir, step, stack(sets))
+  if saved_params.newest_step(workdir) != step:
+    saved_params.save_params(workdir, step, stack(sets))
 
 
 def _moments(part: Policy) -> list[float] | None:
@@ -131,7 +130,7 @@ def _moments(part: Policy) -> list[float] | None:
   (name,) = part.objectives
   if part.config.rewards[name].normalise == "none":
     return None
-  stats = checkpoints.load_reward_stats(part.workdir, part.step, 1)
+  stats = saved_params.load_reward_stats(part.workdir, part.step, 1)
   if stats is None or not stats.count[0]:
     return None
   return [float(stats.mean[0]), float(stats.deviation()[0])]
@@ -157,7 +156,7 @@ def _check_made_of(workdir: str, new: list[dict[str, Any]]) -> None:
   """Raises ConfigError where a folder was made of other parts."""
   file = run_folder.folder(workdir) / run_folder.PARTS
   if not file.exists():
-    if checkpoints.newest_step(workdir) is not None:
+    if saved_params.newest_step(workdir) is not None:
       raise ConfigError(
         f"{workdir} holds checkpoints and no {run_folder.PARTS} that says what "
         "they were made of; choose another folder, or delete this one."

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -128,7 +128,7 @@ def start_training(args: argparse.Namespace):
   """
   config = load_config(args.config, args.rest)
   from clp_jax import distributed
-  from clp_jax.config import validate
+  from clp_jax.build import validate
 
   validate(config)
   distributed.initialize(

@@ -3,7 +3,7 @@
 import argparse
 
 from clp_jax.cli import arguments
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError
 
 EXAMPLE = "clp compare runs/demo runs/demo/soups --output runs/compared"
 

@@ -8,7 +8,7 @@ was run.
 import argparse
 
 from clp_jax.cli import arguments
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError, RunError
 
 EXAMPLE = "clp experiment two-reward --seeds 3 --workdir runs/experiments"
 NAMES = (
@@ -122,10 +122,9 @@ def run(args: argparse.Namespace) -> None:
       f"there is no experiment {args.name!r}; there are {', '.join(NAMES)}, "
       "and costs and results."
     )
-  from clp_jax import config as config_lib
+  from clp_jax import build
   from clp_jax.experiments import dry_run, plans, protocol, running
   from clp_jax.plan import programs
-  from clp_jax.run_folder import RunError
 
   if args.name == protocol.SUPERVISED:
     _choose_supervised(args)
@@ -148,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
     plans.set_steps(config, steps)
   if args.dry_run:
     programs.fill_presets(config)
-  config_lib.validate(plans.base_config(experiment, config))
+  build.validate(plans.base_config(experiment, config))
   plan = running.make_plan(
     args.name,
     config,

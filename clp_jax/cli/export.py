@@ -4,7 +4,7 @@ import argparse
 import json
 
 from clp_jax.cli import arguments
-from clp_jax.config import ConfigError, as_config_error
+from clp_jax.errors import ConfigError, as_config_error
 
 EXAMPLE = (
   "clp export --workdir runs/demo --weights nli=0.7,rouge=0.3 --format hf "

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from clp_jax.cli import arguments
-from clp_jax.config import ConfigError
-from clp_jax.run_folder import RunError
+from clp_jax.errors import ConfigError, RunError
 
 EXAMPLE = (
   'echo \'{"document": "..."}\' | clp generate --workdir runs/demo '

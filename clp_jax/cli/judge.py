@@ -13,8 +13,7 @@ import os
 import pathlib
 
 from clp_jax.cli import arguments
-from clp_jax.config import ConfigError
-from clp_jax.run_folder import RunError
+from clp_jax.errors import ConfigError, RunError
 
 EXAMPLE = (
   "clp judge runs/demo runs/demo/soups --endpoint http://127.0.0.1:8000/v1 "

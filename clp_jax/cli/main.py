@@ -12,6 +12,13 @@ import sys
 from collections.abc import Sequence
 
 from clp_jax.cli import memory
+from clp_jax.errors import (
+  ConfigError,
+  FrontError,
+  Preempted,
+  RewardError,
+  RunError,
+)
 
 # Command -> (module, help). A module is imported when its command runs, so
 # that `clp --help` needs neither JAX nor TensorFlow.
@@ -114,17 +121,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
   setup.configure()
   from clp_jax import distributed
-  from clp_jax.config import ConfigError
-  from clp_jax.evaluation.report import FrontError
-  from clp_jax.rewards.base import RewardError
-  from clp_jax.run_folder import RunError
-  from clp_jax.train.loop import EXIT_PREEMPTED, Preempted
 
   try:
     arguments.run(arguments)
     return 0
   except Preempted as error:
-    return _fail(name, error, EXIT_PREEMPTED)
+    return _fail(name, error, 75)  # EX_TEMPFAIL
   except ConfigError as error:
     status = _fail(name, error, 2)
   except (FrontError, RunError, RewardError, OSError) as error:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 from clp_jax.cli import arguments
+from clp_jax.errors import ConfigError
 
 EXAMPLE = "clp plan --config configs/xsum/base.py --topology v5e:2x4"
 SECONDS_BETWEEN_LINES = 20.0
@@ -88,22 +89,22 @@ def run(args: argparse.Namespace) -> None:
   config = arguments.load_config(args.config, args.rest)
   import jax
 
-  from clp_jax import config as config_lib
+  from clp_jax import build
   from clp_jax.plan import chips, programs, report
 
   if args.mesh is not None:
     config.mesh.update({"data": None, "model": 1, "replica": 1} | args.mesh)
   programs.fill_presets(config)
-  config_lib.validate(config)
+  build.validate(config)
   slice_ = chips.find_slice(args.topology)
   # The programs are made on this machine's CPU, whatever else it has.
   jax.config.update("jax_platforms", "cpu")
-  mesh = config_lib.make_mesh(config, chips.devices(slice_))
+  mesh = build.make_mesh(config, chips.devices(slice_))
   jobs = list(programs.jobs(config, mesh))
   names = [job.name for job in jobs]
   if args.only is not None:
     if unknown := [name for name in args.only if name not in names]:
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f"--only {unknown[0]}: the config's programs are {', '.join(names)}."
       )
     jobs = [job for job in jobs if job.name in args.only]

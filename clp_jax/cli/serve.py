@@ -3,7 +3,7 @@
 import argparse
 
 from clp_jax.cli import arguments
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError
 
 EXAMPLE = "clp serve --workdir runs/demo, then open http://127.0.0.1:8600/"
 

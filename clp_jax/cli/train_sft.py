@@ -6,7 +6,7 @@ The folder it makes is what `clp train --config.model.init=DIR` starts from.
 import argparse
 
 from clp_jax.cli import arguments
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError
 
 EXAMPLE = (
   "clp train-sft --config configs/jsonl.py --config.data.train=train.jsonl "

@@ -19,8 +19,9 @@ import numpy as np
 from etils import epath
 from numpy.typing import NDArray
 
+from clp_jax import build, run_folder
 from clp_jax import config as config_lib
-from clp_jax import run_folder
+from clp_jax.errors import FrontError
 from clp_jax.evaluation import fronts as fronts_lib
 from clp_jax.evaluation import intervals, measurements
 from clp_jax.evaluation.intervals import Sample, Value
@@ -31,7 +32,6 @@ from clp_jax.evaluation.metrics import (
 from clp_jax.evaluation.report import (
   Estimate,
   Front,
-  FrontError,
   front_from_points,
   load_front,
 )
@@ -210,7 +210,7 @@ def distribution_of(
   front = next(iter(methods.values()))[0].front
   if config is None:
     return Distribution(len(front.objectives))
-  q = config_lib.distribution(config)
+  q = build.distribution(config)
   return dataclasses.replace(q, weights=None)
 
 

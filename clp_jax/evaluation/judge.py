@@ -33,7 +33,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clp_jax import progress
-from clp_jax.run_folder import RunError
+from clp_jax.errors import JudgeError
 
 # {data} is a JSON object, so that no text can pass for a part of the question.
 PROMPT = """\
@@ -56,10 +56,6 @@ _ANSWER = re.compile(
   r"answer\W{0,5}(?:summary )?(1|2|tie)\W*$", re.IGNORECASE | re.MULTILINE
 )
 _Z = 1.959964  # of a 95% interval
-
-
-class JudgeError(RunError):
-  """The judge can't be used; the message says why and what is kept."""
 
 
 class Question(NamedTuple):

@@ -21,8 +21,9 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from clp_jax.errors import JudgeError
 from clp_jax.evaluation import judge as judge_lib
-from clp_jax.evaluation.judge import Judge, JudgeError, Question
+from clp_jax.evaluation.judge import Judge, Question
 
 APIS = ("openai", "gemini")
 _AGAIN = frozenset({408, 425, 429})  # and all from 500

@@ -15,7 +15,8 @@ import numpy as np
 from etils import epath
 from numpy.typing import NDArray
 
-from clp_jax.evaluation.report import Front, FrontError, write
+from clp_jax.errors import FrontError
+from clp_jax.evaluation.report import Front, write
 
 FILE = "rewards.npz"
 

@@ -24,11 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from clp_jax.errors import FrontError
 from clp_jax.evaluation import fronts as fronts_lib
-
-
-class FrontError(ValueError):
-  """A front that is malformed, missing, or not comparable with another."""
 
 
 class Estimate(NamedTuple):

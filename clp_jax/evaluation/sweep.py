@@ -15,11 +15,11 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from clp_jax import config as config_lib
-from clp_jax import progress, sharding, weightings
+from clp_jax import build, progress, sharding, weightings
 from clp_jax.batches import eval_batch
 from clp_jax.data import tokenizer
 from clp_jax.data.reader import Batch
+from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.evaluation import measurements, report
 from clp_jax.evaluation import units as units_lib
 from clp_jax.models import decoding, families
@@ -162,7 +162,7 @@ def weightings_grid(
   policy: Policy, grid: int
 ) -> list[tuple[np.ndarray, float]]:
   """[(weights [m], alpha)]: the points of a sweep."""
-  q = config_lib.distribution(policy.config)
+  q = build.distribution(policy.config)
   if q.weights is not None and not _is_steerable(policy):
     weights = np.asarray([q.weights], np.float32)
   else:
@@ -217,7 +217,7 @@ def make_measure(
   prompts = len(batch.documents)
   size = min(settings.batch, -(-prompts // data) * data)
   if size % data:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"eval.batch = {settings.batch} is not a multiple of the mesh's data "
       f"axis, {data}; change one of them."
     )
@@ -327,7 +327,7 @@ def evaluate_run(
   policy = Policy.load(workdir, step)
   config = policy.config
   if not policy.objectives:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"{workdir} is a supervised run without objectives; evaluate a run that "
       "`clp train` made from it."
     )
@@ -337,10 +337,10 @@ def evaluate_run(
     training_samples = (
       policy.step * config.rollout.prompts * config.rollout.samples
     )
-  with config_lib.as_config_error():
+  with as_config_error():
     found = sweep(
       policy,
-      config_lib.load_rewards(config, policy.mesh),
+      build.load_rewards(config, policy.mesh),
       method=method,
       grid=config.eval.grid if grid is None else grid,
       num_prompts=(config.eval.prompts if num_prompts is None else num_prompts),

@@ -14,9 +14,8 @@ import ml_collections
 import numpy as np
 from numpy.typing import NDArray
 
-from clp_jax import run_folder
-from clp_jax.config import ConfigError
-from clp_jax.train import checkpoints
+from clp_jax import run_folder, saved_params
+from clp_jax.errors import ConfigError
 
 # Default of a normalised objective in the reference point: so many deviations
 # below the mean.
@@ -95,7 +94,7 @@ def _moments(
       for part in parts
       if part.get("moments")
     }
-  stats = checkpoints.load_reward_stats(workdir, step, len(objectives))
+  stats = saved_params.load_reward_stats(workdir, step, len(objectives))
   if stats is None:
     return {}
   deviations = np.asarray(stats.deviation())

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
+from clp_jax import build
 from clp_jax import config as config_lib
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError
 from clp_jax.experiments import running
 from clp_jax.plan import chips, programs
 
@@ -71,7 +72,7 @@ def step_flops(config: ml_collections.ConfigDict) -> tuple[float, float]:
       "--config.model.init=base, or plan.model in the config."
     )
   own.mesh.replica, own.mesh.data, own.mesh.model = 1, 1, 1
-  mesh = config_lib.make_mesh(own, jax.devices()[:1])
+  mesh = build.make_mesh(own, jax.devices()[:1])
   supervised = step = 0.0
   for job in programs.jobs(own, mesh):
     if job.name == "sft":

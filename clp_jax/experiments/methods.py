@@ -17,7 +17,7 @@ twice that).
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError
 
 
 class Method(NamedTuple):

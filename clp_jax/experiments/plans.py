@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError
 
 CLP = ("clp-full", "clp-attention", "clp-logits")
 

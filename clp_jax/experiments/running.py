@@ -31,11 +31,11 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from clp_jax import build, run_folder, saved_params
 from clp_jax import config as config_lib
-from clp_jax import run_folder
 from clp_jax.baselines import dera, soups
-from clp_jax.config import ConfigError
 from clp_jax.data.tasks import fact_checker
+from clp_jax.errors import ConfigError, FrontError, Preempted, RunError
 from clp_jax.evaluation import (
   compare,
   comparison,
@@ -49,7 +49,7 @@ from clp_jax.experiments import methods as methods_lib
 from clp_jax.experiments import plans, protocol
 from clp_jax.experiments.methods import METHODS, Method
 from clp_jax.models.presets import PRESETS
-from clp_jax.train import checkpoints, loop, moft, sft
+from clp_jax.train import moft, sft
 
 EVALUATION_SEED = 0  # the same draws for all methods and training seeds
 RECORD = "experiment.json"
@@ -100,7 +100,7 @@ def make_plan(
 
   Args:
     name: of plans.EXPERIMENTS.
-    config: the base config, checked by config.validate.
+    config: the base config, checked by build.validate.
     methods: of methods.METHODS; None takes the experiment's.
     values: of its axis, as text; None takes the experiment's.
     seeds: how many, from 0.
@@ -149,7 +149,7 @@ def make_plan(
   )
   for cell in cells(plan):
     if METHODS[cell.method].overrides is not None:
-      config_lib.validate(_config(plan, cell))
+      build.validate(_config(plan, cell))
   return plan
 
 
@@ -172,7 +172,7 @@ def run(plan: Plan, *, train: bool) -> list[str]:
     What failed, a line each.
 
   Raises:
-    loop.Preempted: after SIGTERM, with everything saved.
+    Preempted: after SIGTERM, with everything saved.
     RunError: when every run failed.
     FrontError: when nothing is finished and nothing is to be trained.
   """
@@ -185,11 +185,11 @@ def run(plan: Plan, *, train: bool) -> list[str]:
         if not _is_finished(plan, cell):
           _finish(plan, cell)
         if not _is_finished(plan, cell):
-          raise run_folder.RunError(
+          raise RunError(
             f"{_folder(plan, cell)}/evaluation is not what the experiment's "
             "config asks for, although it was just written."
           )
-      except loop.Preempted:
+      except Preempted:
         raise
       # A run over days goes on without what can't be run, whatever the reason.
       except Exception as error:
@@ -198,7 +198,7 @@ def run(plan: Plan, *, train: bool) -> list[str]:
     if any(_is_finished(plan, cell) for cell in cells(plan)):
       write(plan, failures)
     elif failures and seed == plan.seeds[-1]:
-      raise run_folder.RunError(f"every run failed: {'; '.join(failures)}")
+      raise RunError(f"every run failed: {'; '.join(failures)}")
   if not train:
     write(plan, failures)
   return failures
@@ -316,7 +316,7 @@ def write(plan: Plan, failures: list[str]) -> compare.Comparison:
     else:
       missing.append(f"{_label(plan, cell)}, seed {cell.seed}")
   if not methods:
-    raise report.FrontError(
+    raise FrontError(
       f"no run of {plan.name} in {plan.workdir} is finished; there is nothing "
       "to compare."
     )
@@ -331,7 +331,7 @@ def write(plan: Plan, failures: list[str]) -> compare.Comparison:
       point = dict(zip(axes, own, strict=True)) | {"kl": near["kl"]}
   found = compare.compare(
     methods,
-    distribution=config_lib.distribution(plan.config),
+    distribution=build.distribution(plan.config),
     reference_point=point,
     near=near,
     seed=0,
@@ -505,7 +505,7 @@ def _train(
 
 
 def _has_step(folder: str, step: int) -> bool:
-  return checkpoints.newest_step(folder) == step
+  return saved_params.newest_step(folder) == step
 
 
 def _evaluate(folder: str, label: str, samples: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from clp_jax.config import ConfigError
+from clp_jax.errors import ConfigError
 
 
 class Chip(NamedTuple):

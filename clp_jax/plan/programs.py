@@ -17,9 +17,8 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from clp_jax import config as config_lib
-from clp_jax import sharding
-from clp_jax.config import ConfigError
+from clp_jax import build, sharding
+from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_model_config, load_vocabulary_of
 from clp_jax.models import families
 from clp_jax.models.model import Model
@@ -115,10 +114,10 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
   # which token ends a response.
   model_config = dataclasses.replace(load_model_config(config), eos_ids=(1,))
   data, rollout = config.data, config.rollout
-  config_lib.check_rows("rollout.prompts", rollout.prompts, mesh)
+  build.check_rows("rollout.prompts", rollout.prompts, mesh)
   prompts = None
   if config.prompting.style != "none":
-    prompts = config_lib.prompts(
+    prompts = build.prompts(
       config, load_vocabulary_of(config), model_config.vocab_size
     )
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -130,7 +129,7 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
 
   if config.sft.steps:
     batch = config.sft.batch
-    config_lib.check_rows("sft.batch", batch, mesh)
+    build.check_rows("sft.batch", batch, mesh)
     supervised = sft.make_programs(
       config,
       model_config,
@@ -156,7 +155,7 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
   rows = rollout.prompts * rollout.samples
   held = _state_bytes(state, programs.state_shardings)
   held["reference"] = bytes_per_chip(reference, programs.reference_shardings)
-  with config_lib.as_config_error():
+  with as_config_error():
     judges = list(_judges(config, mesh))
   held["reward models"] = sum(j.held["reward models"] for j in judges)
   sizes = (rollout.prompts, rows)
@@ -201,7 +200,7 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
 
 def _passes(config: ml_collections.ConfigDict) -> int:
   """Forward passes that the update is worth; a gradient takes two more."""
-  if not config_lib.has_critic(config):
+  if not build.has_critic(config):
     return 3
   # What the critic and the old policy say comes first.
   return 1 + 3 * config.ppo.epochs

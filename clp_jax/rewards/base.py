@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clp_jax import sharding
+from clp_jax.errors import RewardError
 
 Score = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
 
@@ -38,10 +39,6 @@ MODELS = {
   "entailment": "clp_jax.rewards.entailment:build",
   "preference": "clp_jax.rewards.preference:build",
 }
-
-
-class RewardError(RuntimeError):
-  """A reward failed or returned what can't be trained on."""
 
 
 @dataclasses.dataclass(frozen=True)

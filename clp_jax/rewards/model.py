@@ -24,13 +24,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from clp_jax import interop, run_folder, sharding
+from clp_jax import interop, run_folder, saved_params, sharding
 from clp_jax.data import tokenizer as tokenizer_lib
+from clp_jax.data import tokenizer_files
 from clp_jax.data.tokenizer import Tokenizer
 from clp_jax.models import families
 from clp_jax.models.model import Model, Params
 from clp_jax.models.presets import PRESETS
-from clp_jax.train import checkpoints
 
 _PLACE = re.compile(r"\{(document|response)\}")
 
@@ -77,16 +77,18 @@ def load(
 
   if is_run(path):
     config = run_folder.load_model_config(path)
-    abstract = checkpoints.abstract_like(
+    abstract = saved_params.abstract_like(
       families.build(config).abstract(), place(config)
     )
-    params, _ = checkpoints.load_params(path, abstract)
+    params, _ = saved_params.load_params(path, abstract)
   else:
     loaded, params = interop.load_model(
       path, place, dtype=np.float32, scan_layers=scan_layers
     )
     config = loaded.config
-  pieces = tokenizer_lib.find(vocabulary or path, config.eos_ids, config.pad_id)
+  pieces = tokenizer_files.find(
+    vocabulary or path, config.eos_ids, config.pad_id
+  )
   if pieces is None:
     raise ValueError(
       f"{path} holds no SentencePiece model or tokenizer.json; set .vocabulary "

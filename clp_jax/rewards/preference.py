@@ -18,12 +18,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from clp_jax import run_folder, sharding
+from clp_jax import run_folder, saved_params, sharding
 from clp_jax.models import families
 from clp_jax.models.model import Model
 from clp_jax.rewards import model as models
 from clp_jax.rewards.base import Score
-from clp_jax.train import checkpoints
 
 Params = Any
 TEMPLATE = "document: {document} summary: {response}"
@@ -96,11 +95,11 @@ def _load_trained(
   folder: str, head: str, mesh: Mesh, dtype: str, fsdp: bool
 ) -> models.Judge:
   config = run_folder.load_model_config(folder)
-  abstract = checkpoints.abstract_like(
+  abstract = saved_params.abstract_like(
     abstract_params(config, head),
     param_shardings(mesh, config, head, fsdp=fsdp),
   )
-  params, _ = checkpoints.load_params(folder, abstract)
+  params, _ = saved_params.load_params(folder, abstract)
   config = dataclasses.replace(config, dtype=dtype, remat="none")
   return models.Judge(
     families.build(config),

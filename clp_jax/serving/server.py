@@ -13,8 +13,8 @@ import uvicorn
 from etils import epath
 
 from clp_jax import batches, run_folder
-from clp_jax.config import ConfigError
 from clp_jax.data import jsonl
+from clp_jax.errors import ConfigError, FrontError
 from clp_jax.evaluation import examples, report
 from clp_jax.policy import Policy
 from clp_jax.serving import schema
@@ -188,7 +188,7 @@ def load_front(policy: Policy) -> dict[str, Any] | None:
   )
   try:
     front = report.load_front(file)
-  except (report.FrontError, OSError):
+  except (FrontError, OSError):
     return None
   if front.objectives != policy.objectives:
     return None

@@ -12,17 +12,11 @@ import jax
 import numpy as np
 
 from clp_jax import distributed, progress
+from clp_jax.errors import Preempted, RunError
 from clp_jax.masked import Mean
-from clp_jax.run_folder import RunError
 from clp_jax.train.checkpoints import Checkpoints
 from clp_jax.train.metrics import MetricsWriter
 from clp_jax.train.state import TrainState
-
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
-
-
-class Preempted(Exception):
-  """SIGTERM came, to this process or another; the state was saved."""
 
 
 class Step(NamedTuple):

@@ -26,9 +26,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from clp_jax import config as config_lib
+from clp_jax import build, run_folder, saved_params, sharding
 from clp_jax import critic as critic_lib
-from clp_jax import run_folder, sharding
 from clp_jax.adaptation import FrontEstimate
 from clp_jax.algorithms import reinforce
 from clp_jax.bank import Bank
@@ -49,7 +48,6 @@ from clp_jax.rollout import (
   score_reference,
 )
 from clp_jax.train import actor_critic, loop, sft
-from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import experience as experience_lib
 from clp_jax.train.experience import Experience
 from clp_jax.train.gradients import accumulate
@@ -123,7 +121,7 @@ def make_programs(
     model_config: of the policy and the reference.
     mesh: from `sharding.make_mesh`.
     allowed: [V] bool, tokens that may be sampled.
-    prompts: from `config.prompts`; None where the config has no prompting.
+    prompts: from `build.prompts`; None where the config has no prompting.
 
   Returns:
     The programs, not yet compiled.
@@ -134,17 +132,17 @@ def make_programs(
   if config.prompting.style != "none" and prompts is None:
     raise ValueError(
       f"prompting.style = {config.prompting.style} needs the prompts that "
-      "config.prompts() makes with the model's vocabulary."
+      "build.prompts() makes with the model's vocabulary."
     )
   # Equal placements of the state and of rows, so callers need not know of it.
   mesh = sharding.fold_groups(mesh, config.rollout.weightings)
   on_mesh = functools.partial(sharding.on_mesh, mesh, fsdp=config.mesh.fsdp)
-  bank = config_lib.bank(config, model_config)
-  distribution = config_lib.distribution(config)
-  adaptation = config_lib.adaptation(config)
+  bank = build.bank(config, model_config)
+  distribution = build.distribution(config)
+  adaptation = build.adaptation(config)
   optimizer = rl_optimizer(config, bank.logical_axes)
   critic_optimizer = rl_critic_optimizer(config)
-  has_critic = config_lib.has_critic(config)
+  has_critic = build.has_critic(config)
   num_values = distribution.num_rewards + distribution.penalises_kl
   model = families.build(model_config)
   abstract = model.abstract()
@@ -240,7 +238,7 @@ def make_programs(
       rewards,
       num_samples=config.rollout.samples,
       normalisation=normalisation_masks(config),
-      scalarisation=config_lib.scalarisation(config),
+      scalarisation=build.scalarisation(config),
       adaptation=adaptation,
     )
     learn = functools.partial(update, baseline=config.reinforce.baseline)
@@ -248,7 +246,7 @@ def make_programs(
       learn = functools.partial(
         actor_critic.update,
         critic_optimizer=critic_optimizer,
-        settings=config_lib.ppo_settings(config),
+        settings=build.ppo_settings(config),
         values_kl=distribution.penalises_kl,
         rows=rows,
       )
@@ -425,13 +423,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
 
   Raises:
     ConfigError, RunError, RewardError: what a user can cause.
-    loop.Preempted: after SIGTERM.
+    Preempted: after SIGTERM.
   """
-  config_lib.validate(config)
-  mesh = config_lib.make_mesh(config)
-  config_lib.check_rows("rollout.prompts", config.rollout.prompts, mesh)
+  build.validate(config)
+  mesh = build.make_mesh(config)
+  build.check_rows("rollout.prompts", config.rollout.prompts, mesh)
   check_data(config)
-  rewards = config_lib.load_rewards(config, mesh)
+  rewards = build.load_rewards(config, mesh)
   prepare(config, workdir)
   model_config = run_folder.load_model_config(workdir)
   vocabulary = run_folder.load_tokenizer(workdir)
@@ -440,11 +438,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     model_config,
     mesh,
     vocabulary.allowed(model_config.vocab_size),
-    config_lib.prompts(config, vocabulary, model_config.vocab_size),
+    build.prompts(config, vocabulary, model_config.vocab_size),
   )
   reference = run_folder.load_reference(
     workdir,
-    checkpoints_lib.abstract_like(
+    saved_params.abstract_like(
       families.build(model_config).abstract(), programs.reference_shardings
     ),
   )
@@ -480,7 +478,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
   return loop.run(
     workdir,
     label=f"train {config.steering} ({', '.join(config.objectives)})",
-    abstract_state=checkpoints_lib.abstract_like(
+    abstract_state=saved_params.abstract_like(
       jax.eval_shape(programs.init, reference, key), programs.state_shardings
     ),
     start=start,

@@ -22,16 +22,15 @@ import optax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from clp_jax import config as config_lib
-from clp_jax import run_folder, sharding
+from clp_jax import build, run_folder, saved_params, sharding
 from clp_jax.data import jsonl
+from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_initial
 from clp_jax.masked import Mean, mean_of
 from clp_jax.models import families
 from clp_jax.models.model import Model
 from clp_jax.rewards import model as models
 from clp_jax.rewards import preference
-from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import loop
 from clp_jax.train.optimizer import make_optimizer, set_floors
 from clp_jax.train.state import TrainState, init_state, state_shardings
@@ -167,16 +166,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
 
   Raises:
     ConfigError, RunError: what a user can cause.
-    loop.Preempted: after SIGTERM.
+    Preempted: after SIGTERM.
   """
   settings = config.reward_model
   if settings.steps < 1:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       "reward_model.steps is 0: nothing would be trained; set it."
     )
   training, held_out = load_pairs(config)
-  mesh = config_lib.make_mesh(config)
-  config_lib.check_rows("reward_model.batch", settings.batch, mesh)
+  mesh = build.make_mesh(config)
+  build.check_rows("reward_model.batch", settings.batch, mesh)
   own = ml_collections.ConfigDict({name: config[name] for name in SECTIONS})
   run_folder.start(workdir, own)
   if not run_folder.has_model(workdir):
@@ -186,7 +185,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
     )
   model_config = run_folder.load_model_config(workdir)
   vocabulary = run_folder.load_tokenizer(workdir)
-  with config_lib.as_config_error():
+  with as_config_error():
     inputs = models.Inputs(
       vocabulary, settings.template, config.data.source_length, overlap=None
     )
@@ -238,7 +237,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
     donate_argnums=0,
   )
   reference = run_folder.load_reference(
-    workdir, checkpoints_lib.abstract_like(abstract["t5"], params_at["t5"])
+    workdir, saved_params.abstract_like(abstract["t5"], params_at["t5"])
   )
   key = jax.random.fold_in(jax.random.key(config.seed), 0xB7)
 
@@ -252,7 +251,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
   state = loop.run(
     workdir,
     label="train reward model",
-    abstract_state=checkpoints_lib.abstract_like(
+    abstract_state=saved_params.abstract_like(
       jax.eval_shape(init, reference, key), state_at
     ),
     start=lambda: init(reference, key),
@@ -297,12 +296,12 @@ def load_pairs(
   data = config.data
   for name in ("train", "eval"):
     if data[name] is None:
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f"data.{name} is not set; give a JSONL file of pairs: objects with "
         f'"{data.document_field}", "chosen" and "rejected".'
       )
   fields = (data.document_field, "chosen", "rejected")
-  with config_lib.as_config_error():
+  with as_config_error():
     return (
       jsonl.read_rows(data.train, fields),
       jsonl.read_rows(data.eval, fields),

@@ -12,20 +12,19 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from clp_jax import config as config_lib
-from clp_jax import run_folder, sharding
+from clp_jax import build, run_folder, saved_params, sharding
 from clp_jax.batches import (
   check_data,
   count_held_out,
   eval_batch,
   train_batches,
 )
+from clp_jax.errors import ConfigError
 from clp_jax.initial import Initial, load_initial
 from clp_jax.masked import Mean, masked_sum
 from clp_jax.models import families
 from clp_jax.models.model import Model
 from clp_jax.prompting import Prompts
-from clp_jax.train import checkpoints as checkpoints_lib
 from clp_jax.train import loop
 from clp_jax.train.optimizer import make_optimizer
 from clp_jax.train.state import TrainState, init_state, state_shardings
@@ -109,7 +108,7 @@ def make_programs(
   Args:
     config: see config.py; reads SECTIONS.
     model_config: of the model.
-    mesh: from `config.make_mesh`.
+    mesh: from `build.make_mesh`.
     prompts: that prompting.sft_share of the documents get; None for none.
 
   Returns:
@@ -137,7 +136,7 @@ def make_programs(
   def init(params, key):
     return init_state(params, optimizer, key)
 
-  distribution = config_lib.distribution(config)
+  distribution = build.distribution(config)
 
   def sft_update(state, inputs, targets):
     if prompts is not None:
@@ -189,7 +188,7 @@ def held_out(
   """
   count = min(count_held_out(config, vocabulary), config.eval.prompts)
   batch = eval_batch(config, vocabulary, count)
-  mesh = config_lib.make_mesh(config)
+  mesh = build.make_mesh(config)
   model = families.build(initial.model_config)
   rows = sharding.row_sharding(mesh)
 
@@ -262,7 +261,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
     The finetuned model.
   """
   if config.data.train is not None and config.data.reference_field is None:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       "data.reference_field is None, but supervised finetuning learns from "
       "references; name their field, or set sft.steps=0."
     )
@@ -276,16 +275,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
     )
   model_config = run_folder.load_model_config(workdir)
   vocabulary = run_folder.load_tokenizer(workdir)
-  mesh = config_lib.make_mesh(config)
+  mesh = build.make_mesh(config)
   settings = config.sft
-  config_lib.check_rows("sft.batch", settings.batch, mesh)
+  build.check_rows("sft.batch", settings.batch, mesh)
   prompts = None
   if share:
-    prompts = config_lib.prompts(config, vocabulary, model_config.vocab_size)
+    prompts = build.prompts(config, vocabulary, model_config.vocab_size)
   programs = make_programs(config, model_config, mesh, prompts)
   start = run_folder.load_reference(
     workdir,
-    checkpoints_lib.abstract_like(
+    saved_params.abstract_like(
       families.build(model_config).abstract(), programs.state_shardings.params
     ),
   )
@@ -305,7 +304,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   state = loop.run(
     workdir,
     label="supervised finetuning",
-    abstract_state=checkpoints_lib.abstract_like(
+    abstract_state=saved_params.abstract_like(
       jax.eval_shape(programs.init, start, key), programs.state_shardings
     ),
     start=lambda: programs.init(start, key),

@@ -9,12 +9,11 @@ import small_t5
 from flax import traverse_util
 
 import clp_jax
-from clp_jax import conditioning, interop, run_folder, sharding
+from clp_jax import conditioning, interop, run_folder, saved_params, sharding
 from clp_jax import config as config_lib
 from clp_jax.data.vocabulary import word_model
 from clp_jax.initial import load_initial
 from clp_jax.models import t5
-from clp_jax.train import checkpoints
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip(
@@ -162,7 +161,7 @@ def test_an_exported_policy_scores_alike_in_transformers(tmp_path):
     initial.params,
   )
   assert conditioning.STEERING[0] == config.steering == "full"
-  checkpoints.save_params(workdir, 1, sets)
+  saved_params.save_params(workdir, 1, sets)
 
   weights = {"long": 0.3, "short": 0.7}
   policy = clp_jax.Policy.load(workdir)

@@ -1,0 +1,422 @@
+"""Makes the objects that a config describes, and checks it: `validate`."""
+
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from clp_jax import adapters, prompting, sharding
+from clp_jax import bank as bank_lib
+from clp_jax.adaptation import Adaptation
+from clp_jax.algorithms import ppo, reinforce
+from clp_jax.data.tokenizer import Tokenizer, parse_template
+from clp_jax.errors import ConfigError, as_config_error
+from clp_jax.models.families import Config as ModelConfig
+from clp_jax.models.presets import PRESETS
+from clp_jax.rewards import base
+from clp_jax.scalarisation import Scalarisation
+from clp_jax.weightings import Distribution
+
+ALGORITHMS = ("reinforce", "ppo")
+BASELINES = (*reinforce.BASELINES, "learned")
+OPTIMIZERS = ("adam", "adafactor")
+NORMALISATIONS = ("none", "fixed", "running")
+HEADS = ("linear", "token")
+MIXINGS = ("parameters", "logits")
+
+
+def make_mesh(
+  config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """The mesh as the config describes it.
+
+  Args:
+    config: reads `mesh`.
+    devices: None takes jax.devices().
+
+  Raises:
+    ConfigError: when it does not fit the devices.
+  """
+  with as_config_error():
+    return sharding.make_mesh(
+      config.mesh.data, config.mesh.model, devices, config.mesh.replica
+    )
+
+
+def check_rows(path: str, rows: int, mesh: Mesh) -> None:
+  """Checks that a number of rows can be cut over a mesh.
+
+  Raises:
+    ConfigError: names the field, its value and what it must be.
+  """
+  shards = sharding.row_shards(mesh)
+  if rows % shards:
+    raise ConfigError(
+      f"{path} = {rows} is not a multiple of the mesh's data axis, {shards}; "
+      "change it or mesh.data."
+      if mesh.shape["replica"] == 1
+      else f"{path} = {rows} is not a multiple of mesh.replica x mesh.data = "
+      f"{shards}; change one of them."
+    )
+
+
+def distribution(config: ml_collections.ConfigDict) -> Distribution:
+  """Q as the config describes it."""
+  q = config.weightings
+  return Distribution(
+    num_rewards=len(config.objectives),
+    concentration=q.concentration,
+    weights=None if q.weights is None else tuple(q.weights),
+    alpha=q.alpha,
+    alpha_range=None if q.alpha_range is None else tuple(q.alpha_range),
+    kl_coefficient=q.kl_coefficient,
+  )
+
+
+def bank(
+  config: ml_collections.ConfigDict, model_config: ModelConfig
+) -> bank_lib.Bank:
+  """How the config conditions a T5 on weightings.
+
+  Args:
+    config: a valid training config.
+    model_config: of the reference.
+  """
+  own, steering = config.conditioning, config.steering
+  frozen_kl = (
+    own.kl_set == "frozen" and config.weightings.alpha_range is not None
+  )
+  adapter = None
+  if steering in adapters.KINDS:
+    adapter = adapters.Adapter(
+      kind=steering,
+      rank=config.adapters.rank,
+      scale=config.adapters.scale,
+      targets=tuple(config.adapters.targets),
+      frozen_kl=frozen_kl,
+    )
+  frozen_shared = adapter is not None
+  if own.shared is not None:
+    frozen_shared = own.shared == "frozen"
+  return bank_lib.Bank(
+    reference_config=model_config,
+    kind=steering,
+    num_sets=distribution(config).num_sets,
+    frozen_kl=frozen_kl,
+    frozen_shared=frozen_shared,
+    soft_tokens=config.soft_tokens.length or 0,
+    adapter=adapter,
+  )
+
+
+def control_tokens(config: ml_collections.ConfigDict) -> int:
+  """Tokens beyond those of text that the config's prompts are made of."""
+  if config.prompting.style != "control_tokens":
+    return 0
+  q = distribution(config)
+  return prompting.num_control_tokens(
+    q.num_rewards, config.prompting.levels, q.alpha_range
+  )
+
+
+def prompts(
+  config: ml_collections.ConfigDict, vocabulary: Tokenizer, vocab_size: int
+) -> prompting.Prompts | None:
+  """The config's prompt format, or None without one.
+
+  Args:
+    config: a valid training config.
+    vocabulary: of the model.
+    vocab_size: V, rows of the model's embedding.
+
+  Raises:
+    ConfigError: when the vocabulary can't express it.
+  """
+  own, q = config.prompting, distribution(config)
+  with as_config_error():
+    if own.style == "text":
+      return prompting.text_prompts(
+        vocabulary, config.objectives, own.levels, q.alpha_range
+      )
+    if own.style == "control_tokens":
+      return prompting.control_prompts(
+        vocabulary.control_ids(vocab_size),
+        q.num_rewards,
+        own.levels,
+        q.alpha_range,
+        vocabulary.pad_id,
+      )
+  return None
+
+
+def adaptation(config: ml_collections.ConfigDict) -> Adaptation | None:
+  """How Q is adapted, or None."""
+  q = config.weightings
+  if not q.adapt:
+    return None
+  return Adaptation(
+    num_rewards=len(config.objectives),
+    points=q.adapt_points,
+    decay=q.adapt_decay,
+    exploration=q.adapt_exploration,
+  )
+
+
+def scalarisation(config: ml_collections.ConfigDict) -> Scalarisation:
+  """How a weighting makes one number of the rewards."""
+  s = config.scalarisation
+  return Scalarisation(
+    name=s.name,
+    utopia=None if s.utopia is None else tuple(s.utopia),
+    smoothness=s.smoothness,
+  )
+
+
+def has_critic(config: ml_collections.ConfigDict) -> bool:
+  """Whether values are learned."""
+  return config.algorithm == "ppo" or config.reinforce.baseline == "learned"
+
+
+def ppo_settings(config: ml_collections.ConfigDict) -> ppo.Settings:
+  """What an update with a critic does."""
+  if config.algorithm != "ppo":
+    return ppo.REINFORCE
+  return ppo.Settings(**config.ppo)
+
+
+def load_rewards(
+  config: ml_collections.ConfigDict, mesh: Mesh | None = None
+) -> list[base.Reward]:
+  """The rewards of the config's objectives, in their order.
+
+  Args:
+    config: a training config.
+    mesh: where rewards that are models run; None takes all devices as the data
+      axis.
+
+  Raises:
+    ConfigError: when one can't be loaded.
+    RunError: when its model is a run that can't be read.
+  """
+  with as_config_error():
+    return [
+      base.load_reward(name, config.rewards[name].to_dict(), mesh)
+      for name in config.objectives
+    ]
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Checks facts that span fields, before anything is loaded or written.
+
+  Raises:
+    ConfigError: says what was found and what to change.
+  """
+  _one_of("algorithm", config.algorithm, ALGORITHMS)
+  _one_of("steering", config.steering, bank_lib.STEERING)
+  own = config.conditioning
+  _one_of("conditioning.kl_set", own.kl_set, bank_lib.KL_SETS)
+  if own.shared is not None:
+    _one_of("conditioning.shared", own.shared, bank_lib.SHARED)
+  if own.kl_set == "frozen" and config.weightings.alpha_range is None:
+    raise ConfigError(
+      "conditioning.kl_set = frozen, but with one alpha there is no set for "
+      "the KL term; give weightings.alpha_range, or leave kl_set=trained."
+    )
+  _one_of("prompting.style", config.prompting.style, prompting.STYLES)
+  share = config.prompting.sft_share
+  if not 0 <= share <= 1:
+    raise ConfigError(f"prompting.sft_share must be in [0, 1], got {share}.")
+  if share and config.prompting.style == "none":
+    raise ConfigError(
+      f"prompting.sft_share = {share}, but prompting.style = none writes no "
+      "prompts; choose a style, or leave sft_share=0."
+    )
+  _one_of("mixing", config.mixing, MIXINGS)
+  if config.mixing != "parameters":
+    raise ConfigError(
+      "mixing = 'logits' combines policies that are trained already; train "
+      "with 'parameters', or make a mixture as docs/experiments.md says."
+    )
+  _one_of("reinforce.baseline", config.reinforce.baseline, BASELINES)
+  _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
+  _one_of("reward_model.head", config.reward_model.head, HEADS)
+  _validate_data(config.data)
+  if config.model.init is None:
+    raise ConfigError(
+      "model.init is not set; give the folder of a T5, or the name of a preset "
+      "to start from random parameters."
+    )
+  objectives = tuple(config.objectives)
+  if not objectives:
+    raise ConfigError("objectives is empty; name at least one reward.")
+  if len(set(objectives)) != len(objectives):
+    raise ConfigError(f"objectives has duplicates: {', '.join(objectives)}.")
+  for name in objectives:
+    if name not in config.rewards:
+      raise ConfigError(
+        f"unknown objective {name!r}; config.rewards describes "
+        f"{', '.join(sorted(config.rewards))}."
+      )
+    _one_of(
+      f"rewards.{name}.normalise",
+      config.rewards[name].normalise,
+      NORMALISATIONS,
+    )
+  try:
+    distribution(config)
+  except (TypeError, ValueError) as error:
+    raise ConfigError(f"weightings: {error}") from error
+  with as_config_error():
+    bank(config, PRESETS["tiny"])  # whatever the model, its checks are the same
+  _validate_q_and_scalarisation(config)
+  _validate_ppo(config)
+
+  positive = (
+    "data.source_length data.target_length rollout.prompts rollout.samples "
+    "rollout.weightings optimizer.learning_rate optimizer.clip_norm "
+    "prompting.levels "
+    "train.microbatches train.checkpoint_every train.keep "
+    "train.log_samples_every train.normalisation_batches sft.batch "
+    "sft.learning_rate sft.checkpoint_every rollout.temperature "
+    "reward_model.batch reward_model.learning_rate "
+    "reward_model.checkpoint_every eval.prompts eval.samples eval.batch "
+    "mesh.replica mesh.model ppo.epochs ppo.minibatches critic.hidden "
+    "critic.learning_rate"
+  )
+  if config.soft_tokens.length is not None:
+    positive += " soft_tokens.length"
+  for path in positive.split():
+    value = _get(config, path)
+    if value is None or not value > 0:  # also false for NaN
+      raise ConfigError(f"{path} must be > 0, got {value}.")
+  not_negative = (
+    "train.steps sft.steps sft.warmup_steps reward_model.steps "
+    "reward_model.warmup_steps adapters.orthogonality"
+  )
+  for path in not_negative.split():
+    value = _get(config, path)
+    if value is None or not value >= 0:
+      raise ConfigError(f"{path} must be >= 0, got {value}.")
+  if config.eval.grid < 2:
+    raise ConfigError(f"eval.grid must be at least 2, got {config.eval.grid}.")
+  rollout, train = config.rollout, config.train
+  groups = rollout.weightings
+  if rollout.prompts % (groups * train.microbatches):
+    raise ConfigError(
+      f"rollout.prompts = {rollout.prompts} is not a multiple of "
+      f"rollout.weightings x train.microbatches = {groups} x "
+      f"{train.microbatches}; change one of them."
+    )
+  minibatches = ppo_settings(config).minibatches
+  if rollout.prompts % (groups * train.microbatches * minibatches):
+    raise ConfigError(
+      f"rollout.prompts = {rollout.prompts} is not a multiple of "
+      "rollout.weightings x ppo.minibatches x train.microbatches = "
+      f"{groups} x {minibatches} x {train.microbatches}; change one of them."
+    )
+  if (
+    config.algorithm == "ppo"
+    and config.ppo.leave_one_out
+    and rollout.samples < 2
+  ):
+    raise ConfigError(
+      "ppo.leave_one_out needs rollout.samples >= 2, got "
+      f"{rollout.samples}; raise it or set ppo.leave_one_out=False."
+    )
+  if (
+    config.algorithm == "reinforce"
+    and config.reinforce.baseline == "leave_one_out"
+    and rollout.samples < 2
+  ):
+    raise ConfigError(
+      "reinforce.baseline leave_one_out needs rollout.samples >= 2, got "
+      f"{rollout.samples}; raise it or choose group_mean."
+    )
+  if (
+    config.algorithm == "reinforce"
+    and config.reinforce.baseline == "group_mean"
+    and rollout.prompts * rollout.samples == groups
+  ):
+    raise ConfigError(
+      "reinforce.baseline group_mean needs at least 2 responses a weighting, "
+      f"got rollout.prompts x rollout.samples = {groups} for "
+      f"rollout.weightings = {groups}; raise rollout.samples or choose none."
+    )
+  point = config.eval.reference_point
+  if point is not None and len(point) != len(objectives):
+    raise ConfigError(
+      f"eval.reference_point has {len(point)} values for {len(objectives)} "
+      "objectives; give one each, or None for the default."
+    )
+
+
+def _validate_q_and_scalarisation(config: ml_collections.ConfigDict) -> None:
+  with as_config_error():
+    adapted = adaptation(config)
+    scalar = scalarisation(config)
+  if adapted is not None and config.weightings.weights is not None:
+    raise ConfigError(
+      "weightings.adapt needs weights to draw, but weightings.weights fixes "
+      "them; leave one of the two out."
+    )
+  if scalar.utopia is not None and len(scalar.utopia) != len(config.objectives):
+    raise ConfigError(
+      f"scalarisation.utopia has {len(scalar.utopia)} values for "
+      f"{len(config.objectives)} objectives; give one each."
+    )
+  rollout = config.rollout
+  if scalar.name != "linear" and rollout.prompts < 2 * rollout.weightings:
+    raise ConfigError(
+      f"scalarisation {scalar.name} needs at least 2 prompts a weighting, got "
+      f"rollout.prompts = {rollout.prompts} for rollout.weightings = "
+      f"{rollout.weightings}; change one of them."
+    )
+
+
+def _validate_ppo(config: ml_collections.ConfigDict) -> None:
+  for path in ("ppo.clip", "ppo.value_clip", "ppo.target_kl"):
+    value = _get(config, path)
+    if value is not None and not value > 0:
+      raise ConfigError(f"{path} must be > 0, or None for off, got {value}.")
+  for path in ("ppo.discount", "ppo.gae_lambda"):
+    if not 0 <= _get(config, path) <= 1:
+      raise ConfigError(f"{path} must be in [0, 1], got {_get(config, path)}.")
+
+
+def _validate_data(data: ml_collections.ConfigDict) -> None:
+  if (data.task is None) == (data.train is None):
+    raise ConfigError(
+      f"set exactly one of data.task and data.train, got {data.task!r} and "
+      f"{data.train!r}; the other is None. For files of your own start from "
+      "configs/jsonl.py."
+    )
+  if data.train is None:
+    for name in ("eval", "train"):
+      if data[name] is not None:
+        raise ConfigError(
+          f"data.{name} = {data[name]!r} is for JSONL data, but data.task = "
+          f"{data.task!r} is set; set data.eval_split, or data.train instead "
+          "of data.task."
+        )
+  elif data.use_cached:
+    raise ConfigError(
+      "data.use_cached is for a data.task that seqio_cache_tasks has cached; "
+      "JSONL files are read as they are."
+    )
+  if data.template is not None:
+    with as_config_error():
+      parse_template(data.template)
+
+
+def _one_of(path, value, allowed):
+  if value not in allowed:
+    raise ConfigError(
+      f"{path} must be one of {', '.join(allowed)}, got {value!r}."
+    )
+
+
+def _get(config, path):
+  for name in path.split("."):
+    config = config[name]
+  return config

@@ -1,0 +1,62 @@
+"""Which vocabulary a folder or a file holds."""
+
+import os
+from collections.abc import Sequence
+
+from etils import epath
+
+from clp_jax.data.tokenizer import Tokenizer
+
+
+def load_tokenizer(
+  folder: str | os.PathLike, eos_ids: Sequence[int] = (), pad_id: int = 0
+) -> Tokenizer | None:
+  """The vocabulary in a folder of a run or of a checkpoint, or None.
+
+  Args:
+    folder: with tokenizer.json, or a SentencePiece model; may be gs://.
+    eos_ids: tokens that end a response of the model; () for the vocabulary's.
+    pad_id: the model's padding.
+
+  Raises:
+    ValueError: a file is not valid.
+  """
+  # Late: neither of the two is needed for the other.
+  from clp_jax.data import hf_tokenizer, vocabulary
+
+  path = epath.Path(folder)
+  if (path / hf_tokenizer.TOKENIZER).exists():
+    found = {
+      name: (path / name).read_bytes()
+      for name in hf_tokenizer.FILES
+      if (path / name).exists()
+    }
+    return hf_tokenizer.HFTokenizer(os.fspath(folder), found, eos_ids, pad_id)
+  for name in vocabulary.FILES:
+    if (path / name).exists():
+      file = path / name
+      return vocabulary.Vocabulary(os.fspath(file), file.read_bytes(), eos_ids)
+  return None
+
+
+def find(
+  path: str | os.PathLike, eos_ids: Sequence[int] = (), pad_id: int = 0
+) -> Tokenizer | None:
+  """`load_tokenizer` of a folder, or of one file of it.
+
+  Args:
+    path: a folder, tokenizer.json, or a SentencePiece .model file.
+    eos_ids: as for `load_tokenizer`.
+    pad_id: likewise.
+
+  Raises:
+    ValueError: a file can't be read or is not valid.
+  """
+  from clp_jax.data import hf_tokenizer, vocabulary
+
+  file = epath.Path(path)
+  if file.is_dir():
+    return load_tokenizer(path, eos_ids, pad_id)
+  if file.name == hf_tokenizer.TOKENIZER:
+    return load_tokenizer(file.parent, eos_ids, pad_id)
+  return vocabulary.read(path, eos_ids)

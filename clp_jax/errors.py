@@ -1,0 +1,41 @@
+"""All errors that a user can cause; their messages say what to change.
+
+Needs neither JAX nor another module of the package, so that a command can name
+them before anything else is imported.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+
+class ConfigError(ValueError):
+  """A config that can't be trained; the message says what to change."""
+
+
+class RunError(RuntimeError):
+  """A run's folder can't be used; the message says what to change."""
+
+
+class JudgeError(RunError):
+  """The judge can't be used; the message says why and what is kept."""
+
+
+class FrontError(ValueError):
+  """A front that is malformed, missing, or not comparable with another."""
+
+
+class RewardError(RuntimeError):
+  """A reward failed or returned what can't be trained on."""
+
+
+class Preempted(Exception):
+  """SIGTERM came, to this process or another; the state was saved."""
+
+
+@contextlib.contextmanager
+def as_config_error() -> Iterator[None]:
+  """Turns a ValueError about what a config names into a ConfigError."""
+  try:
+    yield
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
