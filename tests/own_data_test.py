@@ -336,12 +336,19 @@ def test_supervised_runs_need_steps_and_documents_to_evaluate(folder, tmp_path):
 )
 def test_every_config_file_is_valid(name):
   overrides = ["--config.model.init=x"]
-  if name in ("jsonl.py", "reward.py"):
+  if name in ("jsonl.py", "reward.py") or name.startswith("chat/"):
     overrides.append("--config.data.train=x.jsonl")
   config = load_config(str(CONFIGS / name), overrides)
   build.validate(config)
-  if "/" in name:
-    task = name.partition("/")[0]
+  task, _, file = name.partition("/")
+  if task == "chat":
+    assert config.data.task is None and config.objectives == (
+      *("helpful", "brief"),
+    )
+    assert set(config.rewards) == {"helpful", "harmless", "brief"}
+    for axis in (config.rollout.prompts, config.eval.batch):
+      assert axis % 64 == 0
+  elif file:
     assert config.data.task == task and config.objectives == ("nli", "rouge")
     assert set(config.rewards) == {"nli", "rouge", "tldr"}
     for axis in (config.rollout.prompts, config.sft.batch, config.eval.batch):
