@@ -66,9 +66,12 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
   elif Folder(init).is_folder():
     vocabulary = _vocabulary_beside(config)
     model_config, params = _load_checkpoint(config)
-    model_config = dataclasses.replace(
-      _computation(model_config, config), eos_ids=vocabulary.eos_ids
-    )
+    if vocabulary.size <= model_config.vocab_size:
+      model_config = dataclasses.replace(
+        _computation(model_config, config),
+        eos_ids=vocabulary.eos_ids,
+        **_known_tokens(model_config, vocabulary),
+      )
   else:
     raise _nothing(init)
   longest = getattr(model_config, "max_length", None)
@@ -139,6 +142,7 @@ def _preset(
 ) -> families.Config:
   fields: dict[str, Any] = {"eos_ids": (vocabulary.eos_ids[0],)}
   model_config: Any = PRESETS[config.model.init]
+  fields |= _known_tokens(model_config, vocabulary)
   if config.model.init in OWN_VOCABULARY:
     # As many rows as pieces and prompts' tokens, up to a multiple that cuts
     # well over devices.
@@ -152,6 +156,14 @@ def _preset(
     raise ConfigError(
       f"model.init = {config.model.init} can't use this vocabulary: {error}"
     ) from error
+
+
+def _known_tokens(
+  model_config: families.Config, vocabulary: Tokenizer
+) -> dict[str, int]:
+  """The field of a config that says which ids are tokens, where it has one."""
+  fields = {field.name for field in dataclasses.fields(model_config)}
+  return {"num_tokens": vocabulary.size} if "num_tokens" in fields else {}
 
 
 def _vocabulary(config: ml_collections.ConfigDict) -> Tokenizer:

@@ -6,6 +6,8 @@ import re
 import shlex
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_decoder
@@ -91,10 +93,20 @@ def test_the_commands_of_the_page_run(folder, monkeypatch, capsys):
   first, *_ = (folder / "runs/chat/metrics.jsonl").read_text().splitlines()
   assert abs(json.loads(first)["kl"]) < 2e-2  # bfloat16
 
+  # Rows of the embedding without a token have no probability.
+  policy = Policy.load(str(folder / "runs/chat"))
+  known = policy.vocabulary.size
+  assert policy.model_config.num_tokens == known < 512
+  prompts = jnp.asarray(policy.tokenize(["mill"], {"helpful": 1}))
+  logits, _ = policy.model.score(
+    policy.params({"helpful": 1}), prompts, jnp.zeros([1, 1], jnp.int32)
+  )
+  probs = np.asarray(jax.nn.softmax(logits))
+  assert not probs[..., known:].any() and probs[..., :known].all()
+
   # The export is an ordinary checkpoint, of the mixed parameters.
   export = folder / "exports/my-chat-model-steered"
   model, params = interop.load_model(export)
-  policy = Policy.load(str(folder / "runs/chat"))
   weights = {"helpful": 0.7, "brief": 0.3}
   expected = interop.leaves.views(policy.model_config, policy.params(weights))
   found = interop.leaves.views(model.config, params)

@@ -110,6 +110,8 @@ class CausalConfig:
   Attributes:
     architecture: model_type of its Hugging Face config, which exports carry.
     vocab_size: rows of the embedding, which may be more than there are tokens.
+    num_tokens: ids that the tokenizer knows; the rows beyond have probability 0.
+      0 is all rows, as in a checkpoint without its tokenizer.
     emb_dim: width D of the residual stream.
     num_layers: L.
     num_heads: H, of queries.
@@ -175,6 +177,7 @@ class CausalConfig:
   soft_tokens: int = 0
   eos_ids: tuple[int, ...] = ()
   pad_id: int = NO_PAD
+  num_tokens: int = 0
 
   def __post_init__(self):
     for name in (
@@ -227,6 +230,10 @@ class CausalConfig:
           f"eos_ids must be tokens in [0, {self.vocab_size}), got "
           f"{self.eos_ids!r}."
         )
+    if not 0 <= self.num_tokens <= self.vocab_size:
+      raise ValueError(
+        f"num_tokens must be in [0, {self.vocab_size}], got {self.num_tokens}."
+      )
     if self.pad_id in self.eos_ids or self.pad_id >= self.vocab_size:
       raise ValueError(
         f"pad_id must be {NO_PAD}, or a token that ends nothing, got "
@@ -777,6 +784,11 @@ class Network(nn.Module):
         logits = jnp.matmul(x, table.T, preferred_element_type=jnp.float32)
     if cfg.logit_cap is not None:
       logits = cfg.logit_cap * jnp.tanh(logits / cfg.logit_cap)
+    if 0 < cfg.num_tokens < cfg.vocab_size:
+      # Rows that were never trained: sampling excludes them anyhow, but in the
+      # policy's and the reference's probabilities they would count.
+      known = jnp.arange(cfg.vocab_size) < cfg.num_tokens
+      logits = jnp.where(known.reshape(1, 1, -1), logits, MASKED)
     return constrain(logits, "batch", "length", "vocab")
 
 
