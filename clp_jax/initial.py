@@ -67,10 +67,11 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
     vocabulary = _vocabulary_beside(config)
     model_config, params = _load_checkpoint(config)
     if vocabulary.size <= model_config.vocab_size:
+      fields: Any = _known_tokens(model_config, vocabulary)
       model_config = dataclasses.replace(
         _computation(model_config, config),
         eos_ids=vocabulary.eos_ids,
-        **_known_tokens(model_config, vocabulary),
+        **fields,
       )
   else:
     raise _nothing(init)

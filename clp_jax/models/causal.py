@@ -110,7 +110,7 @@ class CausalConfig:
   Attributes:
     architecture: model_type of its Hugging Face config, which exports carry.
     vocab_size: rows of the embedding, which may be more than there are tokens.
-    num_tokens: ids that the tokenizer knows; the rows beyond have probability 0.
+    num_tokens: ids that the tokenizer knows; rows beyond have probability 0.
       0 is all rows, as in a checkpoint without its tokenizer.
     emb_dim: width D of the residual stream.
     num_layers: L.
