@@ -7,16 +7,24 @@ one objective and a restart, is marked slow.
 import dataclasses
 import functools
 
+import both_families
 import jax
 import jax.numpy as jnp
 import moft_test
 import numpy as np
 import pytest
+from both_families import (
+  DECODER,
+  LISTED_DECODER,
+  T5,
+  both,
+  cases,
+  reference,
+)
 from moft_test import PROMPTS, SAMPLES, assert_trees_close, mesh_of
 
 from clp_jax import build, conditioning, saved_params, sharding
-from clp_jax.models import t5
-from clp_jax.train import checkpoints, moft
+from clp_jax.train import checkpoints
 from clp_jax.train.state import step_keys
 
 ROWS = PROMPTS * SAMPLES
@@ -44,14 +52,14 @@ def full_config(objectives=("a", "b"), **changes):
 
 
 @functools.cache
-def full_programs(data=1, model=1):
-  config = full_config(**{"train.microbatches": data * model // 4 or 1})
-  return make_programs(config, mesh_of(data, model))
+def full_programs(model=T5, data=1, cut=1):
+  config = full_config(**{"train.microbatches": data * cut // 4 or 1})
+  return make_programs(config, model, mesh_of(data, cut))
 
 
-def make_programs(config, mesh=None):
+def make_programs(config, model=T5, mesh=None):
   mesh = mesh_of() if mesh is None else mesh
-  return moft.make_programs(config, moft_test.MODEL, mesh, moft_test.ALLOWED)
+  return moft_test.make_programs(config, mesh, model)
 
 
 def perturbed(tree):
@@ -63,25 +71,26 @@ def perturbed(tree):
 
 
 @functools.cache
-def sampled():
+def sampled(model=T5):
   """(state, rollout, rewards) of policies and a critic that are trained."""
-  programs = make_programs(make_config())
-  state = programs.init(moft_test.reference(), jax.random.key(3))
+  programs = make_programs(make_config(), model)
+  state = programs.init(reference(model), jax.random.key(3))
   critic = dataclasses.replace(
     state.critic, params=perturbed(state.critic.params)
   )
   state = dataclasses.replace(
     state, params=perturbed(state.params), critic=critic
   )
-  rollout = programs.roll_out(
-    state, moft_test.reference(), moft_test.prompts_of(5), np.int32(4)
-  )
+  prompts = moft_test.prompts_of(5, model=model)
+  rollout = programs.roll_out(state, reference(model), prompts, np.int32(4))
   return state, rollout, moft_test.rewards_of(rollout)
 
 
-def update(programs, mesh=None, state=None, rollout=None, rewards=None):
+def update(
+  programs, mesh=None, state=None, rollout=None, rewards=None, model=T5
+):
   """(state, metrics) after one update, of the sampled state or another."""
-  own = sampled()
+  own = sampled(model)
   state = own[0] if state is None else state
   rollout = own[1] if rollout is None else rollout
   rewards = own[2] if rewards is None else rewards
@@ -97,16 +106,14 @@ def update(programs, mesh=None, state=None, rollout=None, rewards=None):
       key=jax.device_put(key, programs.state_shardings.key),
     )
   copy = jax.tree.map(jnp.copy, state)  # the program gives its buffers away
-  state, metrics = programs.update(
-    copy, rollout, rewards, moft_test.reference()
-  )
+  state, metrics = programs.update(copy, rollout, rewards, reference(model))
   return state, jax.device_get(metrics)
 
 
-def full_state():
+def full_state(model):
   """The sampled state, with an estimate of the front."""
   adaptation = build.adaptation(full_config())
-  return dataclasses.replace(sampled()[0], front=adaptation.empty())
+  return dataclasses.replace(sampled(model)[0], front=adaptation.empty())
 
 
 def mean(metric):
@@ -134,58 +141,58 @@ def plain_values(params, states):
   return np.stack(columns, -1)
 
 
-def plain_forward(params):
+def plain_forward(model, params):
   """Log-probabilities and states of the sampled rows, a policy at a time."""
-  _, rollout, _ = sampled()
-  steerable = conditioning.steerable_leaves(moft_test.reference(), "full")
+  _, rollout, _ = sampled(model)
+  steerable = conditioning.steerable_leaves(reference(model), "full")
+  prompts = np.repeat(rollout.encoder_input_tokens, SAMPLES, axis=0)
+  inputs = both_families.plain_inputs(model, prompts, rollout.tokens)
   logps, states = [], []
   for g, c in enumerate(rollout.coefficients):
     policy = conditioning.mix(params, steerable, c)
     own = slice(g * ROWS // 2, (g + 1) * ROWS // 2)
-    prompts = jnp.repeat(rollout.encoder_input_tokens, SAMPLES, axis=0)[own]
-    tokens = rollout.tokens[own]
-    logits, kept = t5.T5(moft_test.MODEL).apply(
-      {"params": policy},
-      prompts,
-      t5.shift_right(tokens),
-      mutable=["intermediates"],
+    logits, kept = both_families.plain_scores(
+      model, policy, [x[own] for x in inputs]
     )
     logp = jax.nn.log_softmax(logits)
-    logps.append(jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0])
-    states += kept["intermediates"]["decoder_states"]
+    logps.append(both_families.picked(logp, rollout.tokens[own]))
+    states.append(kept)
   return jnp.concatenate(logps), jnp.concatenate(states)
 
 
 @functools.cache
-def plain_gradient():
+def plain_gradient(model):
   """Jitted: (params, advantages) -> (gradient, states)."""
-  mask = sampled()[1].mask
+  mask = sampled(model)[1].mask
 
   def loss(params, advantages):
-    logp, states = plain_forward(params)
+    logp, states = plain_forward(model, params)
     return -(advantages * jnp.where(mask, logp, 0)).sum() / ROWS, states
 
   return jax.jit(jax.grad(loss, has_aux=True))
 
 
+PPO = {"ppo.gae_lambda": 0.8, "ppo.epochs": 1, "ppo.minibatches": 1}
+LEARNED = {"algorithm": "reinforce", "reinforce.baseline": "learned"}
+
+
 @pytest.mark.parametrize(
-  "gae_lambda, changes",
-  [
-    (0.8, {"ppo.gae_lambda": 0.8, "ppo.epochs": 1, "ppo.minibatches": 1}),
-    pytest.param(
-      1.0,
-      {"algorithm": "reinforce", "reinforce.baseline": "learned"},
-      marks=pytest.mark.slow,
-    ),
-  ],
+  "model, algorithm",
+  cases(
+    (True, T5, "ppo"),
+    (True, LISTED_DECODER, "ppo"),
+    (False, DECODER, "ppo"),
+    (False, T5, "learned"),
+    (False, DECODER, "learned"),
+  ),
 )
-def test_one_update_is_reinforce_with_the_critics_advantages(
-  gae_lambda, changes
-):
+def test_one_update_is_reinforce_with_the_critics_advantages(model, algorithm):
   """Against loops: GAE in NumPy, then -sum A log pi over policies."""
-  state, rollout, rewards = sampled()
+  changes = PPO if algorithm == "ppo" else LEARNED
+  gae_lambda = changes.get("ppo.gae_lambda", 1.0)
+  state, rollout, rewards = sampled(model)
   mask = np.asarray(rollout.mask)
-  gradient_of = plain_gradient()
+  gradient_of = plain_gradient(model)
   _, states = gradient_of(state.params, np.zeros(mask.shape, np.float32))
   values = plain_values(jax.device_get(state.critic.params), np.asarray(states))
   kl = np.asarray(rollout.logp - rollout.ref_logp)
@@ -209,7 +216,8 @@ def test_one_update_is_reinforce_with_the_critics_advantages(
   norm = np.sqrt(
     sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(gradient))
   )
-  new, metrics = update(make_programs(make_config(**changes)))
+  programs = make_programs(make_config(**changes), model)
+  new, metrics = update(programs, model=model)
   np.testing.assert_allclose(mean(metrics["gradient_norm"]), norm, rtol=1e-3)
   target, value = targets[mask], values[mask]
   np.testing.assert_allclose(
@@ -257,9 +265,10 @@ def test_early_stop_takes_no_further_update():
 
 
 @pytest.mark.slow
-def test_all_updates_are_taken_on_any_mesh_and_in_microbatches():
-  start = full_state()
-  one, metrics = update(full_programs(), state=start)
+@both
+def test_all_updates_are_taken_on_any_mesh_and_in_microbatches(model):
+  start = full_state(model)
+  one, metrics = update(full_programs(model), state=start, model=model)
   assert float(metrics["ppo/updates"]) == 4
   assert mean(metrics["ppo/approximate_kl"]) > 1e-5
   assert 0 < mean(metrics["ppo/clip_fraction"]) < 1
@@ -267,7 +276,9 @@ def test_all_updates_are_taken_on_any_mesh_and_in_microbatches():
   assert counts == [4, 1]  # Adam's of updates, the schedule's of steps
   assert max(moved(one.params, start.params)) > 1.5e-2
   assert min(moved(one.critic.params, start.critic.params)) > 0
-  many, many_metrics = update(full_programs(4, 2), mesh_of(4, 2), start)
+  many, many_metrics = update(
+    full_programs(model, 4, 2), mesh_of(4, 2), start, model=model
+  )
   assert_trees_close(metrics, many_metrics, rtol=2e-3, atol=2e-4)
   assert_trees_close(one.params, many.params, atol=1e-3)
   assert_trees_close(one.critic.params, many.critic.params, atol=1e-3)
@@ -279,14 +290,17 @@ def test_all_updates_are_taken_on_any_mesh_and_in_microbatches():
 
 
 @pytest.mark.slow
-def test_one_hot_weighting_equals_a_single_objective_run():
-  state, rollout, rewards = sampled()
+@both
+def test_one_hot_weighting_equals_a_single_objective_run(model):
+  state, rollout, rewards = sampled(model)
   one_hot = np.tile(np.float32([[0.0, 1.0]]), (2, 1))
   weighting = rollout.weighting._replace(weights=one_hot)
   rollout = rollout.replace(weighting=weighting, coefficients=one_hot)
-  both, metrics = update(full_programs(), None, full_state(), rollout, rewards)
-  single = make_programs(full_config(("b",), steering="none"))
-  start = single.init(moft_test.reference(), jax.random.key(3))
+  one_of_two, metrics = update(
+    full_programs(model), None, full_state(model), rollout, rewards, model
+  )
+  single = make_programs(full_config(("b",), steering="none"), model)
+  start = single.init(reference(model), jax.random.key(3))
   critic = dataclasses.replace(
     start.critic,
     params=jax.tree.map(lambda p: p[1:], state.critic.params),
@@ -298,12 +312,14 @@ def test_one_hot_weighting_equals_a_single_objective_run():
   rollout = rollout.replace(
     weighting=weighting._replace(weights=ones), coefficients=ones
   )
-  alone, alone_metrics = update(single, None, start, rollout, rewards[:, 1:])
-  assert_trees_close(
-    jax.tree.map(lambda p: p[1], both.params), alone.params, atol=1e-5
+  alone, alone_metrics = update(
+    single, None, start, rollout, rewards[:, 1:], model
   )
   assert_trees_close(
-    jax.tree.map(lambda p: p[1:], both.critic.params),
+    jax.tree.map(lambda p: p[1], one_of_two.params), alone.params, atol=1e-5
+  )
+  assert_trees_close(
+    jax.tree.map(lambda p: p[1:], one_of_two.critic.params),
     alone.critic.params,
     atol=1e-4,
   )
@@ -312,29 +328,28 @@ def test_one_hot_weighting_equals_a_single_objective_run():
       mean(metrics[name]), mean(alone_metrics[name]), rtol=1e-3, atol=1e-6
     )
   # And the other set has not moved.
-  still = jax.tree.map(lambda p, q: (p[0], q[0]), both.params, state.params)
+  still = jax.tree.map(
+    lambda p, q: (p[0], q[0]), one_of_two.params, state.params
+  )
   for p, q in jax.tree.leaves(still, is_leaf=lambda x: isinstance(x, tuple)):
     np.testing.assert_array_equal(p, q)
 
 
 @pytest.mark.slow
-def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(tmp_path):
+@both
+def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(model, tmp_path):
   """With a critic, moments of rewards and an estimate of the front."""
-  mesh, programs = mesh_of(4, 2), full_programs(4, 2)
-  reference = sharding.put(moft_test.reference(), programs.reference_shardings)
+  mesh, programs = mesh_of(4, 2), full_programs(model, 4, 2)
+  placed = sharding.put(reference(model), programs.reference_shardings)
   key = jax.random.key(7)
 
   def advance(state, steps):
-    for step in steps:
-      prompts = sharding.to_devices(mesh, moft_test.prompts_of(step), PROMPTS)
-      rollout = programs.roll_out(state, reference, prompts, np.int32(step))
-      rewards = moft_test.rewards_of(rollout)
-      state, metrics = programs.update(
-        state, rollout, sharding.to_devices(mesh, rewards, ROWS), reference
-      )
-    return state, jax.device_get(metrics)
+    state, history = moft_test.advance(
+      state, programs, mesh, placed, steps, moft_test.rewards_of, model
+    )
+    return state, history[-1]
 
-  state, _ = advance(programs.init(reference, key), (0, 1))
+  state, _ = advance(programs.init(placed, key), (0, 1))
   count = np.asarray(state.front.count)
   assert 2 < count.sum() <= 4  # two groups a step, decayed
   with checkpoints.Checkpoints(str(tmp_path), keep=1) as saved:
@@ -343,7 +358,7 @@ def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(tmp_path):
   with checkpoints.Checkpoints(str(tmp_path), keep=1) as saved:
     state, _ = saved.restore(
       saved_params.abstract_like(
-        jax.eval_shape(programs.init, reference, key), programs.state_shardings
+        jax.eval_shape(programs.init, placed, key), programs.state_shardings
       )
     )
   np.testing.assert_array_equal(state.front.count, count)

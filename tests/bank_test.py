@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import both_families
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,18 +16,28 @@ from clp_jax import adapters, sharding
 from clp_jax.bank import Bank
 from clp_jax.models import decoding, families, t5
 
-CONFIG = t5.T5Config(
-  vocab_size=11,
-  emb_dim=8,
-  num_heads=2,
-  head_dim=3,
-  num_encoder_layers=1,
-  num_decoder_layers=1,
-  mlp_dim=5,
-  eos_ids=(1,),
+CONFIG = dataclasses.replace(
+  both_families.T5, vocab_size=11, head_dim=3, mlp_dim=5
 )
-QUERY = ("encoder", "layers_0", "attention", "query")
+DECODER = dataclasses.replace(
+  both_families.LISTED_DECODER,
+  vocab_size=11,
+  num_heads=3,
+  num_kv_heads=1,
+  head_dim=2,
+  mlp_dim=5,
+)
+both = pytest.mark.parametrize(
+  "model", [CONFIG, DECODER], ids=["t5", "decoder"]
+)
 BOTH = ("attention", "mlp")
+
+
+def query_of(config):
+  return (*both_families.stack_of(config), "attention", "query")
+
+
+QUERY = query_of(CONFIG)
 
 
 def make_bank(kind, frozen_kl=False, targets=BOTH, config=CONFIG, **changes):
@@ -38,7 +49,7 @@ def make_bank(kind, frozen_kl=False, targets=BOTH, config=CONFIG, **changes):
 
 
 @functools.cache
-def reference():
+def reference(config=CONFIG):
   """A base with zeros of both signs among its parameters."""
   random = np.random.default_rng(0)
 
@@ -47,7 +58,7 @@ def reference():
     values = np.where(values == 0, random.choice([0.0, -0.0], p.shape), values)
     return values.astype(np.float32)
 
-  return jax.tree.map(leaf, t5.abstract_params(CONFIG))
+  return jax.tree.map(leaf, families.build(config).abstract())
 
 
 @functools.cache
@@ -73,7 +84,7 @@ def jitted_query(kind, frozen_kl=False):
 def trained(bank, seed=1):
   """Parameters that all differ from the first ones and from one another."""
   random = np.random.default_rng(seed)
-  first = bank.init(reference(), jax.random.key(3))
+  first = bank.init(reference(bank.reference_config), jax.random.key(3))
   return jax.tree.map(
     lambda p: np.asarray(p + random.normal(size=p.shape), np.float32), first
   )
@@ -99,14 +110,16 @@ INTERIOR = np.float32([[0.2, 0.5, 0.3], [0.7, 0.1, 0.2]])
 WEIGHTINGS = np.concatenate([INTERIOR, np.eye(3, dtype=np.float32)])
 
 
+@both
 @pytest.mark.parametrize("kind", ["lora", "svd_lora"])
-def test_untrained_bank_is_the_base_bit_for_bit(kind):
-  bank, mix = jitted(kind)
-  params = bank.init(reference(), jax.random.key(3))
-  mixed = mix(params, reference(), INTERIOR)
+def test_untrained_bank_is_the_base_bit_for_bit(kind, model):
+  bank, mix = jitted(kind, config=model)
+  base = reference(model)
+  params = bank.init(base, jax.random.key(3))
+  mixed = mix(params, base, INTERIOR)
   expected = jax.tree.map(
     lambda p, s: np.broadcast_to(p, (2, *p.shape)) if s else p,
-    reference(),
+    base,
     bank.steerable,
   )
   assert_bitwise_equal(mixed, expected)
@@ -133,10 +146,10 @@ def test_lora_mixes_products_and_a_vertex_adds_that_sets():
   assert_bitwise_equal(kernels, np.broadcast_to(kernels[:1], kernels.shape))
 
 
-def svd_kernel(params, coefficients, base):
+def svd_kernel(params, coefficients, base, where=QUERY):
   """Of one weighting, in float64."""
   p, v, s, q = (
-    at(params, *QUERY, f"svd_{name}").astype(np.float64)
+    at(params, *where, f"svd_{name}").astype(np.float64)
     for name in ("left", "values", "scale", "right")
   )
   diagonal = np.concatenate([v, np.asarray(coefficients, np.float64) * s])
@@ -208,40 +221,44 @@ def _module(params, path):
   return params
 
 
+@both
 @pytest.mark.parametrize("kind", ["full", "lora", "svd_lora"])
-def test_a_frozen_kl_set_makes_alpha_1_the_reference(kind):
-  bank, mix = jitted(kind)
+def test_a_frozen_kl_set_makes_alpha_1_the_reference(kind, model):
+  bank, mix = jitted(kind, config=model)
+  whole, where = reference(model), query_of(model)
   params = trained(bank)
   weights = np.float32([[0.3, 0.7], [0.3, 0.7]])
   rows = np.asarray(clp_jax.coefficients(weights, np.float32([1.0, 0.4])))
-  mixed = mix(params, reference(), rows)
+  mixed = mix(params, whole, rows)
   alpha_1 = jax.tree.map(lambda p, s: p[0] if s else p, mixed, bank.steerable)
-  assert_bitwise_equal(alpha_1, reference())
+  assert_bitwise_equal(alpha_1, whole)
   # Elsewhere the reference counts with weight alpha.
-  c, kernel = rows[1], at(mixed, *QUERY, "kernel")[1]
-  base = at(reference(), *QUERY, "kernel").astype(np.float64)
+  c, kernel = rows[1], at(mixed, *where, "kernel")[1]
+  base = at(whole, *where, "kernel").astype(np.float64)
   if kind == "full":
-    sets = at(params, *QUERY, "kernel")
+    sets = at(params, *where, "kernel")
     assert sets.shape == (2, 8, 6)  # neither trained nor stored
     expected = c[0] * sets[0] + c[1] * sets[1] + c[2] * base
   elif kind == "lora":
-    a, b = (at(params, *QUERY, name) for name in ("lora_a", "lora_b"))
+    a, b = (at(params, *where, name) for name in ("lora_a", "lora_b"))
     expected = base + 0.7 * (c[0] * a[0] @ b[0] + c[1] * a[1] @ b[1])
   else:
-    shared = dict(_module(params, QUERY))
+    shared = dict(_module(params, where))
     shared["svd_values"] = shared["svd_values"] * np.float32(0.6)
-    nested = traverse_util.unflatten_dict({QUERY: shared})
-    expected = svd_kernel(nested, c[:2], base)
+    nested = traverse_util.unflatten_dict({where: shared})
+    expected = svd_kernel(nested, c[:2], base, where)
   np.testing.assert_allclose(kernel, expected, atol=2e-5)
 
 
-def test_shared_parameters_frozen_too_make_attention_the_reference():
-  bank, mix = jitted("attention", frozen_shared=True)
+@both
+def test_shared_parameters_frozen_too_make_attention_the_reference(model):
+  bank, mix = jitted("attention", frozen_shared=True, config=model)
   params = trained(bank)
   alpha_1 = clp_jax.coefficients(np.float32([0.3, 0.7]), 1.0)
-  assert_bitwise_equal(mix(params, reference(), alpha_1), reference())
+  assert_bitwise_equal(mix(params, reference(model), alpha_1), reference(model))
   names = {path[-2] for path in traverse_util.flatten_dict(params)}
-  assert names == {"query", "key", "value", "out"}
+  norms = {"query_norm", "key_norm"} if model == DECODER else set()
+  assert names == {"query", "key", "value", "out"} | norms
 
 
 @pytest.mark.parametrize("kind", ["lora", "svd_lora"])
@@ -379,12 +396,13 @@ def test_the_penalty_vanishes_for_orthonormal_factors_only():
   assert adapters.orthogonality(moved) < 0.99 * adapters.orthogonality(params)
 
 
-def soft_model():
-  """A T5 whose soft tokens are the embeddings of the words 7 and 4."""
-  config = dataclasses.replace(CONFIG, soft_tokens=2)
-  table = reference()["token_embedder"]["embedding"]
+def soft_model(config):
+  """Whose soft tokens are the embeddings of the words 7 and 4."""
+  base = reference(config)
+  table = base["token_embedder"]["embedding"]
   soft = {"embedding": table[[7, 4]]}
-  return families.build(config), reference() | {"soft_tokens": soft}
+  model = families.build(dataclasses.replace(config, soft_tokens=2))
+  return model, base | {"soft_tokens": soft}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -395,28 +413,35 @@ def logp_of(model, params, prompts, targets):
 PROMPTS = np.int32([[3, 5, 8, 1, 0, 0], [9, 6, 2, 4, 3, 1]])
 
 
-def test_soft_tokens_are_words_before_the_input():
-  """Masks, relative positions and cross-attention: logits are those of the
-  ordinary T5 that reads the same words."""
-  model, params = soft_model()
-  words = np.concatenate([np.int32([[7, 4]] * 2), PROMPTS], axis=1)
+@both
+def test_soft_tokens_are_words_before_the_input(model):
+  """Masks, positions, windows and cross-attention: logits are those of the
+  ordinary model that reads the same words."""
+  soft_tokens, params = soft_model(model)
+  ordinary, base = families.build(model), reference(model)
+  prompts = both_families.with_padding(model, PROMPTS)
+  words = np.concatenate([np.int32([[7, 4]] * 2), prompts], axis=1)
   targets = np.int32([[2, 5, 1], [6, 1, 0], [3, 3, 1], [4, 8, 9]])
-  soft = logp_of(model, params, PROMPTS, targets)
-  hard = logp_of(families.build(CONFIG), reference(), words, targets)
-  np.testing.assert_allclose(soft, hard, atol=1e-5)
-  plain = logp_of(families.build(CONFIG), reference(), PROMPTS, targets)
+  soft = logp_of(soft_tokens, params, prompts, targets)
+  hard = logp_of(ordinary, base, words, targets)
+  np.testing.assert_allclose(soft, hard, atol=2e-5)
+  plain = logp_of(ordinary, base, prompts, targets)
   assert np.abs(soft - plain).max() > 0.01
 
 
-def test_decoding_with_soft_tokens_gives_teacher_forced_log_probabilities():
-  model, params = soft_model()
+@both
+def test_decoding_with_soft_tokens_gives_teacher_forced_log_probabilities(
+  model,
+):
+  soft_tokens, params = soft_model(model)
+  prompts = both_families.with_padding(model, PROMPTS)
   allowed = np.arange(11) != 0
   sample = functools.partial(
-    decoding.sample, model, max_length=3, num_samples=2, allowed=allowed
+    decoding.sample, soft_tokens, max_length=3, num_samples=2, allowed=allowed
   )
   keys = jax.random.split(jax.random.key(0), 4)
-  samples = jax.jit(sample)(params, PROMPTS, keys)
-  logp = logp_of(model, params, PROMPTS, samples.tokens)
+  samples = jax.jit(sample)(params, prompts, keys)
+  logp = logp_of(soft_tokens, params, prompts, samples.tokens)
   logp = np.where(samples.mask, logp, 0)
   np.testing.assert_allclose(samples.logp, logp, atol=1e-4)
 

@@ -1,7 +1,9 @@
 """The heart: which leaves steer, expand, mix and its gradient."""
 
+import dataclasses
 import functools
 
+import both_families
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,23 +15,25 @@ import clp_jax
 from clp_jax import conditioning
 from clp_jax.bank import Bank
 from clp_jax.low_rank import LowRank
-from clp_jax.models import t5
+from clp_jax.models import families, t5
 
-CONFIG = t5.T5Config(
-  vocab_size=11,
-  emb_dim=8,
-  num_heads=2,
-  head_dim=3,
-  num_encoder_layers=1,
-  num_decoder_layers=1,
-  mlp_dim=5,
+CONFIG = dataclasses.replace(
+  both_families.T5, vocab_size=11, head_dim=3, mlp_dim=5
+)
+DECODER = dataclasses.replace(both_families.DECODER, vocab_size=11, mlp_dim=5)
+both = pytest.mark.parametrize(
+  "model", [CONFIG, DECODER], ids=["t5", "decoder"]
 )
 
 
 ABSTRACT = t5.abstract_params(CONFIG)
 
 
-def sets_of(steerable, num_sets, seed=1):
+def abstract(config):
+  return families.build(config).abstract()
+
+
+def sets_of(steerable, num_sets, seed=1, model=CONFIG):
   """Parameter sets that all differ, with zeros of both signs among them."""
   random = np.random.default_rng(seed)
 
@@ -38,7 +42,7 @@ def sets_of(steerable, num_sets, seed=1):
     values = random.normal(size=shape) * (random.uniform(size=shape) > 0.2)
     return np.where(values == 0, random.choice([0.0, -0.0], shape), values)
 
-  sets = jax.tree.map(leaf, ABSTRACT, steerable)
+  sets = jax.tree.map(leaf, abstract(model), steerable)
   return jax.tree.map(lambda p: p.astype(np.float32), sets)
 
 
@@ -61,12 +65,12 @@ def assert_bitwise_equal(a, b):
 
 
 @functools.cache
-def jitted_mix(kind, by="mix"):
+def jitted_mix(kind, by="mix", model=CONFIG):
   """What users call, or what training runs."""
   if by == "bank":
-    bank = Bank(CONFIG, kind, 3)
+    bank = Bank(model, kind, 3)
     return jax.jit(lambda sets, c: bank.mix(sets, {}, c))
-  steerable = clp_jax.steerable_leaves(t5.abstract_params(CONFIG), kind)
+  steerable = clp_jax.steerable_leaves(abstract(model), kind)
   return jax.jit(lambda sets, c: clp_jax.mix(sets, steerable, c))
 
 
@@ -109,13 +113,14 @@ def test_unknown_steering_lists_the_kinds():
     clp_jax.steerable_leaves(ABSTRACT, "mlp")
 
 
+@both
 @both_ways
 @pytest.mark.parametrize("kind", ["full", "attention", "logits"])
 @pytest.mark.parametrize("vertex", [0, 1, 2])
-def test_vertex_returns_that_set_bit_for_bit(kind, vertex, by):
-  steerable = clp_jax.steerable_leaves(ABSTRACT, kind)
-  sets = sets_of(steerable, 3)
-  mixed = jitted_mix(kind, by)(sets, jax.nn.one_hot(vertex, 3))
+def test_vertex_returns_that_set_bit_for_bit(kind, vertex, by, model):
+  steerable = clp_jax.steerable_leaves(abstract(model), kind)
+  sets = sets_of(steerable, 3, model=model)
+  mixed = jitted_mix(kind, by, model)(sets, jax.nn.one_hot(vertex, 3))
   expected = jax.tree.map(lambda p, s: p[vertex] if s else p, sets, steerable)
   assert_bitwise_equal(mixed, expected)
 
@@ -127,25 +132,29 @@ def attention_sets():
 
 
 @functools.cache
-def equal_sets():
-  nothing = clp_jax.steerable_leaves(ABSTRACT, "none")
-  params = sets_of(nothing, 1)
-  steerable = clp_jax.steerable_leaves(ABSTRACT, "full")
+def equal_sets(model=CONFIG):
+  nothing = clp_jax.steerable_leaves(abstract(model), "none")
+  params = sets_of(nothing, 1, model=model)
+  steerable = clp_jax.steerable_leaves(abstract(model), "full")
   return params, clp_jax.expand(params, steerable, 3)
 
 
-def test_the_banks_first_sets_are_those_of_expand():
-  params, sets = equal_sets()
-  first = Bank(CONFIG, "full", 3).init(params, jax.random.key(0))
+@both
+def test_the_banks_first_sets_are_those_of_expand(model):
+  params, sets = equal_sets(model)
+  first = Bank(model, "full", 3).init(params, jax.random.key(0))
   assert_bitwise_equal(first, sets)
 
 
+@both
 @both_ways
 @given(counts=simplex)
-def test_equal_sets_give_the_base_bit_for_bit_for_any_weighting(by, counts):
-  params, sets = equal_sets()
+def test_equal_sets_give_the_base_bit_for_bit_for_any_weighting(
+  by, model, counts
+):
+  params, sets = equal_sets(model)
   weights = np.asarray(counts, np.float32) / sum(counts)
-  assert_bitwise_equal(jitted_mix("full", by)(sets, weights), params)
+  assert_bitwise_equal(jitted_mix("full", by, model)(sets, weights), params)
 
 
 @both_ways

@@ -5,16 +5,18 @@ processes that a test starts inherit them.
 """
 
 import datetime
+import functools
 import os
 import pathlib
 
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-  # Compilation is most of the suite's time, and a third of it is optimising
-  # programs that run once.
+  # Compilation is most of the suite's time. A third of it is optimising
+  # programs that run once, and more than half of the rest is emitting fusions
+  # by MLIR, where LLVM's builder does as well.
   os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8 "
-    "--xla_backend_optimization_level=0"
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
   )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
@@ -54,17 +56,29 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def sft_run(tmp_path_factory):
-  """Folder of a supervised run of a few steps on the built-in world."""
+def sft_runs(tmp_path_factory):
+  """Makes folders of supervised runs of a few steps on the built-in world: of
+  a preset, each once."""
   from clp_jax import demo
   from clp_jax.train import sft
 
-  config = demo.get_config()
-  config.sft.steps = 12
-  config.sft.batch = 16
-  workdir = tmp_path_factory.mktemp("runs") / "sft"
-  sft.train(config, str(workdir))
-  return str(workdir)
+  @functools.cache
+  def make(preset):
+    config = demo.get_config()
+    config.model.init = preset
+    config.sft.steps = 12
+    config.sft.batch = 16
+    workdir = tmp_path_factory.mktemp("runs") / "sft"
+    sft.train(config, str(workdir))
+    return str(workdir)
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def sft_run(sft_runs):
+  """That of a small T5."""
+  return sft_runs("tiny")
 
 
 @pytest.fixture(scope="session")

@@ -17,15 +17,16 @@ from clp_jax.data.vocabulary import Vocabulary
 from clp_jax.errors import ConfigError
 from clp_jax.evaluation import sweep
 from clp_jax.initial import load_initial
-from clp_jax.models import mixture, t5
+from clp_jax.models import families, mixture
 
 LOW = 0.02  # the least alpha, of the finetuned runs
 
 
-@pytest.fixture(scope="module")
-def singles(sft_run):
+@pytest.fixture(scope="module", params=runs.PRESETS)
+def singles(request, sft_runs):
   """One run a reward, far enough from the reference to tell."""
   found = {}
+  sft_run = sft_runs(request.param)
   for name in ("nli", "rouge"):
     found[name] = str(pathlib.Path(sft_run).parent / f"single_{name}")
     fields = {
@@ -232,7 +233,7 @@ def test_a_soup_towards_the_reference_interpolates(singles, tmp_path):
 
 
 @pytest.mark.slow  # trains two runs
-def test_parts_that_do_not_fit_are_named(singles, sft_run, tmp_path):
+def test_parts_that_do_not_fit_are_named(singles, tmp_path):
   config = config_of("rouge", alpha_range=(LOW, 1.0))
   one = {"rouge": singles["rouge"]}
 
@@ -250,7 +251,9 @@ def test_parts_that_do_not_fit_are_named(singles, sft_run, tmp_path):
   fails("neither a preset", reference=str(tmp_path / "nothing"))
 
   # Same vocabulary, other shape: a preset's run.
+  sft_run = run_folder.load_config(singles["rouge"]).model.init
   other = demo.get_config()
+  other.model.init = run_folder.load_config(sft_run).model.init
   other.sft.steps = 0
   initial = load_initial(other)
   vocabulary = initial.vocabulary
@@ -272,7 +275,7 @@ def test_parts_that_do_not_fit_are_named(singles, sft_run, tmp_path):
 def _write_run(workdir, config, initial, vocabulary, **changes):
   """The folder of a run of no steps."""
   model_config = dataclasses.replace(initial.model_config, **changes)
-  params = t5.init_params(model_config, jax.random.key(0))
+  params = families.build(model_config).init(jax.random.key(0))
   run_folder.start(workdir, config)
   run_folder.save_model(workdir, model_config, vocabulary, params)
   saved_params.save_params(workdir, 0, params)

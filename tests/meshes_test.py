@@ -1,4 +1,4 @@
-"""One run on the built-in world, on every kind of mesh (slow)."""
+"""A run of each family on the built-in world, on every kind of mesh (slow)."""
 
 import jax
 import numpy as np
@@ -18,6 +18,13 @@ MESHES = {
 }
 
 
+MODELS = {
+  "tiny": {},
+  "tiny-decoder": {},
+  "tiny-decoder, scanned": {"model.scan_layers": True},
+}
+
+
 def arguments(workdir, sft, **fields):
   settings = {"train.steps": STEPS, "train.checkpoint_every": STEPS}
   return runs.train_arguments(workdir, sft, **(settings | fields))
@@ -33,22 +40,25 @@ def compare(one, other):
       )
 
 
-@pytest.fixture(scope="module")
-def one_device(sft_run, tmp_path_factory):
-  """Metrics of the run on one device, in a process of its own."""
+@pytest.fixture(scope="module", params=MODELS)
+def one_device(request, sft_runs, tmp_path_factory):
+  """(metrics of the run on one device, in a process of its own; where it
+  started; its fields)."""
+  fields = MODELS[request.param]
+  sft = sft_runs(request.param.partition(",")[0])
   workdir = tmp_path_factory.mktemp("meshes") / "one"
-  process = runs.start(arguments(workdir, sft_run), devices=1)
+  process = runs.start(arguments(workdir, sft, **fields), devices=1)
   _, err = process.communicate(timeout=600)
   assert process.returncode == 0, err
-  return runs.metrics(workdir)
+  return runs.metrics(workdir), sft, fields
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
-def test_eight_devices_train_as_one(mesh, one_device, sft_run, tmp_path):
+def test_eight_devices_train_as_one(mesh, one_device, tmp_path):
   assert jax.device_count() == 8
-  status, _, err = runs.clp(
-    *arguments(tmp_path / "run", sft_run, **MESHES[mesh])
-  )
+  expected, sft, fields = one_device
+  workdir = tmp_path / "run"
+  status, _, err = runs.clp(*arguments(workdir, sft, **fields, **MESHES[mesh]))
   assert status == 0, err
-  compare(one_device, runs.metrics(tmp_path / "run"))
+  compare(expected, runs.metrics(workdir))

@@ -10,14 +10,8 @@ import jax
 import numpy as np
 import pytest
 import runs
-from moft_test import (
-  MODEL,
-  assert_trees_close,
-  make_config,
-  mesh_of,
-  reference,
-  train,
-)
+from both_families import both, mlp_kernel, reference
+from moft_test import assert_trees_close, make_config, mesh_of, train
 
 import clp_jax
 from clp_jax import build, demo, interop
@@ -91,10 +85,15 @@ def test_documented_commands_run(sft_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_adapters_soft_tokens_and_prompts_resume_bit_for_bit(sft_run, tmp_path):
+@pytest.mark.parametrize("steering", ["lora", "svd_lora"])
+@pytest.mark.parametrize("preset", runs.PRESETS)
+def test_adapters_soft_tokens_and_prompts_resume_bit_for_bit(
+  preset, steering, sft_runs, tmp_path
+):
   """All that can be combined, in one run: 4 steps are 2 and 2."""
+  sft_run = sft_runs(preset)
   fields = {
-    "steering": "lora",
+    "steering": steering,
     "soft_tokens.length": 2,
     "prompting.style": "control_tokens",
     "prompting.levels": 1,  # the model has 4 rows for 2 + 2 tokens
@@ -112,7 +111,8 @@ def test_adapters_soft_tokens_and_prompts_resume_bit_for_bit(sft_run, tmp_path):
   status, out, err = runs.clp("evaluate", "--workdir", whole)
   assert status == 0, err
   policy = clp_jax.Policy.load(str(whole))
-  assert sweep.method_name(policy.config) == "LoRA + soft tokens + prompting"
+  name = {"lora": "LoRA", "svd_lora": "SVD-LoRA"}[steering]
+  assert sweep.method_name(policy.config) == f"{name} + soft tokens + prompting"
   weights = [{"nli": 1.0}, {"rouge": 1.0}]
   texts = ["Brivane opened the museum. It happened in Merrowby."] * 2
   scores = policy.score(texts, texts, weights)
@@ -128,13 +128,14 @@ def test_adapters_soft_tokens_and_prompts_resume_bit_for_bit(sft_run, tmp_path):
 
 
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("kind", ["lora", "svd_lora"])
-def test_devices_do_not_change_training_of_adapters(kind):
+def test_devices_do_not_change_training_of_adapters(kind, model):
   config = make_config(
     steering=kind, **{"adapters.rank": 2, "soft_tokens.length": 2}
   )
-  one, history, programs = train(config, mesh_of(), 3)
-  many, many_history, _ = train(config, mesh_of(4, 2), 3)
+  one, history, programs = train(config, mesh_of(), 3, model=model)
+  many, many_history, _ = train(config, mesh_of(4, 2), 3, model=model)
   assert_trees_close(history, many_history, rtol=5e-4, atol=5e-5)
   assert_trees_close(
     jax.tree.map(np.asarray, one.params), many.params, atol=5e-4
@@ -157,17 +158,19 @@ def test_devices_do_not_change_training_of_adapters(kind):
 
 
 @pytest.mark.slow
-def test_a_frozen_kl_set_stays_the_reference_through_training():
+@both
+def test_a_frozen_kl_set_stays_the_reference_through_training(model):
   config = make_config(
     **{"conditioning.kl_set": "frozen", "weightings.alpha_range": (0.01, 1.0)}
   )
-  state, history, _ = train(config, mesh_of(), 2)
+  start = reference(model)
+  state, history, _ = train(config, mesh_of(), 2, model=model)
   np.testing.assert_allclose(history[0]["kl"].sum, 0, atol=1e-3)
-  bank = build.bank(config, MODEL)
+  bank = build.bank(config, model)
   assert bank.num_sets == 3
-  kernel = state.params["encoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]
-  assert kernel.shape == (2, 8, 8)
-  moved = reference()["encoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]
-  assert not np.array_equal(kernel[0], moved)
-  policy = bank.mix(state.params, reference(), np.float32([0, 0, 1]))
-  jax.tree.map(np.testing.assert_array_equal, policy, reference())
+  kernel = mlp_kernel(model, state.params)
+  before = mlp_kernel(model, start)
+  assert kernel.shape == (2, *before.shape)
+  assert not np.array_equal(kernel[0], before)
+  policy = bank.mix(state.params, start, np.float32([0, 0, 1]))
+  jax.tree.map(np.testing.assert_array_equal, policy, start)

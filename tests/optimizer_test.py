@@ -3,18 +3,20 @@
 import dataclasses
 import json
 
+import both_families
 import jax
 import jax.numpy as jnp
 import moft_test
 import numpy as np
 import optax
 import pytest
+from both_families import DECODER, T5, both, cases, reference
 
 from clp_jax import build, paper, sharding
 from clp_jax.bank import Bank
 from clp_jax.errors import RunError
-from clp_jax.models import t5
-from clp_jax.train import checkpoints, moft
+from clp_jax.models import t5, trees
+from clp_jax.train import checkpoints
 from clp_jax.train import optimizer as optimizer_lib
 from clp_jax.train.state import init_state, state_shardings
 
@@ -179,29 +181,37 @@ def test_the_state_lies_as_its_parameters_do():
   assert cut == {"v_row": (2, 3, 64), "v_col": (2, 3, 128)}
 
 
+def two_layers(model):
+  """Not scanned."""
+  if isinstance(model, t5.T5Config):
+    model = both_families.SCANNED_T5
+  return dataclasses.replace(model, scan_layers=False)
+
+
 @pytest.mark.parametrize(
-  "scan", [pytest.param(False, marks=pytest.mark.slow), True]
+  "model",
+  cases(
+    (True, both_families.SCANNED_T5),
+    (True, DECODER),
+    (False, two_layers(T5)),
+    (False, two_layers(DECODER)),
+  ),
 )
-def test_a_vertex_equals_a_single_objective_run_under_adafactor(
-  scan, monkeypatch
-):
-  model = dataclasses.replace(
-    moft_test.MODEL,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
-    scan_layers=scan,
-  )
-  params = t5.init_params(model, jax.random.key(0))
-  monkeypatch.setattr(moft_test, "MODEL", model)
-  monkeypatch.setattr(moft_test, "reference", lambda: params)
+def test_a_vertex_equals_a_single_objective_run_under_adafactor(model):
   changes = {"optimizer.name": "adafactor"}
   mesh = moft_test.mesh_of()
-  both = moft_test.make_config(**changes, **{"weightings.weights": (0.0, 1.0)})
-  state, _, _ = moft_test.train(both, mesh, 5)
+  config = moft_test.make_config(
+    **changes, **{"weightings.weights": (0.0, 1.0)}
+  )
+  state, _, _ = moft_test.train(config, mesh, 5, model=model)
   single = moft_test.make_config(**changes, steering="none")
   single.objectives = ("b",)
   alone_state, _, _ = moft_test.train(
-    single, mesh, 5, lambda rollout: moft_test.rewards_of(rollout)[:, 1:]
+    single,
+    mesh,
+    5,
+    lambda rollout: moft_test.rewards_of(rollout)[:, 1:],
+    model=model,
   )
 
   def check(sets, one, start):
@@ -210,28 +220,28 @@ def test_a_vertex_equals_a_single_objective_run_under_adafactor(
     np.testing.assert_allclose(sets[1], one, rtol=0, atol=2e-4 * moved)
     np.testing.assert_array_equal(sets[0], start)  # it has had no gradient
 
-  jax.tree.map(check, state.params, alone_state.params, params)
+  jax.tree.map(check, state.params, alone_state.params, reference(model))
 
 
-def test_scanned_layers_train_as_unrolled_ones_under_adafactor(monkeypatch):
-  unrolled = dataclasses.replace(
-    moft_test.MODEL, num_encoder_layers=2, num_decoder_layers=2
-  )
-  params = t5.init_params(unrolled, jax.random.key(0))
+@pytest.mark.parametrize("family", cases((True, T5), (False, DECODER)))
+def test_scanned_layers_train_as_unrolled_ones_under_adafactor(family):
+  unrolled = two_layers(family)
+  stack, _ = both_families.stack_of(unrolled)
+  params = jax.tree.map(np.copy, reference(unrolled))
   # One layer of ten times the scale.
-  params["encoder"]["layers_1"] = jax.tree.map(
-    lambda x: 10 * x, params["encoder"]["layers_1"]
+  params[stack]["layers_1"] = jax.tree.map(
+    lambda x: 10 * x, params[stack]["layers_1"]
   )
   config = moft_test.make_config(**{"optimizer.name": "adafactor"})
   found = {}
   for scan in (False, True):
     model = dataclasses.replace(unrolled, scan_layers=scan)
-    own = t5.stack_layers(params) if scan else params
-    monkeypatch.setattr(moft_test, "MODEL", model)
-    monkeypatch.setattr(moft_test, "reference", lambda own=own: own)
-    state, _, _ = moft_test.train(config, moft_test.mesh_of(), 2)
+    own = trees.stack_layers(params) if scan else params
+    state, _, _ = moft_test.train(
+      config, moft_test.mesh_of(), 2, model=model, start=own
+    )
     sets = [jax.tree.map(lambda x, i=i: x[i], state.params) for i in range(2)]
-    found[scan] = [t5.unstack_layers(s) if scan else s for s in sets]
+    found[scan] = [trees.unstack_layers(s) if scan else s for s in sets]
   for one, other in zip(found[False], found[True], strict=True):
     jax.tree.map(
       lambda x, y, start: np.testing.assert_allclose(
@@ -278,12 +288,15 @@ def moved_under(config, name):
     return (kernel * wanted).sum()
 
   @jax.jit
-  def step(params, state):
-    updates, state = tx.update(jax.grad(loss)(params), state, params)
-    return optax.apply_updates(params, updates), state
+  def after_100(params, state):
+    def step(_, carry):
+      params, state = carry
+      updates, state = tx.update(jax.grad(loss)(params), state, params)
+      return optax.apply_updates(params, updates), state
 
-  for _ in range(100):
-    params, state = step(params, state)
+    return jax.lax.fori_loop(0, 100, step, (params, state))[0]
+
+  params = after_100(params, state)
   before = kernel_of(reference)
   after = kernel_of(bank.mix(params, reference, c))
   return np.linalg.norm(after - before) / np.linalg.norm(before)
@@ -319,16 +332,16 @@ def test_adams_state_has_no_scales():
   assert not optimizer_lib.is_adafactor(state)
 
 
-def test_the_trained_run_has_the_adapters_scales():
+@both
+def test_the_trained_run_has_the_adapters_scales(model):
   config = moft_test.make_config(
     steering="lora", **{"optimizer.name": "adafactor"}
   )
-  programs = moft.make_programs(
-    config, moft_test.MODEL, moft_test.mesh_of(), moft_test.ALLOWED
-  )
-  state = programs.init(moft_test.reference(), jax.random.key(0))
-  bank: Bank = build.bank(config, moft_test.MODEL)
-  scales = bank.update_scales(moft_test.reference())
+  start = reference(model)
+  programs = moft_test.make_programs(config, moft_test.mesh_of(), model)
+  state = programs.init(start, jax.random.key(0))
+  bank: Bank = build.bank(config, model)
+  scales = bank.update_scales(start)
   (floors,) = (
     x.floor
     for x in jax.tree.leaves(
@@ -337,12 +350,12 @@ def test_the_trained_run_has_the_adapters_scales():
     )
     if isinstance(x, optimizer_lib.ParameterScaleState)
   )
-  path = ("encoder", "layers_0", "mlp", "wi_0", "lora_b")
-  found = floors
-  for name in path:
-    found = found[name]
-  np.testing.assert_allclose(found, np.full([2], scales[path]), rtol=1e-6)
-  assert scales[path] > 10 * optimizer_lib.FLOOR
+  path = (*both_families.stack_of(model), "mlp", "wi_0", "lora_b")
+  found = both_families.at(floors, *path)
+  np.testing.assert_allclose(
+    found, np.broadcast_to(scales[path], found.shape), rtol=1e-6
+  )
+  assert np.min(scales[path]) > 10 * optimizer_lib.FLOOR
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adam"])

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import both_families
 import jax
 import numpy as np
 import pytest
@@ -21,9 +22,13 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def policy(sft_run):
+@pytest.fixture(
+  scope="module",
+  params=["tiny", pytest.param("tiny-decoder", marks=pytest.mark.slow)],
+)
+def policy(request, sft_runs):
   """Two sets that differ, KL's among three: alpha varies in this run."""
+  sft_run = sft_runs(request.param)
   workdir = pathlib.Path(sft_run).parent / "policy"
   fields = {"weightings.alpha_range": "(0.01,0.5)"}
   runs.make_run(workdir, sft_run, **fields)
@@ -47,16 +52,14 @@ def test_score_is_the_sum_of_the_tokens_log_probabilities(policy):
   weights = {"nli": 0.25, "rouge": 0.75}
   scores = policy.score(TEXTS, responses, weights=weights, alpha=0.1)
   assert scores.shape == (3,) and scores.dtype == np.float32
-  apply = jax.jit(clp_jax.T5(policy.model_config).apply)
   params = policy.params(weights, 0.1)
   for text, response, score in zip(TEXTS, responses, scores, strict=True):
     prompt = tokenizer.inputs(policy.vocabulary, [text], 56)
     ids = [*policy.vocabulary.encode(response), policy.vocabulary.eos_id]
-    inputs = np.zeros([1, 18], np.int32)
-    inputs[0, 1 : len(ids)] = ids[:-1]
-    logits = apply({"params": params}, prompt, inputs)
-    logp = jax.nn.log_softmax(logits)[0, np.arange(len(ids)), ids]
-    np.testing.assert_allclose(score, logp.sum(), rtol=1e-5)
+    tokens = np.zeros([1, 18], np.int32)
+    tokens[0, : len(ids)] = ids
+    logp = both_families.plain_logp(policy.model_config, params, prompt, tokens)
+    np.testing.assert_allclose(score, logp[0, : len(ids)].sum(), rtol=1e-5)
 
 
 def test_each_text_can_have_its_own_weighting(policy):

@@ -110,9 +110,16 @@ def test_a_killed_process_ends_the_other_and_both_resume(
 
 
 @pytest.mark.slow
-def test_a_model_axis_may_span_processes(sft_run, tmp_path):
-  """All devices on the model axis: both processes hold, and score, all rows."""
-  fields = {"mesh.data": 1, "mesh.model": 4, "train.steps": 3}
+@pytest.mark.parametrize(
+  "fields",
+  [{"mesh.data": 1, "mesh.model": 4}, {"mesh.model": 2, "mesh.fsdp": True}],
+  ids=["model 4", "data 2 x model 2, fsdp"],
+)
+@pytest.mark.parametrize("preset", runs.PRESETS)
+def test_2_processes_train_as_1_on_any_mesh(preset, fields, sft_runs, tmp_path):
+  """Where all devices are on the model axis, both hold, and score, all rows."""
+  sft_run = sft_runs(preset)
+  fields = {"train.steps": 3} | fields
   two, one = tmp_path / "two", tmp_path / "one"
   pair = start_training(
     runs.train_arguments(two, sft_run, **fields), two, rows=1, devices=2

@@ -1,21 +1,22 @@
 """Weightings in the prompt: what is written, where, and by which programs."""
 
+import dataclasses
 import functools
 import pathlib
 
+import both_families
 import jax
 import jax.numpy as jnp
 import moft_test
 import numpy as np
 import pytest
-from moft_test import MODEL, make_config, mesh_of, prompts_of, reference
+from both_families import DECODER, LISTED_DECODER, T5, cases, reference
+from moft_test import make_config, mesh_of, prompts_of
 
 from clp_jax import build, prompting, sharding
 from clp_jax.data import tokenizer
 from clp_jax.data import vocabulary as vocabularies
 from clp_jax.errors import ConfigError
-from clp_jax.models import decoding, families
-from clp_jax.train import moft
 from clp_jax.weightings import Distribution, Weighting
 
 T5_VOCABULARY = (
@@ -138,50 +139,66 @@ def test_sft_gives_a_share_of_rows_a_weighting_of_their_own():
   assert not np.array_equal(rows, prepend(jax.random.key(1)))
 
 
-def ragged_prompts():
+def ragged_prompts(model):
   """Of words of the tests' model, some terms shorter than others."""
-  terms = np.int32([[[3, 0], [3, 4], [5, 6]], [[7, 8], [9, 0], [9, 10]]])
-  return prompting.Prompts(terms, np.int32([11]), None)
+  terms = [[[3, 0], [3, 4], [5, 6]], [[7, 8], [9, 0], [9, 10]]]
+  terms = both_families.with_padding(model, terms)
+  return prompting.Prompts(terms, np.int32([11]), None, model.pad_id)
 
 
-def test_a_rollout_prompts_its_policies_and_not_the_reference():
+def control_prompts(model):
+  """Of rows that no token uses."""
+  ids = np.flatnonzero(~both_families.allowed(model))[-5:]
+  assert ids[0] > 13
+  return prompting.control_prompts(ids, 2, 2, None, model.pad_id)
+
+
+def with_rows(model):
+  return dataclasses.replace(model, vocab_size=20)
+
+
+@pytest.mark.parametrize(
+  "model, make",
+  cases(
+    (True, T5, ragged_prompts),
+    (True, LISTED_DECODER, ragged_prompts),
+    (False, DECODER, ragged_prompts),
+    (False, with_rows(T5), control_prompts),
+    (True, with_rows(LISTED_DECODER), control_prompts),
+  ),
+)
+def test_a_rollout_prompts_its_policies_and_not_the_reference(model, make):
   config = make_config(**{"prompting.style": "text", "steering": "none"})
-  prompts = ragged_prompts()
-  programs = moft.make_programs(
-    config, MODEL, mesh_of(), moft_test.ALLOWED, prompts
-  )
-  state = programs.init(reference(), jax.random.key(1))
+  prompts, start = make(model), reference(model)
+  documents = prompts_of(0, model=model)
+  programs = moft_test.make_programs(config, mesh_of(), model, prompts)
+  state = programs.init(start, jax.random.key(1))
   rollouts = [
-    programs.roll_out(state, reference(), prompts_of(0), np.int32(step))
+    programs.roll_out(state, start, documents, np.int32(step))
     for step in range(3)
   ]
   assert programs.rollout._cache_size() == 1  # weightings are data
   written = set()
   for rollout in rollouts:
     rows = np.asarray(rollout.encoder_input_tokens)
-    assert rows.shape == (8, 7 + 5)
-    expected = []
-    for i, document in enumerate(prompts_of(0)):
+    width = 7 + prompts.length
+    assert rows.shape == (8, width)
+    expected = np.full([8, width], model.pad_id)
+    for i, document in enumerate(documents):
       levels = np.round(np.asarray(rollout.weighting.weights)[i // 4] * 2)
       written.add(tuple(levels))
       terms = [prompts.terms[j, int(q)] for j, q in enumerate(levels)]
       row = np.concatenate([*terms, prompts.end, document])
-      row = row[row != 0]
-      expected.append(np.pad(row, (0, 12 - len(row))))
+      row = row[row != model.pad_id]
+      expected[i, : len(row)] = row
     np.testing.assert_array_equal(rows, expected)
-    for inputs, logp in (
-      (rows, rollout.logp),
-      (prompts_of(0), rollout.ref_logp),
-    ):
-      own, _ = decoding.token_logp(
-        families.build(MODEL),
-        reference(),
-        jnp.asarray(inputs),
-        rollout.tokens,
-        num_samples=moft_test.SAMPLES,
-      )
+    # What only prompts are made of is never said.
+    allowed = both_families.allowed(model)
+    assert allowed[np.asarray(rollout.tokens)[rollout.mask]].all()
+    for inputs, logp in ((rows, rollout.logp), (documents, rollout.ref_logp)):
+      own = both_families.plain_logp(model, start, inputs, rollout.tokens)
       own = np.where(rollout.mask, own, 0)
-      np.testing.assert_allclose(logp, own, atol=1e-5)
+      np.testing.assert_allclose(logp, own, atol=2e-5)
   assert len(written) > 1
 
 
@@ -197,11 +214,8 @@ def test_a_rollout_prompts_its_policies_and_not_the_reference():
       "need 13 control tokens, but the model has 12",
     ),
     (
-      lambda v: moft.make_programs(
-        make_config(**{"prompting.style": "text"}),
-        MODEL,
-        sharding.make_mesh(8),
-        moft_test.ALLOWED,
+      lambda v: moft_test.make_programs(
+        make_config(**{"prompting.style": "text"}), sharding.make_mesh(8)
       ),
       "prompting.style = text needs the prompts",
     ),

@@ -17,7 +17,11 @@ from clp_jax.errors import ConfigError
 
 
 @pytest.mark.slow
-def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(sft_run, tmp_path):
+@pytest.mark.parametrize("preset", runs.PRESETS)
+def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(
+  preset, sft_runs, tmp_path
+):
+  sft_run = sft_runs(preset)
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   normalise = {"rewards.nli.normalise": "running"}  # statistics count too
   for workdir, steps in ((whole, 4), (parts, 2), (parts, 4)):

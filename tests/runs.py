@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -18,9 +19,11 @@ import orbax.checkpoint as ocp
 from clp_jax import build, run_folder, saved_params
 from clp_jax.cli.arguments import load_config
 from clp_jax.cli.main import main
-from clp_jax.models import t5
+from clp_jax.models import families
 from clp_jax.train import moft
 
+# A small model of each family that starts from random parameters.
+PRESETS = ("tiny", "tiny-decoder")
 CONFIG = str(pathlib.Path(__file__).parents[1] / "configs" / "demo.py")
 
 
@@ -55,9 +58,10 @@ def make_run(workdir, sft, *, draw=0, **fields):
 def save_untrained(config, workdir, draw=0):
   """That of any config."""
   moft.prepare(config, str(workdir))
-  abstract = t5.abstract_params(run_folder.load_model_config(str(workdir)))
+  model_config = run_folder.load_model_config(str(workdir))
+  abstract = families.build(model_config).abstract()
   reference = run_folder.load_reference(str(workdir), abstract)
-  bank = build.bank(config, run_folder.load_model_config(str(workdir)))
+  bank = build.bank(config, model_config)
   random = np.random.default_rng(draw)
   sets = jax.tree.map(
     lambda p: p + 0.03 * random.standard_normal(p.shape).astype(np.float32),
@@ -81,11 +85,9 @@ def clp(*arguments):
 
 
 def xla_flags(devices):
-  """Those of conftest.py, so that results are equal to the bit."""
-  return (
-    f"--xla_force_host_platform_device_count={devices} "
-    "--xla_backend_optimization_level=0"
-  )
+  """Those of this process, so that results are equal to the bit."""
+  flags = os.environ["XLA_FLAGS"]
+  return re.sub(r"(?<=device_count=)\d+", str(devices), flags)
 
 
 def start(arguments, devices=1, file_limit=None):

@@ -1,34 +1,26 @@
 """Where parameters and rows lie on the mesh."""
 
+import dataclasses
 import re
 
+import both_families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from both_families import DECODER, both, mlp_kernel
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clp_jax import conditioning, sharding
-from clp_jax.models import t5
+from clp_jax.models import families, t5
 
-CONFIG = t5.T5Config(
-  vocab_size=16,
-  emb_dim=8,
-  num_heads=2,
-  head_dim=4,
-  num_encoder_layers=1,
-  num_decoder_layers=1,
-  mlp_dim=12,
-  eos_ids=(1,),
-)
+CONFIG = dataclasses.replace(both_families.T5, mlp_dim=12)
 
 
-def specs(mesh, **settings):
+def specs(mesh, model=CONFIG, **settings):
+  built = families.build(model)
   shardings = sharding.param_shardings(
-    mesh,
-    t5.logical_axes(CONFIG),
-    t5.abstract_params(CONFIG),
-    **settings,
+    mesh, built.axes(), built.abstract(), **settings
   )
   return jax.tree.map(lambda s: s.spec, shardings)
 
@@ -56,10 +48,29 @@ def test_parameters_are_cut_as_t5x_cuts_them():
   assert tree["encoder"]["encoder_norm"]["scale"] == PartitionSpec(None)
 
 
-def test_fsdp_cuts_the_embedding_axis_over_data():
-  tree = specs(sharding.make_mesh(4, 2), fsdp=True)
-  kernel = tree["encoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]
-  assert kernel == PartitionSpec("data", "model")
+def test_decoders_are_cut_as_t5_is():
+  tree = specs(sharding.make_mesh(4, 2), DECODER)
+  layers = tree["decoder"]["layers"]  # stacked
+  for name in ("query", "key", "value"):
+    kernel = layers["attention"][name]["kernel"]
+    assert kernel == PartitionSpec(None, None, "model")
+    bias = layers["attention"][name]["bias"]
+    assert bias == PartitionSpec(None, "model")
+  out = layers["attention"]["out"]["kernel"]
+  assert out == PartitionSpec(None, "model", None)
+  assert layers["mlp"]["wi_0"]["kernel"] == PartitionSpec(None, None, "model")
+  assert layers["mlp"]["wo"]["kernel"] == PartitionSpec(None, "model", None)
+  assert tree["token_embedder"]["embedding"] == PartitionSpec("model", None)
+  norm = layers["attention"]["query_norm"]["scale"]
+  assert norm == PartitionSpec(None, None)
+
+
+@both
+def test_fsdp_cuts_the_embedding_axis_over_data(model):
+  tree = specs(sharding.make_mesh(4, 2), model, fsdp=True)
+  layers = (None,) if model.scan_layers else ()
+  expected = PartitionSpec(*layers, "data", "model")
+  assert mlp_kernel(model, tree) == expected
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():
@@ -105,7 +116,8 @@ def test_rows_go_to_the_devices_and_back():
   assert sharding.process_rows(mesh, 8) == (0, 8)
 
 
-def test_rows_and_parameters_lie_on_a_folded_mesh_where_they_lay():
+@both
+def test_rows_and_parameters_lie_on_a_folded_mesh_where_they_lay(model):
   mesh = sharding.make_mesh(4, 2)
   folded = sharding.fold_groups(mesh, 6)  # 2 divides 6 and 4
   assert dict(folded.shape) == {
@@ -116,18 +128,17 @@ def test_rows_and_parameters_lie_on_a_folded_mesh_where_they_lay():
   }
   rows = sharding.row_sharding(mesh)
   assert sharding.row_sharding(folded).is_equivalent_to(rows, 2)
+  built = families.build(model)
   for fsdp in (False, True):
     plain, cut = (
-      sharding.param_shardings(
-        m, t5.logical_axes(CONFIG), t5.abstract_params(CONFIG), fsdp=fsdp
-      )
+      sharding.param_shardings(m, built.axes(), built.abstract(), fsdp=fsdp)
       for m in (mesh, folded)
     )
     same = jax.tree.map(
       lambda a, b, p: a.is_equivalent_to(b, p.ndim),
       plain,
       cut,
-      t5.abstract_params(CONFIG),
+      built.abstract(),
     )
     assert all(jax.tree.leaves(same))
 

@@ -556,8 +556,11 @@ class TestVocabulary:
     assert tokenizer.texts(without, tokens, tokens != 0) == [
       with_seqio.decode(row) for row in rows
     ]
-    same = vocabularies.load_vocabulary(path, eos_ids=without.eos_ids)
-    assert vocabularies.for_seqio(without) == same
+    same = vocabularies.for_seqio(without)
+    assert same.eos_ids == without.eos_ids
+    assert [same.encode(text) for text in texts] == list(
+      map(without.encode, texts)
+    )
     assert vocabularies.for_seqio(object()) is None
 
 

@@ -1,13 +1,15 @@
 """The theory in docs/theory.md, on response sets that can be enumerated.
 
 Two parts: closed-form optima of the value, and what mixing can do with them;
-and the trainer's gradients, against exact ones of a T5 whose responses can all
-be written down.
+and the trainer's gradients, against exact ones of a model of each family whose
+responses can all be written down.
 """
 
+import dataclasses
 import functools
 import itertools
 
+import both_families
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from clp_jax import conditioning, sharding
 from clp_jax import critic as critic_lib
 from clp_jax.algorithms import ppo, reinforce
 from clp_jax.bank import Bank
-from clp_jax.models import t5
+from clp_jax.models import families
 from clp_jax.rewards.normalisation import RewardStats
 from clp_jax.rollout import Rollout
 from clp_jax.scalarisation import Scalarisation
@@ -243,16 +245,8 @@ def test_training_over_weightings_closes_the_gap(banks):
 # The trainer's gradients. With two tokens at most and four pieces, one of them
 # the end, there are 13 responses, and their probabilities sum to 1.
 
-MODEL = t5.T5Config(
-  vocab_size=4,
-  emb_dim=8,
-  num_heads=2,
-  head_dim=4,
-  num_encoder_layers=1,
-  num_decoder_layers=1,
-  mlp_dim=8,
-  eos_ids=(1,),
-)
+T5 = dataclasses.replace(both_families.T5, vocab_size=4)
+DECODER = dataclasses.replace(both_families.LISTED_DECODER, vocab_size=4)
 EOS = 1
 TEMPERATURE = 0.8
 PROMPTS = np.array([[2, 3, EOS], [3, EOS, 0]], np.int32)  # of two weightings
@@ -260,7 +254,7 @@ WEIGHTS = np.array([[0.2, 0.8], [0.55, 0.45]], np.float32)
 ALPHAS = np.array([0.3, 0.05], np.float32)
 
 
-def all_responses(length):
+def all_responses(config, length):
   """(tokens [K, T], mask [K, T]) of every response."""
   rows = []
   for row in itertools.product(range(4), repeat=length):
@@ -268,29 +262,35 @@ def all_responses(length):
     if all(token == 0 for token, e in zip(row, ended, strict=True) if e):
       rows.append((row, [not e for e in ended]))
   tokens, mask = zip(*rows, strict=True)
-  return np.array(tokens, np.int32), np.array(mask)
+  mask = np.array(mask)
+  return np.where(mask, tokens, config.pad_id).astype(np.int32), mask
 
 
-def token_logp(params, prompt, tokens, mask):
-  """[K, T] log-probabilities under one T5, written apart from decoding.py."""
-  prompts = jnp.tile(prompt[None], (len(tokens), 1))
-  logits = t5.T5(MODEL).apply(
-    {"params": params}, prompts, t5.shift_right(jnp.asarray(tokens))
-  )
+def token_logp(config, params, inputs, tokens, mask):
+  """[K, T] log-probabilities under one model, written apart from decoding."""
+  logits, _ = both_families.plain_scores(config, params, inputs)
   logp = jax.nn.log_softmax(logits / TEMPERATURE)
-  picked = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
-  return jnp.where(mask, picked, 0)
+  return jnp.where(mask, both_families.picked(logp, tokens), 0)
 
 
 class Enumerated:
   """A bank of three sets, its exact values and their gradient."""
 
-  def __init__(self):
-    self.tokens, self.mask = all_responses(2)
+  def __init__(self, config):
+    self.config = config
+    self.tokens, self.mask = all_responses(config, 2)
+    self.prompts = both_families.with_padding(config, PROMPTS)
+    by_prompt = [
+      both_families.plain_inputs(
+        config, np.tile(prompt[None], (len(self.tokens), 1)), self.tokens
+      )
+      for prompt in self.prompts
+    ]
+    inputs = jax.tree.map(lambda *x: np.stack(x), *by_prompt)
     keys = jax.random.split(jax.random.key(0), 4)
-    draw = jax.jit(lambda key: t5.init_params(MODEL, key))
+    draw = jax.jit(families.build(config).init)
     self.reference = draw(keys[0])
-    self.bank = Bank(MODEL, "attention", num_sets=3)
+    self.bank = Bank(config, "attention", num_sets=3)
     steerable = self.bank.steerable
     # Shared leaves are not quite the reference's, and sets are not alike.
     self.params = jax.tree.map(
@@ -305,14 +305,14 @@ class Enumerated:
     self.rewards = random.normal(size=(2, len(self.tokens), 2))
     scalar = np.einsum("gki,gi->gk", self.rewards, WEIGHTS)
 
-    def value(params, coefficients, prompt, scalar, alpha):
+    def value(params, coefficients, inputs, scalar, alpha):
       mixed = jax.tree.map(
         lambda s, p: jnp.einsum("m,m...->...", coefficients, p) if s else p,
         steerable,
         params,
       )
       logp, ref_logp = (
-        token_logp(p, prompt, self.tokens, self.mask)
+        token_logp(config, p, inputs, self.tokens, self.mask)
         for p in (mixed, self.reference)
       )
       kl = (logp - ref_logp).sum(-1)
@@ -321,7 +321,7 @@ class Enumerated:
 
     def mean_value(params):
       values, logp, ref_logp = jax.vmap(value, (None, 0, 0, 0, 0))(
-        params, self.coefficients, PROMPTS, scalar, ALPHAS
+        params, self.coefficients, inputs, scalar, ALPHAS
       )
       return values.mean(), (logp, ref_logp)
 
@@ -346,7 +346,7 @@ class Enumerated:
     """
     prompts = len(index) // (13 if len(index) == 13 else 2)
     rollout = Rollout(
-      encoder_input_tokens=np.repeat(PROMPTS, prompts, axis=0),
+      encoder_input_tokens=np.repeat(self.prompts, prompts, axis=0),
       tokens=np.tile(self.tokens[index], (2, 1)),
       mask=np.tile(self.mask[index], (2, 1)),
       logp=self.logp[:, index].reshape(-1, 2),
@@ -369,9 +369,9 @@ class Enumerated:
     )
 
 
-@pytest.fixture(scope="module")
-def exact():
-  return Enumerated()
+@pytest.fixture(scope="module", params=[T5, DECODER], ids=["t5", "decoder"])
+def exact(request):
+  return Enumerated(request.param)
 
 
 def trainer_gradient(exact, update, index, frequency, critic=None):
@@ -460,7 +460,7 @@ def test_the_first_step_of_ppo_follows_the_exact_gradient(exact):
   )
   critic_optimizer = optax.sgd(optax.constant_schedule(0.1))
   critic_params = critic_lib.init_params(
-    jax.random.key(5), MODEL.emb_dim, hidden=4, num_values=3
+    jax.random.key(5), exact.config.emb_dim, hidden=4, num_values=3
   )
 
   def update(optimizer, num_samples, state, experience):
