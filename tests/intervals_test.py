@@ -2,6 +2,10 @@
 
 The slow test measures every interval that compare.py makes, of methods and of
 differences, and prints the table (pytest -s).
+
+Quantiles of 400 resamples cover a plain mean in 0.943, and the spread of a
+front that steers in 0.936. Shares of TRIALS are known to 0.005: by chance alone
+they are below 0.92 from 1 of 200,000 and 1 of 500 seeds.
 """
 
 import math
@@ -13,12 +17,12 @@ import numpy as np
 import pytest
 
 from clp_jax import weightings
-from clp_jax.evaluation import compare, report
+from clp_jax.evaluation import compare, metrics, report
 from clp_jax.evaluation.report import Estimate
 from clp_jax.weightings import Distribution
 
 PROMPTS = 200
-TRIALS = 600
+TRIALS = 2000
 
 
 class Case(NamedTuple):
@@ -218,7 +222,21 @@ def coverage(case, trials, seed):
   return {k: row / trials for k, row in rows.items()}
 
 
+@pytest.fixture
+def weighed_once(monkeypatch):
+  """Weighs a case's points in its first trial: it is the same in all."""
+  weigh, found = metrics.point_weights, []
+
+  def weigh_once(distribution, weightings):
+    if not found:
+      found.append(weigh(distribution, weightings))
+    return found[0]
+
+  monkeypatch.setattr(metrics, "point_weights", weigh_once)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("weighed_once")
 @pytest.mark.parametrize("name", CASES)
 def test_intervals_cover_the_truth(name):
   found = coverage(CASES[name], TRIALS, zlib.crc32(name.encode()))
