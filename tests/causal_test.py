@@ -14,6 +14,8 @@ from small_decoder import ARCHITECTURES
 
 from clp_jax import conditioning, interop
 from clp_jax.bank import Bank
+from clp_jax.interop import causal as causal_folders
+from clp_jax.interop.storage import Folder
 from clp_jax.models import causal, decoding, families, trees
 from clp_jax.models.causal import CausalConfig, Rope
 
@@ -337,6 +339,11 @@ class TestFolders:
       ),
       ({"layer_types": ["full_attention"]}, "layer_types must name"),
       ({"hidden_size": None}, "hidden_size must be a number"),
+      ({"rope_scaling": {"rope_type": "linear"}}, "lacks 'factor'"),
+      (
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "partial_rotary_factor = 0.5 is not supported",
+      ),
     ],
   )
   def test_what_can_not_be_read_is_named(self, tmp_path, changes, message):
@@ -348,6 +355,73 @@ class TestFolders:
     with pytest.raises(ValueError, match=message) as info:
       interop.load_model(folder)
     assert "\n" not in str(info.value)
+
+  @pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+      ("qwen2", {"num_key_value_heads": None}, {"num_kv_heads": 6}),
+      ("qwen2", {"use_sliding_window": None}, {"windows": ()}),
+      ("llama", {"hidden_activation": "relu"}, {}),
+      ("gemma2", {"hidden_act": "relu"}, {}),
+      ("gemma2", {"attn_logit_softcapping": None}, {"attention_cap": None}),
+      ("gemma3_text", {"pad_token_id": None}, {"pad_id": -1}),
+      ("gemma3_text", {"pad_token_id": 3}, {"pad_id": -1}),  # an end
+      (
+        "gemma3_text",
+        {"rope_parameters": {"rope_theta": 8.0}},
+        {"ropes": (Rope(8.0), Rope(55.0))},
+      ),
+      (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": {"rope_theta": 8.0}}},
+        {"ropes": (Rope(8.0), Rope(55.0))},
+      ),
+    ],
+  )
+  def test_null_and_what_a_class_does_not_read_change_no_more_than_they_say(
+    self, tmp_path, name, changes, expected
+  ):
+    values = json.loads((FIXTURES / name / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = interop.load_config(FIXTURES / name)
+    found = causal_folders.read_config(Folder(str(tmp_path)))
+    assert found == dataclasses.replace(config, **expected)
+
+  def test_padding_that_is_no_token_comes_back(self, tmp_path):
+    for name in ARCHITECTURES:
+      config, _ = small_decoder.save(tmp_path / name, name)
+      assert config.pad_id == -1
+      assert interop.load_config(tmp_path / name) == config
+
+  @pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+      ("llama", {"windows": (4, 4, 4)}),
+      ("llama", {"logit_cap": 9.0}),
+      ("qwen2", {"out_bias": True}),
+      ("qwen2", {"activation": "linear"}),
+      ("qwen3", {"mlp_bias": True}),
+      ("qwen3", {"windows": (4, 5, 0)}),
+      ("qwen3", {"query_scale": 0.5}),
+      ("gemma3_text", {"attention_cap": 7.0}),
+      ("gemma3_text", {"windows": ()}),  # which says what is local
+      ("gemma3_text", {"layer_ropes": (0, 0, 0)}),
+      (
+        "gemma3_text",
+        {"ropes": (Rope(9000.0), Rope(50.0, "linear", 2.0))},
+      ),
+    ],
+  )
+  def test_a_model_that_no_class_has_is_not_written(
+    self, tmp_path, name, changes
+  ):
+    config = small_decoder.make_config(name, **changes)
+    model = families.build(config)
+    params = small_decoder.random_params(config)
+    message = f"transformers' {name} has no model|hidden_act must be one of"
+    with pytest.raises(ValueError, match=message):
+      interop.save_model(tmp_path, model, params, "hf")
+    assert not list(tmp_path.iterdir())
 
   def test_both_layouts_of_rope_fields_are_read(self, tmp_path):
     for name in ("llama", "gemma3_text"):
@@ -389,7 +463,10 @@ class TestFolders:
       safetensors.save_file(named, folder / "model.safetensors")
       model, params = interop.load_model(folder)
       expected, same = interop.load_model(source)
-      assert model.config == dataclasses.replace(expected.config, eos_ids=(3,))
+      # transformers' class of such folders caps no logits of the vocabulary.
+      assert model.config == dataclasses.replace(
+        expected.config, eos_ids=(3,), logit_cap=None
+      )
       jax.tree.map(np.testing.assert_array_equal, params, same)
 
   def test_a_t5_is_still_asked_for_by_name(self):

@@ -3,12 +3,13 @@
 Llama 3.x, Qwen2 and 2.5, Qwen3, Gemma 2, Gemma 3 (of a multimodal one its text
 model). A config says what it has: fields that this network has no switch for
 are refused by name, if they are set. Where a field is absent, the default of
-transformers' class counts.
+transformers' class counts, but for eos_token_id: the tokenizer knows better.
 
 torch has linear maps as [out, in] and we as [in, out]: every kernel is
 transposed. The rest is a matter of names.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -84,11 +85,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
   },
 }
 _DERIVED = (
-  *("head_dim", "num_key_value_heads", "layer_types", "pad_token_id"),
-  *("rope_parameters", "rope_theta", "attention_bias", "mlp_bias"),
+  *("head_dim", "layer_types", "rope_parameters", "rope_theta"),
+  *("attention_bias", "mlp_bias"),
 )
 _MAY_BE_NULL = (
   *("final_logit_softcapping", "attn_logit_softcapping", "sliding_window"),
+  *("num_key_value_heads", "use_sliding_window", "tie_word_embeddings"),
   "pad_token_id",
 )
 _GEMMAS = ("gemma2", "gemma3_text")
@@ -112,6 +114,7 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 # Prefixes of the text model, and of what is not of it, in multimodal folders.
 _TEXT = ("model.language_model.", "language_model.")
 _OTHER = ("vision_tower.", "multi_modal_projector.")
+_OF_COMPUTATION = ("dtype", "scan_layers", "remat", "dropout_rate")
 _EMBEDDING = "token_embedder/embedding"
 _HEAD = "decoder/logits_dense/kernel"
 
@@ -203,6 +206,8 @@ def read_config(folder: Folder) -> CausalConfig:
     for name in ("eos_token_id", "pad_token_id", "tie_word_embeddings"):
       if outer.get(name) is not None:
         values.setdefault(name, outer[name])
+    # The class of such a folder does not read it, as that of the text alone.
+    values["final_logit_softcapping"] = None
     eos_ids = eos_ids or weight_files.eos_ids(folder, values)
   kind = values.get("model_type")
   if kind not in _DEFAULTS:
@@ -210,12 +215,7 @@ def read_config(folder: Folder) -> CausalConfig:
       f"{where}: model_type must be one of {', '.join(families())}, got "
       f"{kind!r}."
     )
-  for name, allowed in _REFUSED.items():
-    if values.get(name) not in allowed:
-      raise ValueError(
-        f"{where}: {name} = {values[name]!r} is not supported; it must be "
-        f"{allowed[-1]!r}."
-      )
+  _check_refused(where, values)
   # null means that these are to be found out; elsewhere it means off.
   own = {
     name: value
@@ -231,20 +231,34 @@ def read_config(folder: Folder) -> CausalConfig:
       )
   try:
     return _config(where, kind, given, eos_ids)
-  except (TypeError, KeyError) as error:
+  except KeyError as error:
+    raise ValueError(f"{where} lacks {error}.") from error
+  except TypeError as error:
     raise ValueError(f"{where}: {error}") from error
+
+
+def _check_refused(where: str, values: Mapping[str, Any]) -> None:
+  for name, allowed in _REFUSED.items():
+    if values.get(name) not in allowed:
+      raise ValueError(
+        f"{where}: {name} = {values[name]!r} is not supported; it must be "
+        f"{allowed[-1]!r}."
+      )
 
 
 def _config(
   where: str, kind: str, values: Mapping[str, Any], eos_ids: tuple[int, ...]
 ) -> CausalConfig:
-  activation = values.get("hidden_activation", values.get("hidden_act"))
+  gemma = kind in _GEMMAS
+  act = _activation_field(kind)
+  activation = values[act]
   if activation not in _ACTIVATIONS:
     raise ValueError(
-      f"{where}: hidden_act must be one of {', '.join(_ACTIVATIONS)}, got "
+      f"{where}: {act} must be one of {', '.join(_ACTIVATIONS)}, got "
       f"{activation!r}."
     )
   layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
+  kv_heads = values.get("num_key_value_heads")
   types = _layer_types(where, kind, values)
   windows: tuple[int, ...] = ()
   size = values.get("sliding_window")
@@ -252,10 +266,13 @@ def _config(
     windows = tuple(size if t == _SLIDING else 0 for t in types)
   ropes, layer_ropes = _ropes(where, kind, values, types)
   bias = bool(values.get("attention_bias", False))
-  pad_id = values.get("pad_token_id", NO_PAD)
-  if pad_id in eos_ids or not 0 <= pad_id < values["vocab_size"]:
+  pad_id = values.get("pad_token_id")
+  if (
+    pad_id is None
+    or pad_id in eos_ids
+    or not 0 <= pad_id < values["vocab_size"]
+  ):
     pad_id = NO_PAD  # where it means something else, or nothing
-  gemma = kind in _GEMMAS
   try:
     return CausalConfig(
       architecture=kind,
@@ -263,7 +280,7 @@ def _config(
       emb_dim=values["hidden_size"],
       num_layers=layers,
       num_heads=heads,
-      num_kv_heads=values.get("num_key_value_heads", heads),
+      num_kv_heads=heads if kv_heads is None else kv_heads,
       head_dim=values.get("head_dim", values["hidden_size"] // heads),
       mlp_dim=values["intermediate_size"],
       activation=_ACTIVATIONS[activation],
@@ -291,6 +308,10 @@ def _config(
     )
   except ValueError as error:
     raise ValueError(f"{where}: {error}") from error
+
+
+def _activation_field(kind: str) -> str:
+  return "hidden_activation" if kind in _GEMMAS else "hidden_act"
 
 
 def _layer_types(
@@ -329,27 +350,29 @@ def _ropes(
       "rope_theta": values["rope_theta"],
       **(values.get("rope_scaling") or {}),
     }
-    if kind == "gemma3_text":
-      local = {"rope_theta": values["rope_local_base_freq"]}
-      found = {_FULL: found, _SLIDING: local}
-  if _FULL not in found and _SLIDING not in found:
-    return (_rope(where, values, found),), ()
+  theta = values["rope_theta"]
+  nested = _FULL in found or _SLIDING in found
   if kind != "gemma3_text":
-    raise ValueError(
-      f"{where}: rope_parameters differ between layers, which a {kind} has not."
-    )
+    if nested:
+      raise ValueError(
+        f"{where}: rope_parameters differ between layers, which a {kind} has "
+        "not."
+      )
+    return (_rope(where, found, theta),), ()
+  if not nested:  # local layers are not scaled
+    found = {_FULL: found}
   ropes = (
-    _rope(where, values, found[_FULL]),
-    _rope(where, values, found[_SLIDING]),
+    _rope(where, found.get(_FULL, {}), theta),
+    _rope(where, found.get(_SLIDING, {}), values["rope_local_base_freq"]),
   )
   return ropes, tuple(int(t == _SLIDING) for t in types)
 
 
-def _rope(
-  where: str, values: Mapping[str, Any], fields: Mapping[str, Any]
-) -> Rope:
+def _rope(where: str, fields: Mapping[str, Any], theta: float) -> Rope:
+  """theta: where there is none in the fields."""
   kind = fields.get("rope_type", fields.get("type", "default"))
-  theta = float(fields.get("rope_theta", values["rope_theta"]))
+  theta = float(fields.get("rope_theta", theta))
+  _check_refused(where, fields)
   if kind == "default":
     return Rope(theta)
   if kind == "linear":
@@ -475,7 +498,6 @@ def _config_values(
     )
   gemma = kind in _GEMMAS
   names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
-  act = "hidden_activation" if gemma else "hidden_act"
   values: dict[str, Any] = {
     "architectures": [_CLASSES[kind]],
     "model_type": kind,
@@ -486,7 +508,7 @@ def _config_values(
     "num_attention_heads": config.num_heads,
     "num_key_value_heads": config.num_kv_heads,
     "head_dim": config.head_dim,
-    act: names[config.activation],
+    _activation_field(kind): names.get(config.activation, config.activation),
     "max_position_embeddings": config.max_length,
     "rms_norm_eps": config.norm_epsilon,
     "tie_word_embeddings": config.logits_via_embedding,
@@ -520,7 +542,7 @@ def _config_values(
     )
     values["attn_logit_softcapping"] = config.attention_cap
     values["final_logit_softcapping"] = config.logit_cap
-  _check_is_one(config, kind)
+  _check_is_one(config, values)
   return values
 
 
@@ -533,25 +555,35 @@ _CLASSES = {
 }
 
 
-def _check_is_one(config: CausalConfig, kind: str) -> None:
+def _check_is_one(config: CausalConfig, values: Mapping[str, Any]) -> None:
   """Raises a ValueError where a class has no field for a switch."""
-  gemma = kind in _GEMMAS
-  wanted = {
-    "norm_from_one": gemma,
-    "post_norms": gemma,
-    "scale_embeddings": gemma,
-    "qk_norm": kind in ("qwen3", "gemma3_text"),
-  }
-  if kind == "qwen2":
-    wanted |= {"qkv_bias": True, "out_bias": False}
-  else:
-    wanted["qkv_bias"] = config.out_bias
-  for name, value in wanted.items():
-    if getattr(config, name) != value:
+  kind = config.architecture
+  read = _of_network(_config("config.json", kind, values, config.eos_ids))
+  for name, value in _of_network(config).items():
+    if read[name] != value:
       raise ValueError(
         f"transformers' {kind} has no model with {name} = "
         f"{getattr(config, name)}."
       )
+
+
+def _of_network(config: CausalConfig) -> dict[str, Any]:
+  """Fields that decide what a checkpoint is, as they are for each layer."""
+  values = {
+    field.name: getattr(config, field.name)
+    for field in dataclasses.fields(config)
+    if field.name not in _OF_COMPUTATION
+  }
+  every = (0,) * config.num_layers
+  ropes = [
+    tuple(rope.frequencies(config.head_dim)) for rope in values.pop("ropes")
+  ]
+  values["layer_ropes"] = [ropes[i] for i in config.layer_ropes or every]
+  values["windows"] = config.windows or every
+  scale = values.pop("query_scale")
+  if config.architecture not in _GEMMAS:  # of which any can be told
+    values["query_scale"] = scale or config.head_dim**-0.5
+  return values
 
 
 def _rope_values(config: CausalConfig) -> dict[str, Any]:
