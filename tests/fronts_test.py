@@ -147,19 +147,29 @@ class TestHypervolume:
 class TestIgdPlus:
   def test_by_hand(self):
     # (0.5, 0.9): 0.1 short in the one reward, above in the other. (0.9, 0.2):
-    # nearest is (0.8, 0.1), short by 0.1 in both.
-    front = np.array([[0.6, 0.8], [0.8, 0.1]])
-    best = np.array([[0.5, 0.9], [0.9, 0.2]])
-    assert fronts.igd_plus(front, best) == (
-      pytest.approx((0.1 + 0.1 * np.sqrt(2)) / 2)
-    )
+    # nearest is (0.8, 0.1), short by 0.1 in both. All others are dominated.
+    front = np.array([[0.5, 0.8], [0.8, 0.1]])
+    best = np.array([[0.5, 0.9], [0.9, 0.2], [0.4, 0.2]])
+    found = fronts.igd_plus([front[None], best[None]])
+    expected = [[(0.1 + 0.1 * np.sqrt(2)) / 2], [0]]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
-  @hypothesis.given(_rewards(rewards=(2, 2)), _rewards(rewards=(2, 2)))
-  def test_agrees_with_a_double_loop(self, rewards, best):
-    short = [
-      min(np.linalg.norm(np.maximum(z - p, 0)) for p in rewards) for z in best
-    ]
-    assert fronts.igd_plus(rewards, best) == pytest.approx(np.mean(short))
+  @hypothesis.given(st.integers(2, 3), st.integers(0, 99))
+  def test_agrees_with_a_double_loop(self, m, seed):
+    rng = np.random.default_rng(seed)
+    values = [-0.5, 0.1, 0.3, 0.3, 0.8, 1.1]  # with ties and duplicates
+    many = [rng.choice(values, (4, size, m)) for size in (5, 1, 8)]
+    found = fronts.igd_plus(many)
+    assert found.shape == (3, 4)
+    for draw in range(4):
+      pooled = np.concatenate([front[draw] for front in many])
+      best = [z for z in pooled if not any(_dominates(p, z) for p in pooled)]
+      for front, of_front in zip(many, found, strict=True):
+        short = [
+          min(np.linalg.norm(np.maximum(z - p, 0)) for p in front[draw])
+          for z in best
+        ]
+        assert of_front[draw] == pytest.approx(np.mean(short))
 
 
 class TestSpread:

@@ -4,9 +4,11 @@ A front is measured at P weightings; point p has rewards [m], each to be
 maximised, and the weights [m] that it was asked for. Two questions, kept apart:
 how good the points are (`non_dominated`, `hypervolume`, `igd_plus`,
 `expected_utility`, `dominated_share`) and whether the weights steer (`spread`,
-`monotonicity`). Exact non-dominated filtering, hypervolume and IGD+ are
-moocore's. NumPy only: nothing here runs on a device.
+`monotonicity`). Exact non-dominated filtering and hypervolume are moocore's.
+NumPy only: nothing here runs on a device.
 """
+
+from collections.abc import Sequence
 
 import moocore
 import numpy as np
@@ -206,22 +208,35 @@ def dominated_share(a: ArrayLike, b: ArrayLike, margin: float = 0.0) -> float:
 
 
 def igd_plus(
-  rewards: NDArray[np.float64], reference_set: NDArray[np.float64]
-) -> float:
-  """How far the points fall short of a reference set (IGD+), without checks.
+  fronts: Sequence[NDArray[np.float64]],
+) -> NDArray[np.float64]:
+  """How far each front falls short of the best points of all (IGD+).
 
-  Mean over the set of the Euclidean distance to the nearest point, in which
-  only those rewards count in which the point is worse.
+  Mean over the non-dominated of all fronts' points of the Euclidean distance to
+  the nearest point of the front, in which only those rewards count in which the
+  front's is worse. Without checks; of many draws, each by itself.
 
   Args:
-    rewards: [P, m] float64, larger is better, P >= 1, m >= 2.
-    reference_set: [Q, m] float64, Q >= 1.
+    fronts: of each [draws, P, m] float64, larger is better, P >= 1.
 
   Returns:
-    Distance in the rewards' units, >= 0, lower is better; 0 where every point
-    of the set is reached.
+    [fronts, draws] float64, >= 0, lower is better; 0 where a front has all of
+    the best points.
   """
-  return float(moocore.igd_plus(rewards, ref=reference_set, maximise=True))
+  turned = [np.ascontiguousarray(front.T) for front in fronts]  # [m, P, draws]
+  pooled = np.concatenate(turned, axis=1)
+  best = np.ones(pooled.shape[1:], np.bool_)
+  for point in pooled.swapaxes(0, 1):
+    other = point[:, None]
+    best &= (other < pooled).any(axis=0) | (other <= pooled).all(axis=0)
+  found = []
+  for front in turned:
+    nearest = np.full(best.shape, np.inf)  # squares
+    for point in front.swapaxes(0, 1):
+      short = np.maximum(pooled - point[:, None], 0)
+      np.minimum(nearest, (short**2).sum(axis=0), out=nearest)
+    found.append((np.sqrt(nearest) * best).sum(axis=0) / best.sum(axis=0))
+  return np.stack(found)
 
 
 def _matrix(name: str, values: ArrayLike) -> NDArray[np.float64]:

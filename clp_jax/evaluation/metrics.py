@@ -156,16 +156,13 @@ class Measure:
 
   def best_points(self, points: Sequence[Array]) -> Array:
     """[Q, axes]: IGD+'s reference set, of every method's mean [P, m + 1]."""
-    return _best([p[:, self._axes] for p in points])
+    pooled = np.concatenate([p[:, self._axes] for p in points])
+    return pooled[fronts_lib.non_dominated(pooled)]
 
   def _igd_plus(self, points: Sequence[Array]) -> Array:
     """[methods, draws, 1], of every method's mean points [draws, P, m + 1]."""
-    traded = [np.ascontiguousarray(p[..., self._axes]) for p in points]
-    found = []
-    for drawn in zip(*traded, strict=True):
-      best = _best(drawn)
-      found.append([[fronts_lib.igd_plus(p, best)] for p in drawn])
-    return np.swapaxes(found, 0, 1)
+    traded = [p[..., self._axes] for p in points]
+    return fronts_lib.igd_plus(traded)[..., None]
 
   def _set_igd_plus(
     self,
@@ -221,12 +218,6 @@ class Measure:
     return weightings.shape == grid.shape and np.allclose(
       weightings, grid, atol=1e-6
     )
-
-
-def _best(points: Sequence[Array]) -> Array:
-  """The non-dominated of several fronts' points."""
-  pooled = np.concatenate(points)
-  return pooled[fronts_lib.non_dominated(pooled)]
 
 
 def _farthest(points: Array, drawn: Array) -> Array:
