@@ -114,7 +114,9 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 # Prefixes of the text model, and of what is not of it, in multimodal folders.
 _TEXT = ("model.language_model.", "language_model.")
 _OTHER = ("vision_tower.", "multi_modal_projector.")
-_OF_COMPUTATION = ("dtype", "scan_layers", "remat", "dropout_rate")
+_OF_COMPUTATION = (
+  *("dtype", "scan_layers", "remat", "dropout_rate", "num_tokens"),
+)
 _EMBEDDING = "token_embedder/embedding"
 _HEAD = "decoder/logits_dense/kernel"
 

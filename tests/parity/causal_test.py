@@ -19,15 +19,14 @@ import pytest
 import small_decoder
 
 import clp_jax
+from clp_jax import build, interop, run_folder, saved_params
 from clp_jax import config as config_lib
-from clp_jax import interop, run_folder
-from clp_jax.data import tokenizer as tokenizer_lib
+from clp_jax.data import tokenizer_files
 from clp_jax.initial import load_initial
 from clp_jax.interop import causal as causal_folders
 from clp_jax.interop.storage import Folder
 from clp_jax.models import decoding
 from clp_jax.models.model import Model
-from clp_jax.train import checkpoints
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip(
@@ -720,7 +719,7 @@ class TestPolicies:
     run_folder.save_model(
       workdir, initial.model_config, initial.vocabulary, initial.params
     )
-    bank = config_lib.bank(config, initial.model_config)
+    bank = build.bank(config, initial.model_config)
     rng = np.random.default_rng(0)
     sets = jax.tree.map(
       lambda p: (
@@ -728,7 +727,7 @@ class TestPolicies:
       ),
       bank.init(initial.params, jax.random.key(1)),
     )
-    checkpoints.save_params(workdir, 1, sets)
+    saved_params.save_params(workdir, 1, sets)
     return clp_jax.Policy.load(workdir)
 
   @pytest.mark.parametrize(
@@ -769,7 +768,7 @@ class TestPolicies:
     policy.export(str(tmp_path / "out"), "hf", self.WEIGHTS, dtype="bfloat16")
     exported = model_in(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    ours = tokenizer_lib.load_tokenizer(tmp_path / "out")
+    ours = tokenizer_files.load_tokenizer(tmp_path / "out")
     assert tokenizer.eos_token_id == ours.eos_id == policy.vocabulary.eos_id
     assert exported.generation_config.eos_token_id == tokenizer.eos_token_id
     for messages in CONVERSATIONS:
