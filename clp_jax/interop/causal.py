@@ -114,7 +114,8 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 # Prefixes of the text model, and of what is not of it, in multimodal folders.
 _TEXT = ("model.language_model.", "language_model.")
 _OTHER = ("vision_tower.", "multi_modal_projector.")
-_OF_COMPUTATION = ("dtype", "scan_layers", "remat", "dropout_rate")
+# Fields of a CausalConfig that a checkpoint says nothing of.
+_NOT_STORED = ("dtype", "scan_layers", "remat", "dropout_rate", "num_tokens")
 _EMBEDDING = "token_embedder/embedding"
 _HEAD = "decoder/logits_dense/kernel"
 
@@ -572,7 +573,7 @@ def _of_network(config: CausalConfig) -> dict[str, Any]:
   values = {
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)
-    if field.name not in _OF_COMPUTATION
+    if field.name not in _NOT_STORED
   }
   every = (0,) * config.num_layers
   ropes = [
