@@ -393,6 +393,17 @@ class TestFolders:
       assert config.pad_id == -1
       assert interop.load_config(tmp_path / name) == config
 
+  def test_what_a_checkpoint_does_not_tell_is_no_hindrance(self, tmp_path):
+    changes = {
+      "dtype": "bfloat16",
+      "remat": "full",
+      "dropout_rate": 0.1,
+      "num_tokens": 500,
+    }
+    small_decoder.save(tmp_path, "qwen3", **changes)
+    config = small_decoder.make_config("qwen3")
+    assert interop.load_config(tmp_path) == config
+
   @pytest.mark.parametrize(
     ("name", "changes"),
     [
