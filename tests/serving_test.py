@@ -524,9 +524,10 @@ class TestErrors:
 
       rows, max_tokens, eos_ids = 8, decoder.max_tokens, decoder.eos_ids
       length = decoder.length
-      go = threading.Event()
+      begun, go = threading.Event(), threading.Event()
 
       def begin(self, rows):
+        self.begun.set()
         self.go.wait(20)
         return decoder.begin(rows)
 
@@ -535,6 +536,7 @@ class TestErrors:
     with serving(policy, slow, limits) as address:
       with concurrent.futures.ThreadPoolExecutor(4) as pool:
         first = pool.submit(post, address, request())
+        assert slow.begun.wait(20)  # or both would be of one batch
         second = pool.submit(post, address, request(stream=True))
         wait_for(lambda: httpx.get(f"{address}/health").json()["waiting"])
         third = post(address, request(n=8))
