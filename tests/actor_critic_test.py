@@ -146,7 +146,7 @@ def plain_forward(model, params):
   """Log-probabilities and states of the sampled rows, a policy at a time."""
   _, rollout, _ = sampled(model)
   steerable = conditioning.steerable_leaves(reference(model), "full")
-  prompts = np.repeat(rollout.encoder_input_tokens, SAMPLES, axis=0)
+  prompts = np.asarray(rollout.encoder_input_tokens).repeat(SAMPLES, axis=0)
   inputs = both_families.plain_inputs(model, prompts, rollout.tokens)
   logps, states = [], []
   for g, c in enumerate(rollout.coefficients):

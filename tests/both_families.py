@@ -96,7 +96,7 @@ def plain_inputs(config, prompts, tokens):
 
   NumPy arrays [R, ...].
   """
-  prompts, tokens = np.asarray(prompts), np.maximum(tokens, 0)
+  prompts, tokens = np.asarray(prompts), np.maximum(np.asarray(tokens), 0)
   rows, length = tokens.shape
   if isinstance(config, t5.T5Config):
     return prompts, np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]

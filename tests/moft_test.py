@@ -44,7 +44,9 @@ def make_config(**changes):
 
 def prompts_of(step, rows=PROMPTS, model=T5):
   random = np.random.default_rng(step)
-  tokens = random.integers(3, 14, size=(rows, SOURCE))
+  # Few, so that each has a gradient from several prompts: of one whose two
+  # responses are the same it is rounding, which Adam would make a step of.
+  tokens = random.integers(3, 9, size=(rows, SOURCE))
   lengths = random.integers(2, SOURCE + 1, size=(rows, 1))
   return np.where(
     np.arange(SOURCE)[None] < lengths, tokens, model.pad_id

@@ -1,6 +1,7 @@
 """Adafactor over stacked sets and layers, and for what starts at 0."""
 
 import dataclasses
+import functools
 import json
 
 import both_families
@@ -15,7 +16,7 @@ from both_families import DECODER, T5, both, cases, reference
 from clp_jax import config as config_lib
 from clp_jax import paper, sharding
 from clp_jax.bank import Bank
-from clp_jax.models import t5, trees
+from clp_jax.models import families, t5, trees
 from clp_jax.run_folder import RunError
 from clp_jax.train import checkpoints
 from clp_jax.train import optimizer as optimizer_lib
@@ -265,6 +266,11 @@ WIDE = t5.T5Config(
 )
 
 
+@functools.cache
+def wide_reference():
+  return jax.jit(families.build(WIDE).init)(jax.random.key(0))
+
+
 def kernel_of(policy):
   return np.asarray(policy["encoder"]["layers_0"]["mlp"]["wi_0"]["kernel"])
 
@@ -274,12 +280,16 @@ def moved_under(config, name):
   config = config.copy_and_resolve_references()
   config.steering = name
   bank = config_lib.bank(config, WIDE)
-  reference = t5.init_params(WIDE, jax.random.key(0))
-  params = bank.init(reference, jax.random.key(1))
+  reference = wide_reference()
   tx = optimizer_lib.rl_optimizer(config, bank.logical_axes)
-  state = optimizer_lib.set_floors(
-    tx.init(params), bank.update_scales(reference)
-  )
+
+  @jax.jit
+  def start():
+    params = bank.init(reference, jax.random.key(1))
+    scales = bank.update_scales(reference)
+    return params, optimizer_lib.set_floors(tx.init(params), scales)
+
+  params, state = start()
   c = jnp.asarray([1.0, 0.0])
   wanted = jax.random.normal(jax.random.key(2), kernel_of(reference).shape)
 
@@ -299,7 +309,7 @@ def moved_under(config, name):
 
   params = after_100(params, state)
   before = kernel_of(reference)
-  after = kernel_of(bank.mix(params, reference, c))
+  after = kernel_of(jax.jit(bank.mix)(params, reference, c))
   return np.linalg.norm(after - before) / np.linalg.norm(before)
 
 
@@ -324,7 +334,7 @@ def test_adapters_move_their_kernels_as_far_as_full_sets(papers_config):
 def test_adams_state_has_no_scales():
   config = moft_test.make_config(steering="lora")
   bank = config_lib.bank(config, WIDE)
-  reference = t5.init_params(WIDE, jax.random.key(0))
+  reference = wide_reference()
   state = optimizer_lib.rl_optimizer(config, bank.logical_axes).init(
     bank.init(reference, jax.random.key(1))
   )
