@@ -423,7 +423,7 @@ def test_soft_tokens_are_words_before_the_input(model):
   words = np.concatenate([np.int32([[7, 4]] * 2), prompts], axis=1)
   targets = np.int32([[2, 5, 1], [6, 1, 0], [3, 3, 1], [4, 8, 9]])
   soft = logp_of(soft_tokens, params, prompts, targets)
-  hard = logp_of(ordinary, base, words, targets)
+  hard = both_families.plain_logp(model, base, words, targets)
   np.testing.assert_allclose(soft, hard, atol=2e-5)
   plain = logp_of(ordinary, base, prompts, targets)
   assert np.abs(soft - plain).max() > 0.01
@@ -441,7 +441,10 @@ def test_decoding_with_soft_tokens_gives_teacher_forced_log_probabilities(
   )
   keys = jax.random.split(jax.random.key(0), 4)
   samples = jax.jit(sample)(params, prompts, keys)
-  logp = logp_of(soft_tokens, params, prompts, samples.tokens)
+  words = np.concatenate([np.int32([[7, 4]] * 2), prompts], axis=1)
+  logp = both_families.plain_logp(
+    model, reference(model), words, samples.tokens
+  )
   logp = np.where(samples.mask, logp, 0)
   np.testing.assert_allclose(samples.logp, logp, atol=1e-4)
 

@@ -2,6 +2,9 @@
 
 import collections
 import itertools
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -167,3 +170,29 @@ class TestEvalBatch:
     message = "no split 'dev'; it has train, validation, test"
     with pytest.raises(ValueError, match=message):
       newsroom.rows("dev")
+
+
+@pytest.mark.slow
+def test_training_on_the_built_in_world_imports_no_tensorflow(tmp_path):
+  program = (
+    "import sys\n"
+    "from clp_jax.cli import main\n"
+    "status = main.main(sys.argv[1:])\n"
+    "print([m for m in ('tensorflow', 'seqio') if m in sys.modules])\n"
+    "sys.exit(status)\n"
+  )
+  root = pathlib.Path(__file__).parents[1]
+  done = subprocess.run(
+    [
+      *(sys.executable, "-c", program, "train"),
+      *("--config", str(root / "configs" / "demo.py")),
+      *("--workdir", str(tmp_path / "run")),
+      *("--config.sft.steps=0", "--config.train.steps=1"),
+      "--config.train.normalisation_batches=1",
+    ],
+    capture_output=True,
+    text=True,
+    cwd=root,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines()[-1] == "[]"
