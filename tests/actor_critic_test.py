@@ -180,7 +180,7 @@ LEARNED = {"algorithm": "reinforce", "reinforce.baseline": "learned"}
   "model, algorithm",
   cases(
     (True, T5, "ppo"),
-    (True, LISTED_DECODER, "ppo"),
+    (False, LISTED_DECODER, "ppo"),
     (False, DECODER, "ppo"),
     (False, T5, "learned"),
     (False, DECODER, "learned"),

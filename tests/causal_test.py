@@ -39,7 +39,10 @@ def arrays(config, side="right", length=24):
 
 # Unrolled, or as one scanned layer.
 EVERY = [(name, True) for name in ARCHITECTURES] + [("qwen3", False)]
-SOME = [("qwen2", False), ("gemma3_text", True)]
+SOME = [
+  pytest.param("qwen2", False, marks=pytest.mark.slow),
+  ("gemma3_text", True),
+]
 
 
 @pytest.mark.parametrize(("name", "scan"), EVERY)

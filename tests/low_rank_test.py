@@ -17,11 +17,11 @@ from clp_jax.models import decoding, families, trees
 C = np.float32([[0.2, 0.5, 0.3], [1, 0, 0], [0.4, 0.25, 0.35], [0, 0.6, 0.4]])
 # family, kind of adapter, whether the KL set is frozen, scanned
 CASES = [
-  ("t5", "svd_lora", True, True),
   ("decoder", "lora", True, True),
   *(
     pytest.param(case, marks=pytest.mark.slow)
     for case in (
+      ("t5", "svd_lora", True, True),
       ("t5", "lora", False, False),
       ("decoder", "svd_lora", False, False),
     )

@@ -365,12 +365,18 @@ class TestNumbers:
     with serving(policy, Broken()) as address:
       short = post(address, request(max_tokens=4, logprobs=1))
       assert strictly(short.text)["choices"][0]["logprobs"]["tokens"]
-      whole = post(address, request())
+      # A response that goes on for so long.
+      seed = next(
+        seed
+        for seed in range(50)
+        if post(address, request(seed=seed)).status_code != 200
+      )
+      whole = post(address, request(seed=seed))
       assert whole.status_code == 500
       assert strictly(whole.text)["error"]["code"] == "not_finite"
       # A stream has begun by then: its last event says so.
-      events = post(address, request(stream=True)).text.split("\n\n")
-      first, *_, last, nothing = events
+      streamed = post(address, request(stream=True, seed=seed))
+      first, *_, last, nothing = streamed.text.split("\n\n")
       assert strictly(first.removeprefix("data: "))["choices"]
       error = strictly(last.removeprefix("data: "))["error"]
       assert error["code"] == "not_finite" and not nothing
