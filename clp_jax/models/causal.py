@@ -49,8 +49,10 @@ from clp_jax.models.layers import (
   RMSNorm,
   SoftTokens,
   dropout,
+  empty_cache,
   param,
   through_layers,
+  write_cache,
 )
 from clp_jax.models.model import Context, Params
 from clp_jax.sharding import constrain
@@ -635,29 +637,11 @@ class Stack(nn.Module):
     )
     rows: Rows = context.rows
     shared_at = Keys(rows.position, rows.mask)
-    zero = jnp.zeros_like(position)
     shared_args = (turns, at, own_at, shared_at)
-
-    def write(cache, new, layer):
-      # Scanned layers carry the whole cache and write one position of it: as a
-      # scanned input and output, all of it would be copied at every step.
-      start: tuple[Any, ...] = (zero, zero, position, zero)
-      if layer is not None:
-        new = jax.tree.map(lambda a: a[None], new)
-        start = (layer, *start)
-      cache = jax.tree.map(
-        lambda old, a: jax.lax.dynamic_update_slice(old, a, start), cache, new
-      )
-      if layer is None:
-        return cache, cache
-      return cache, jax.tree.map(
-        lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False),
-        cache,
-      )
 
     def layer_step(layer, x, cache, kind, shared, index, turns, at, *keys):
       y, new = layer.keys_values(x, turns, kind)
-      cache, own = write(cache, new, index)
+      cache, own = write_cache(cache, new, index, position)
       x = layer.rest(x, y, *(turns, kind, at, own, keys[0], shared, keys[1]))
       return x, cache
 
@@ -804,15 +788,7 @@ def _copies(rows: int, prompts: int) -> int:
 def init_cache(config: CausalConfig, num_rows: int, max_length: int) -> Any:
   """An empty cache: zeros [R, J, T, K] in the compute dtype for each layer."""
   shape = (num_rows, config.num_kv_heads, max_length, config.head_dim)
-
-  def zeros(*leading: int) -> KeysValues:
-    empty = jnp.zeros((*leading, *shape), config.compute_dtype)
-    names = ("layers",) * len(leading) + ("batch", "kv_heads", "length", "kv")
-    return KeysValues(constrain(empty, *names), constrain(empty, *names))
-
-  if config.scan_layers:
-    return zeros(config.num_layers)
-  return tuple(zeros() for _ in range(config.num_layers))
+  return empty_cache(config, config.num_layers, shape, "kv_heads")
 
 
 def _boxed_init(config: CausalConfig, key: jax.Array) -> Params:

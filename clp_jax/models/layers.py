@@ -159,6 +159,67 @@ class KeysValues(NamedTuple):
   values: jax.Array  # [B, H, S, K]
 
 
+def empty_cache(
+  config: Any, num_layers: int, shape: tuple[int, ...], heads: str
+):
+  """Keys and values of all layers before the first position.
+
+  Args:
+    config: its compute dtype is theirs, its scan_layers says how they lie.
+    num_layers: L.
+    shape: (R, heads, T, K) of a layer.
+    heads: logical axis of the heads.
+
+  Returns:
+    KeysValues of zeros, one a layer in a tuple; or, with scan_layers, one with
+    a leading axis L.
+  """
+
+  def zeros(*leading: int) -> KeysValues:
+    empty = jnp.zeros((*leading, *shape), config.compute_dtype)
+    names = ("layers",) * len(leading) + ("batch", heads, "length", "kv")
+    return KeysValues(constrain(empty, *names), constrain(empty, *names))
+
+  if config.scan_layers:
+    return zeros(num_layers)
+  return tuple(zeros() for _ in range(num_layers))
+
+
+def write_cache(
+  cache: KeysValues,
+  new: KeysValues,
+  layer: jax.Array | None,
+  position: jax.Array,
+) -> tuple[KeysValues, KeysValues]:
+  """Writes one position of one layer.
+
+  Args:
+    cache: [R, H, T, K] each; or [L, R, H, T, K] with `layer`.
+    new: [R, H, 1, K] each.
+    layer: [] int32, whose part of the cache this is; None if all of it.
+    position: [] int32, where to write.
+
+  Returns:
+    The cache, and the layer's own part of it.
+  """
+  zero = jnp.zeros_like(position)
+  start: tuple[jax.Array, ...] = (zero, zero, position, zero)
+  # Scanned layers carry the whole cache and write one position of it: as a
+  # scanned input and output, all of it would be copied at every step.
+  if layer is not None:
+    new = jax.tree.map(lambda a: a[None], new)
+    start = (layer, *start)
+  cache = jax.tree.map(
+    lambda old, a: jax.lax.dynamic_update_slice(old, a, start), cache, new
+  )
+  if layer is None:
+    return cache, cache
+  own = jax.tree.map(
+    lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False), cache
+  )
+  return cache, own
+
+
 def relative_position_buckets(
   distance: np.ndarray,
   *,

@@ -46,8 +46,10 @@ from clp_jax.models.layers import (
   SoftTokens,
   T5Config,
   dropout,
+  empty_cache,
   relative_position_buckets,
   through_layers,
+  write_cache,
 )
 from clp_jax.models.trees import stack_layers as stack_layers
 from clp_jax.models.trees import unstack_layers as unstack_layers
@@ -178,22 +180,7 @@ class DecoderLayer(nn.Module):
     """
     y = self.pre_self_attention_layer_norm(x)
     new = self.self_attention.keys_values(y)
-    zero = jnp.zeros_like(position)
-    start: tuple[jax.Array, ...] = (zero, zero, position, zero)
-    # Scanned layers carry the whole cache and write one position of it: as a
-    # scanned input and output, all of it would be copied at every step.
-    if layer is not None:
-      new = jax.tree.map(lambda a: a[None], new)
-      start = (layer, *start)
-    cache = jax.tree.map(
-      lambda old, a: jax.lax.dynamic_update_slice(old, a, start), cache, new
-    )
-    own = cache
-    if layer is not None:
-      own = jax.tree.map(
-        lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False),
-        cache,
-      )
+    cache, own = write_cache(cache, new, layer, position)
     x = x + self.self_attention(y, own, mask, bias)
     return self._after_self_attention(x, cross, encoder_mask), cache
 
@@ -550,15 +537,7 @@ def init_cache(
     Zeros [R, H, T, K] in the compute dtype for each decoder layer.
   """
   shape = (num_rows, config.num_heads, max_length, config.head_dim)
-
-  def zeros(*leading: int) -> KeysValues:
-    empty = jnp.zeros((*leading, *shape), config.compute_dtype)
-    names = ("layers",) * len(leading) + ("batch", "heads", "length", "kv")
-    return KeysValues(constrain(empty, *names), constrain(empty, *names))
-
-  if config.scan_layers:
-    return zeros(config.num_decoder_layers)
-  return tuple(zeros() for _ in range(config.num_decoder_layers))
+  return empty_cache(config, config.num_decoder_layers, shape, "heads")
 
 
 def _boxed_init(config: T5Config, key: jax.Array) -> Params:
