@@ -1,9 +1,14 @@
 """Runs that steer an instruct model of one's own: Qwen3 and Gemma 3.
 
 One KL weight, two rewards of helpful (a preference model), harmless (another)
-and brief (a number of words); full-CLP, and by `--config.steering` attention or
-lora. Data are prompts alone: nothing is finetuned before. All numbers are ours,
-of a size for slices of TPUs; docs/plans.md has what they take.
+and brief (a number of words). Data are prompts alone: nothing is finetuned
+before. All numbers are ours, of a size for slices of TPUs. What to change:
+
+    --config.steering=lora                    or attention: less memory
+    --config.objectives="('helpful', 'harmless')"
+    --config.rewards.harmless.model=PATH      of a second train-reward run
+    --config.data.document_field=messages     conversations, which take
+    --config.data.template=None               the chat template as they are
 """
 
 from typing import NamedTuple

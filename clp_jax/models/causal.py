@@ -37,17 +37,17 @@ from clp_jax.conditioning import RowMixture
 from clp_jax.models import trees
 from clp_jax.models.layers import (
   ACTIVATIONS,
-  DTYPES,
   MANY_QUERIES,
   MASKED,
   MLP,
   QUERIES,
-  REMAT,
   Embedding,
   KeysValues,
   Linear,
   RMSNorm,
   SoftTokens,
+  check_computation,
+  check_sizes,
   dropout,
   empty_cache,
   param,
@@ -182,19 +182,11 @@ class CausalConfig:
   num_tokens: int = 0
 
   def __post_init__(self):
-    for name in (
-      "vocab_size",
-      "emb_dim",
-      "num_layers",
-      "num_heads",
-      "num_kv_heads",
-      "head_dim",
-      "mlp_dim",
-      "max_length",
-    ):
-      value = getattr(self, name)
-      if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    check_sizes(
+      self,
+      *("vocab_size", "emb_dim", "num_layers", "num_heads", "num_kv_heads"),
+      *("head_dim", "mlp_dim", "max_length"),
+    )
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = "
@@ -207,14 +199,7 @@ class CausalConfig:
         f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got "
         f"{self.activation!r}."
       )
-    if not 0.0 <= self.dropout_rate < 1.0:
-      raise ValueError(
-        f"dropout_rate must be in [0, 1), got {self.dropout_rate!r}."
-      )
-    if self.dtype not in DTYPES:
-      raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}.")
-    if self.remat not in REMAT:
-      raise ValueError(f"remat must be one of {REMAT}, got {self.remat!r}.")
+    check_computation(self)
     # A JSON file gives lists and dicts, which can't be hashed.
     ropes = (r if isinstance(r, Rope) else Rope(**r) for r in self.ropes)
     object.__setattr__(self, "ropes", tuple(ropes))

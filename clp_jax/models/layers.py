@@ -39,6 +39,26 @@ DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "minimal", "full")
 
 
+def check_sizes(config: Any, *names: str) -> None:
+  """Raises a ValueError unless these fields are positive integers."""
+  for name in names:
+    value = getattr(config, name)
+    if not isinstance(value, int) or value < 1:
+      raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def check_computation(config: Any) -> None:
+  """Raises a ValueError unless a config can be computed as it says."""
+  if not 0.0 <= config.dropout_rate < 1.0:
+    raise ValueError(
+      f"dropout_rate must be in [0, 1), got {config.dropout_rate!r}."
+    )
+  if config.dtype not in DTYPES:
+    raise ValueError(f"dtype must be one of {DTYPES}, got {config.dtype!r}.")
+  if config.remat not in REMAT:
+    raise ValueError(f"remat must be one of {REMAT}, got {config.remat!r}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class T5Config:
   """What a T5 is, under t5x's field names where t5x has the field.
@@ -93,18 +113,11 @@ class T5Config:
   pad_id: ClassVar[int] = PAD_ID
 
   def __post_init__(self):
-    for name in (
-      "vocab_size",
-      "emb_dim",
-      "num_heads",
-      "head_dim",
-      "num_encoder_layers",
-      "num_decoder_layers",
-      "mlp_dim",
-    ):
-      value = getattr(self, name)
-      if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    check_sizes(
+      self,
+      *("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim"),
+      *("num_encoder_layers", "num_decoder_layers"),
+    )
     activations = self.mlp_activations
     if (
       isinstance(activations, str)
@@ -118,14 +131,7 @@ class T5Config:
       )
     # A list, as a JSON file gives it, would make the config unhashable.
     object.__setattr__(self, "mlp_activations", tuple(activations))
-    if not 0.0 <= self.dropout_rate < 1.0:
-      raise ValueError(
-        f"dropout_rate must be in [0, 1), got {self.dropout_rate!r}."
-      )
-    if self.dtype not in DTYPES:
-      raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}.")
-    if self.remat not in REMAT:
-      raise ValueError(f"remat must be one of {REMAT}, got {self.remat!r}.")
+    check_computation(self)
     buckets = self.relative_attention_num_buckets
     if buckets < 4 or buckets % 4:
       raise ValueError(

@@ -5,15 +5,7 @@
     --config.data.train=train.jsonl --config.data.eval=dev.jsonl \
     --config.rewards.helpful.model=PATH_OF_A_train-reward_RUN
 
-A line of the data is an object with a "prompt"; conversations, under
-"messages", take --config.data.template=None and
---config.data.document_field=messages (see docs/own-data.md). Against harmless
-instead of brief:
-
-    --config.objectives="('helpful', 'harmless')" \
-    --config.rewards.harmless.model=PATH_OF_ANOTHER_train-reward_RUN
-
---config.steering=attention or lora holds less in memory.
+clp_jax/chat.py says what else can be chosen.
 """
 
 import ml_collections
