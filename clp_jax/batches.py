@@ -63,31 +63,40 @@ def _reader(
     )
 
 
-def _task(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Any:
-  """The seqio Task that a config names, and who tokenises its texts.
+def _task(
+  config: ml_collections.ConfigDict, tokenizer: Tokenizer
+) -> tuple[Any, tasks.Tokenise | None]:
+  """The seqio Task that a config names, and what tokenises its texts, if that
+  is not seqio itself.
 
   Raises:
-    ConfigError: when there is no such task.
+    ConfigError: when there is no such task, or it can't be tokenised so.
   """
   data = config.data
-  template = parse_template(data.template)
-  vocabulary = for_seqio(tokenizer)
   with as_config_error():
-    if vocabulary is None:  # it is no SentencePiece model
-      if data.use_cached:
-        raise ConfigError(
-          "data.use_cached holds tokens of a SentencePiece model, which "
-          f"{config.model.init} has not; set it to False."
-        )
-      return tasks.of_texts(tasks.get_task(data.task))
-    task = tasks.get_task(data.task, vocabulary)
-    if data.use_cached:
-      task = tasks.from_cache(task, tuple(data.cache_dirs))
-    if isinstance(template, list):
-      tokenizer.prompt("", template, data.source_length)  # says why it can't
+    template = parse_template(data.template)
     if template is not None:
-      task = tasks.with_template(task, str(template))
-    return task
+      tokenizer.prompt("", template, data.source_length)  # says why it can't
+    vocabulary = for_seqio(tokenizer)
+    if vocabulary is not None:
+      task = tasks.get_task(data.task, vocabulary)
+      if data.use_cached:
+        task = tasks.from_cache(task, tuple(data.cache_dirs))
+      if template is not None:
+        task = tasks.with_template(task, str(template))
+      return task, None
+    if data.use_cached:
+      raise ConfigError(
+        "data.use_cached holds tokens of a SentencePiece model, which "
+        f"{config.model.init} has not; set it to False."
+      )
+
+    def tokenise(documents: list[str], references: list[str]) -> Batch:
+      rows = list(zip(documents, references, strict=True))
+      lengths = (data.source_length, data.target_length)
+      return Reader(rows, tokenizer, template, *lengths).batch(range(len(rows)))
+
+    return tasks.of_texts(tasks.get_task(data.task)), tokenise
 
 
 def check_data(config: ml_collections.ConfigDict) -> None:
@@ -140,30 +149,16 @@ def train_batches(
     if by_number is not None:
       batches = reader.train_batches(by_number, **options)
     else:
+      task, tokenise = _task(config, tokenizer)
       batches = tasks.train_batches(
-        _task(config, tokenizer),
+        task,
         data.train_split,
         source_length=data.source_length,
         target_length=data.target_length,
-        tokenise=_tokenise(config, tokenizer),
+        tokenise=tokenise,
         **options,
       )
   return _logged(batches, data.source_length)
-
-
-def _tokenise(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Any:
-  """Texts -> a Batch, where seqio can't do it; else None."""
-  if for_seqio(tokenizer) is not None:
-    return None
-  data = config.data
-  template = parse_template(data.template)
-
-  def tokenise(documents: list[str], references: list[str]) -> Batch:
-    rows = list(zip(documents, references, strict=True))
-    lengths = (data.source_length, data.target_length)
-    return Reader(rows, tokenizer, template, *lengths).batch(range(len(rows)))
-
-  return tokenise
 
 
 def eval_batch(
@@ -186,13 +181,14 @@ def eval_batch(
     if by_number is not None:
       what = data.eval if data.train is not None else repr(data.eval_split)
       return reader.eval_batch(by_number, num_examples, what)
+    task, tokenise = _task(config, tokenizer)
     return tasks.eval_batch(
-      _task(config, tokenizer),
+      task,
       data.eval_split,
       num_examples=num_examples,
       source_length=data.source_length,
       target_length=data.target_length,
-      tokenise=_tokenise(config, tokenizer),
+      tokenise=tokenise,
     )
 
 
@@ -209,7 +205,7 @@ def count_held_out(
   if by_number is not None:
     return len(by_number.rows)
   with as_config_error():
-    return tasks.count(_task(config, tokenizer), config.data.eval_split)
+    return tasks.count(_task(config, tokenizer)[0], config.data.eval_split)
 
 
 def _check_held_out(config):

@@ -197,6 +197,15 @@ class RowMixture:
   sets: jax.Array  # [M, ...]
   coefficients: jax.Array  # [B, M] float32
 
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Of the sets."""
+    return self.sets.dtype
+
+  def astype(self, dtype: jnp.dtype) -> "RowMixture":
+    """The same in a dtype; the coefficients stay float32."""
+    return RowMixture(self.sets.astype(dtype), self.coefficients)
+
   def matmul(self, x: jax.Array) -> jax.Array:
     """x [R, T, D] times each row's mixture of kernels [M, D, F]: [R, T, F]."""
     rows, length, _ = x.shape
@@ -237,9 +246,8 @@ def mix_rows(
   """The policies of a batch whose rows have coefficients of their own.
 
   Args:
-    params: tree whose steerable leaves are [M, ...]; in scanned layers
-      [M, L, ...], as `expand` makes them.
-      A LowRank holds its sets' diagonals.
+    params: tree whose steerable leaves are [M, ...], in scanned layers
+      [M, L, ...], as `expand` makes them; or LowRanks with diagonals of sets.
     steerable: tree of booleans from `steerable_leaves`.
     coefficients: [B, M] float32 on the simplex, one for each prompt.
 
@@ -277,9 +285,7 @@ def mix_rows(
 def row_coefficients(params: Params) -> jax.Array | None:
   """[B, M], those that `mix_rows` was given; None if it made nothing here that
   `mix_one` could mix: a LowRank costs no more for a row of its own."""
-  leaves = jax.tree.leaves(
-    params, is_leaf=lambda leaf: _is_mixture(leaf) or is_low_rank(leaf)
-  )
+  leaves = jax.tree.leaves(params, is_leaf=stands_for_an_array)
   if any(map(is_low_rank, leaves)):
     return None
   for leaf in leaves:
@@ -305,6 +311,11 @@ def mix_one(params: Params, coefficients: jax.Array) -> Params:
     return combine(p.sets, coefficients)
 
   return jax.tree.map(leaf, params, is_leaf=_is_mixture)
+
+
+def stands_for_an_array(leaf: Any) -> bool:
+  """Whether it is more than one array in the place of a leaf: for is_leaf."""
+  return _is_mixture(leaf) or is_low_rank(leaf)
 
 
 def _is_mixture(leaf: Any) -> bool:

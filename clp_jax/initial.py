@@ -42,7 +42,22 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
   init = config.model.init
   if init in PRESETS:
     vocabulary = _vocabulary(config)
-    model_config = _computation(_preset(config, vocabulary), config)
+    model_config = _preset(config, vocabulary)
+  elif _is_run(init):
+    vocabulary = run_folder.load_tokenizer(init)
+    model_config = run_folder.load_model_config(init)
+  elif Folder(init).is_folder():
+    vocabulary = _vocabulary_beside(config)
+    model_config = interop.load_config(init)
+  else:
+    raise _nothing(init)
+  # Before a checkpoint is read, which may take minutes.
+  _check_fits(config, model_config, vocabulary)
+  stored = model_config
+  model_config = _computation(model_config, config).with_vocabulary(
+    vocabulary.size, vocabulary.eos_ids, vocabulary.pad_id
+  )
+  if init in PRESETS:
     # Its own fold of the seed: the run's key must not depend on the model.
     key = jax.random.fold_in(jax.random.key(config.seed), 0x1217)
     # One program, which compiles faster than one for each kind of leaf, and
@@ -53,29 +68,25 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
     )
     params = draw(key)
   elif _is_run(init):
-    model_config = run_folder.load_model_config(init)
     params, _ = saved_params.load_params(
-      init, families.build(model_config).abstract()
+      init, families.build(stored).abstract()
     )
-    if model_config.scan_layers and not config.model.scan_layers:
+    if stored.scan_layers and not config.model.scan_layers:
       params = trees.unstack_layers(params)
-    elif config.model.scan_layers and not model_config.scan_layers:
+    elif config.model.scan_layers and not stored.scan_layers:
       params = trees.stack_layers(params)
-    model_config = _computation(model_config, config)
-    vocabulary = run_folder.load_tokenizer(init)
-  elif Folder(init).is_folder():
-    vocabulary = _vocabulary_beside(config)
-    model_config, params = _load_checkpoint(config)
-    if vocabulary.size <= model_config.vocab_size:
-      fields: Any = _known_tokens(model_config, vocabulary)
-      model_config = dataclasses.replace(
-        _computation(model_config, config),
-        eos_ids=vocabulary.eos_ids,
-        **fields,
-      )
   else:
-    raise _nothing(init)
-  longest = getattr(model_config, "max_length", None)
+    params = _load_checkpoint(config)
+  return Initial(model_config, params, vocabulary)
+
+
+def _check_fits(
+  config: ml_collections.ConfigDict,
+  model_config: families.Config,
+  vocabulary: Tokenizer,
+) -> None:
+  """Raises a ConfigError unless a model has room for a config's tokens."""
+  init, longest = config.model.init, model_config.max_length
   given = config.data.source_length + config.data.target_length
   if longest is not None and given > longest:
     raise ConfigError(
@@ -88,7 +99,16 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
       f"{init!r} embeds {model_config.vocab_size}; choose another "
       "model.vocabulary or model.init."
     )
-  return Initial(model_config, params, vocabulary)
+  if model_config.reads_eos and not vocabulary.ends_prompts:
+    raise ConfigError(
+      f"the model {init!r} reads prompts that end in EOS, which those of a "
+      "tokenizer.json do not; set model.vocabulary to its spiece.model."
+    )
+  if vocabulary.pad_id != model_config.pad_id:
+    raise ConfigError(
+      f"the model {init!r} pads with token {model_config.pad_id}, and its "
+      f"vocabulary with {vocabulary.pad_id}; choose another model.vocabulary."
+    )
 
 
 def load_model_config(config: ml_collections.ConfigDict) -> families.Config:
@@ -141,30 +161,17 @@ def _nothing(init: str) -> ConfigError:
 def _preset(
   config: ml_collections.ConfigDict, vocabulary: Tokenizer
 ) -> families.Config:
-  fields: dict[str, Any] = {"eos_ids": (vocabulary.eos_ids[0],)}
-  model_config: Any = PRESETS[config.model.init]
-  fields |= _known_tokens(model_config, vocabulary)
+  model_config = PRESETS[config.model.init]
   if config.model.init in OWN_VOCABULARY:
     # As many rows as pieces and prompts' tokens, up to a multiple that cuts
     # well over devices.
     tokens = vocabulary.size + build.control_tokens(config)
-    fields["vocab_size"] = -(-tokens // 16) * 16
-  if model_config.pad_id != vocabulary.pad_id:
-    fields["pad_id"] = vocabulary.pad_id
-  try:
-    return dataclasses.replace(model_config, **fields)
-  except (TypeError, ValueError) as error:
-    raise ConfigError(
-      f"model.init = {config.model.init} can't use this vocabulary: {error}"
-    ) from error
-
-
-def _known_tokens(
-  model_config: families.Config, vocabulary: Tokenizer
-) -> dict[str, int]:
-  """The field of a config that says which ids are tokens, where it has one."""
-  fields = {field.name for field in dataclasses.fields(model_config)}
-  return {"num_tokens": vocabulary.size} if "num_tokens" in fields else {}
+    rows = -(-tokens // 16) * 16
+    model_config = dataclasses.replace(model_config, vocab_size=rows)
+  with as_config_error():
+    return model_config.with_vocabulary(
+      vocabulary.size, vocabulary.eos_ids, vocabulary.pad_id
+    )
 
 
 def _vocabulary(config: ml_collections.ConfigDict) -> Tokenizer:
@@ -211,18 +218,16 @@ def _vocabulary_beside(config: ml_collections.ConfigDict) -> Tokenizer:
   return found
 
 
-def _load_checkpoint(
-  config: ml_collections.ConfigDict,
-) -> tuple[families.Config, Params]:
-  """A model of another program, in float32, cut over the mesh as it is read."""
+def _load_checkpoint(config: ml_collections.ConfigDict) -> Params:
+  """Of another program's model, in float32, cut over the mesh as it is read."""
   with as_config_error():
-    model, params = interop.load_model(
+    _, params = interop.load_model(
       config.model.init,
       functools.partial(_shardings, config),
       dtype="float32",
       scan_layers=config.model.scan_layers,
     )
-  return model.config, params
+  return params
 
 
 def _shardings(

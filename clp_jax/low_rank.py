@@ -41,6 +41,18 @@ class LowRank:
     narrow = (x @ self.left.astype(x.dtype)).astype(jnp.float32) * d
     return narrow.astype(x.dtype) @ self.right.astype(x.dtype)
 
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Of the kernel."""
+    return self.kernel.dtype
+
+  def astype(self, dtype: jnp.dtype) -> "LowRank":
+    """The same in a dtype; the diagonal stays float32."""
+    kernel, left, right = (
+      x.astype(dtype) for x in (self.kernel, self.left, self.right)
+    )
+    return LowRank(kernel, left, right, self.diagonal)
+
   def of_rows(self, coefficients: jax.Array, stacked: bool) -> "LowRank":
     """Of sets, those that B rows of coefficients [B, M] mix.
 
@@ -53,7 +65,7 @@ class LowRank:
     )
     if stacked:
       diagonal = jnp.moveaxis(diagonal, 1, 0)
-    return self.replace(diagonal=diagonal)  # type: ignore[attr-defined]
+    return LowRank(self.kernel, self.left, self.right, diagonal)
 
 
 def is_low_rank(leaf: object) -> bool:

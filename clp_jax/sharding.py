@@ -231,10 +231,10 @@ def spread(policies: Tree, logical_axes: Tree, dtypes: Tree, *, whole: bool):
 
   def leaf(names, policy, dtype):
     if placement is None:
-      return cast(policy, dtype)
+      return policy.astype(dtype)
     if is_low_rank(policy):
       # The base is shared, and the factors and diagonals are small: whole.
-      return cast(policy, dtype).replace(
+      return policy.astype(dtype).replace(
         kernel=leaf(names, policy.kernel, dtype)
       )
     mesh, fsdp = placement.mesh, placement.fsdp
@@ -262,14 +262,6 @@ def spread(policies: Tree, logical_axes: Tree, dtypes: Tree, *, whole: bool):
   return jax.tree.map(
     leaf, logical_axes, policies, dtypes, is_leaf=lambda x: isinstance(x, tuple)
   )
-
-
-def cast(leaf: Any, dtype: Any) -> Any:
-  """An array in a dtype; of a LowRank all but the diagonal."""
-  if not is_low_rank(leaf):
-    return leaf.astype(dtype)
-  wide = leaf.diagonal
-  return jax.tree.map(lambda x: x.astype(dtype), leaf).replace(diagonal=wide)
 
 
 def partition_spec(

@@ -129,6 +129,35 @@ def test_the_commands_of_the_page_run(folder, monkeypatch, capsys):
   assert ids[0] == 1  # <|im_start|>
 
 
+def test_a_conversation_is_answered_as_its_chat_template_shows_it(
+  folder, monkeypatch, tmp_path, capsys
+):
+  run_dir = str(folder / "runs/chat")
+  if not pathlib.Path(run_dir, "model.json").exists():
+    pytest.skip("the commands of the page have not run")
+  text = newsroom.make_items("train", 0, 1)[0].document
+  messages = [{"role": "user", "content": text}]
+  write(tmp_path / "in.jsonl", [{"prompt": text}, {"prompt": messages}])
+  command = ["generate", "--workdir", run_dir, "--temperature", "0"]
+  command += ["--weights", "helpful=1", "--input", str(tmp_path / "in.jsonl")]
+  # The run's own template is for texts.
+  assert main.main(command) == 1
+  assert "leave data.template None" in capsys.readouterr().err
+  shutil.copytree(run_dir, tmp_path / "run")
+  file = tmp_path / "run" / "config.json"
+  values = json.loads(file.read_text())
+  values["data"]["template"] = None
+  file.write_text(json.dumps(values))
+  write(tmp_path / "in.jsonl", [{"prompt": messages}])
+  command[2] = str(tmp_path / "run")
+  assert main.main(command) in (0, None)
+  (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+  assert row["prompt"] == messages and isinstance(row["summary"], str)
+  policy = Policy.load(run_dir)
+  (expected,) = policy.generate([text], {"helpful": 1}, temperature=0)
+  assert row["summary"] == expected
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import small_decoder
 import small_t5
 from sentencepiece import sentencepiece_model_pb2
 
@@ -347,3 +348,26 @@ def test_a_model_and_a_vocabulary_that_do_not_agree_are_refused(tmp_path):
       "hf",
       vocabulary=words_model(2),
     )
+
+
+def test_a_t5_reads_its_sentencepiece_model_though_a_tokenizer_json_lies_there(
+  tmp_path,
+):
+  """As in the folders that T5s come in; alone it is refused, having no EOS."""
+  config = dataclasses.replace(small_t5.V1_1, vocab_size=512, eos_ids=())
+  model = small_t5.trained_vocabulary()
+  folder = tmp_path / "t5"
+  params = small_t5.random_params(config)
+  interop.save_t5(folder, config, params, "hf", vocabulary=model)
+  for name, content in small_decoder.tokenizer_files().items():
+    if name != "tokenizer_config.json":
+      (folder / name).write_bytes(content)
+  run = config_lib.get_config()
+  run.model.init = str(folder)
+  found = load_initial(run)
+  assert isinstance(found.vocabulary, vocabulary.Vocabulary)
+  ids, _ = found.vocabulary.prompt("one two", None, 20)
+  assert ids[-1] == found.model_config.eos_ids[0] == 1
+  (folder / "spiece.model").unlink()
+  with pytest.raises(ConfigError, match="reads prompts that end in EOS"):
+    load_initial(run)

@@ -97,7 +97,10 @@ def _read(
     except ValueError as error:
       raise RunError(f"{where}: not valid JSON: {error}.") from error
     try:
-      document = jsonl.document_of(row, [policy.config.data.document_field])
+      fields = [policy.config.data.document_field]
+      document = jsonl.document_of(row, fields, conversations=True)
+      if not isinstance(document, str):
+        policy.tokenize([document])  # says why it can't
     except ValueError as error:
       raise RunError(f"{where}: {error}") from error
     weights = row.get("weights", args.weights)

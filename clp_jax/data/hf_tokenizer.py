@@ -43,6 +43,8 @@ _PRIVATE = range(0xF0000, 0xFFFFE)  # characters to which Unicode gives no use
 class HFTokenizer:
   """See `tokenizer.Tokenizer`, whose methods these are.
 
+  For decoder-only models: a prompt does not end in EOS.
+
   Attributes:
     path: of the folder.
     pad_id: of the model.
@@ -159,6 +161,8 @@ class HFTokenizer:
       )
     return template
 
+  ends_prompts = False
+
   @property
   def eos_id(self) -> int:
     """The token that ends a target."""
@@ -186,15 +190,8 @@ class HFTokenizer:
   @functools.cached_property
   def _beginning(self) -> list[int]:
     """BOS, where the tokenizer puts one before a text that is no chat."""
-    with_special = self._tokenizer.encode("a", add_special_tokens=True)
-    kept = []
-    for token, special in zip(
-      with_special.ids, with_special.special_tokens_mask, strict=True
-    ):
-      if not special:
-        break
-      kept.append(token)
-    return kept
+    framed = self._tokenizer.encode("a", add_special_tokens=True)
+    return framed.ids[: framed.special_tokens_mask.index(0)]
 
   def encode(self, text: str) -> list[int]:
     """The tokens of a text, which makes no control token (but for one that
@@ -283,13 +280,10 @@ class HFTokenizer:
           "data.template None."
         )
       return self.chat(document)
-    if template is None:
+    if not isinstance(template, list):
+      if template is not None:
+        document = template.replace(DOCUMENT, document)
       return [*self._beginning, *self.encode(document)]
-    if isinstance(template, str):
-      return [
-        *self._beginning,
-        *self.encode(template.replace(DOCUMENT, document)),
-      ]
     return self.chat(
       [
         m | {"content": m["content"].replace(DOCUMENT, document)}

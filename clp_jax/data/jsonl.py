@@ -92,13 +92,16 @@ def read_rows(
   return rows
 
 
-def document_of(row: Any, fields: Sequence[str]) -> str:
+def document_of(
+  row: Any, fields: Sequence[str], conversations: bool = False
+) -> Any:
   """The document of a row that was made for a run, or by one.
 
   Args:
     row: a line's content.
     fields: names that the run knows it by, the first that is there counts;
       "document", as rows that runs write have it, is always the last.
+    conversations: whether it may also be a list of messages.
 
   Raises:
     ValueError: it is none, or has no such field that is a string.
@@ -107,6 +110,9 @@ def document_of(row: Any, fields: Sequence[str]) -> str:
   if isinstance(row, dict):
     for name in names:
       if isinstance(row.get(name), str):
+        return row[name]
+      if conversations and isinstance(row.get(name), list):
+        check_messages(row[name])
         return row[name]
   known = " or ".join(f'"{name}"' for name in names)
   raise ValueError(f"expected an object with a {known} string.")

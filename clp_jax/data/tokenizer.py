@@ -21,6 +21,7 @@ class Tokenizer(Protocol):
   """A vocabulary, with how a model is shown prompts and targets."""
 
   path: str  # of its file or folder, for messages
+  ends_prompts: bool  # whether a prompt ends in EOS, as T5 reads it
 
   @property
   def pad_id(self) -> int:

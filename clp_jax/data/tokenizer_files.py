@@ -25,6 +25,11 @@ def load_tokenizer(
   from clp_jax.data import hf_tokenizer, vocabulary
 
   path = epath.Path(folder)
+  # First: folders of T5 hold it beside a tokenizer.json of the same pieces.
+  for name in vocabulary.FILES:
+    if (path / name).exists():
+      file = path / name
+      return vocabulary.Vocabulary(os.fspath(file), file.read_bytes(), eos_ids)
   if (path / hf_tokenizer.TOKENIZER).exists():
     found = {
       name: (path / name).read_bytes()
@@ -32,10 +37,6 @@ def load_tokenizer(
       if (path / name).exists()
     }
     return hf_tokenizer.HFTokenizer(os.fspath(folder), found, eos_ids, pad_id)
-  for name in vocabulary.FILES:
-    if (path / name).exists():
-      file = path / name
-      return vocabulary.Vocabulary(os.fspath(file), file.read_bytes(), eos_ids)
   return None
 
 

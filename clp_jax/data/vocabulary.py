@@ -178,6 +178,8 @@ class Vocabulary:
       raise _no_model(path, error) from error
     self.eos_ids = _checked_eos_ids(self.tokenizer, path, eos_ids)
 
+  ends_prompts = True
+
   @property
   def eos_id(self) -> int:
     """The token that ends an input or a target."""

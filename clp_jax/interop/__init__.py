@@ -10,6 +10,7 @@ config; the parameter tree is t5x's.
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -154,7 +155,7 @@ def _open(
 
 
 def find_vocabulary(path: str | os.PathLike) -> str | None:
-  """The tokenizer.json or SentencePiece model that lies with a checkpoint, or
+  """The SentencePiece model or tokenizer.json that lies with a checkpoint, or
   None.
 
   Args:
@@ -168,7 +169,7 @@ def find_vocabulary(path: str | os.PathLike) -> str | None:
   if folder.name.startswith("checkpoint_"):
     folders.append(folder.parent)
   for candidate in folders:
-    for name in (TOKENIZER, huggingface.VOCABULARY, orbax.VOCABULARY):
+    for name in (huggingface.VOCABULARY, orbax.VOCABULARY, TOKENIZER):
       if candidate.has(name):
         return f"{candidate.path.rstrip('/')}/{name}"
   return None
@@ -209,18 +210,20 @@ def save_model(
   """
   config = model.config
   if isinstance(config, T5Config):
-    vocabulary = None
-    if tokenizer is not None:
-      (vocabulary,) = tokenizer.files().values()
+    files = {} if tokenizer is None else tokenizer.files()
+    # Of tokenizer.json no T5 format says anything: it is written as it is.
+    is_model = orbax.VOCABULARY in files
     save_t5(
       path,
       config,
       params,
       format,
-      vocabulary=vocabulary,
+      vocabulary=files[orbax.VOCABULARY] if is_model else None,
       step=step,
       max_shard_bytes=max_shard_bytes,
     )
+    if not is_model:
+      _write_files(path, files)
     return
   if format not in ("hf", "orbax"):
     raise ValueError(
@@ -238,8 +241,12 @@ def save_model(
     return
   orbax.save(target, config, views, None)
   if tokenizer is not None:
-    for name, content in tokenizer.files().items():
-      (target / name).write_bytes(content)
+    _write_files(path, tokenizer.files())
+
+
+def _write_files(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
+  for name, content in files.items():
+    storage.write(Folder(os.fspath(path)), name, content)
 
 
 def save_t5(

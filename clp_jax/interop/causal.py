@@ -151,7 +151,7 @@ def open_folder(
   stored = _text_tensors(weight_files.read(folder, mapped))
   expected = leaves_lib.expected_shapes(config)
   names = {path: tensor_name(config, path) for path in expected}
-  head = _tensor(_HEAD, config)
+  head = tensor_name(config, _HEAD)
   if config.logits_via_embedding and head in stored:
     table = stored[names[_EMBEDDING]] if names[_EMBEDDING] in stored else None
     if table is not None and not leaves_lib.same(stored[head], table):
@@ -393,14 +393,6 @@ def _rope(where: str, fields: Mapping[str, Any], theta: float) -> Rope:
   )
 
 
-def tensor_name(config: CausalConfig, path: str) -> str:
-  """Our path of a parameter -> its name in transformers.
-
-  "decoder/layers_3/mlp/wi_0/kernel" -> "model.layers.3.mlp.gate_proj.weight".
-  """
-  return _tensor(path, config)
-
-
 _PROJECTIONS = {
   "query": "self_attn.q_proj",
   "key": "self_attn.k_proj",
@@ -422,7 +414,11 @@ _FOUR_NORMS = {
 }
 
 
-def _tensor(path: str, config: CausalConfig) -> str:
+def tensor_name(config: CausalConfig, path: str) -> str:
+  """Our path of a parameter -> its name in transformers.
+
+  "decoder/layers_3/mlp/wi_0/kernel" -> "model.layers.3.mlp.gate_proj.weight".
+  """
   match path.split("/"):
     case ["token_embedder", _]:
       return "model.embed_tokens.weight"

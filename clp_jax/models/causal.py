@@ -25,7 +25,8 @@ Sources: transformers 4.57, modeling_{llama,qwen2,qwen3,gemma2,gemma3}.py.
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -180,6 +181,25 @@ class CausalConfig:
   eos_ids: tuple[int, ...] = ()
   pad_id: int = NO_PAD
   num_tokens: int = 0
+
+  reads_eos: ClassVar[bool] = False
+
+  def with_vocabulary(
+    self, size: int, eos_ids: Sequence[int], pad_id: int
+  ) -> "CausalConfig":
+    """The model's config beside a vocabulary.
+
+    Args:
+      size: one more than the largest id; rows beyond get no probability.
+      eos_ids: that end responses.
+      pad_id: padding.
+
+    Raises:
+      ValueError: the vocabulary has more ids than the model has rows.
+    """
+    return dataclasses.replace(
+      self, num_tokens=size, eos_ids=tuple(eos_ids), pad_id=pad_id
+    )
 
   def __post_init__(self):
     check_sizes(

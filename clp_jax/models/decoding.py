@@ -25,8 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from clp_jax import sharding
-from clp_jax.conditioning import RowMixture, mix_one, row_coefficients
-from clp_jax.low_rank import is_low_rank
+from clp_jax.conditioning import (
+  mix_one,
+  row_coefficients,
+  stands_for_an_array,
+)
 from clp_jax.models.layers import PAD_ID
 from clp_jax.models.model import Cache, Context, Model, Params
 
@@ -757,24 +760,19 @@ def spread_policies(model: Model, policies: Params, *, whole: bool) -> Params:
     The same, cast as `start` casts them; placed inside `sharding.on_mesh`.
   """
   dtypes = jax.tree_util.tree_map_with_path(
-    lambda path, x: _dtype(model, path, x), policies, is_leaf=is_low_rank
+    lambda path, x: _dtype(model, path, x),
+    policies,
+    is_leaf=stands_for_an_array,
   )
   return sharding.spread(policies, model.axes(), dtypes, whole=whole)
 
 
 def _in_compute_dtype(model: Model, params: Params) -> Params:
   """Casts, before the loop and not in each step, what the model would cast."""
-
-  def cast(path, leaf):
-    dtype = _dtype(model, path, leaf)
-    if isinstance(leaf, RowMixture):
-      return RowMixture(leaf.sets.astype(dtype), leaf.coefficients)
-    return sharding.cast(leaf, dtype)
-
   return jax.tree_util.tree_map_with_path(
-    cast,
+    lambda path, x: x.astype(_dtype(model, path, x)),
     params,
-    is_leaf=lambda leaf: isinstance(leaf, RowMixture) or is_low_rank(leaf),
+    is_leaf=stands_for_an_array,
   )
 
 
@@ -782,9 +780,7 @@ def _dtype(model: Model, path: Any, leaf: Any) -> Any:
   """That of the computation where the model casts; else the leaf's own."""
   if model.is_cast(tuple(entry.key for entry in path)):
     return model.config.compute_dtype
-  if isinstance(leaf, RowMixture):
-    return leaf.sets.dtype
-  return leaf.kernel.dtype if is_low_rank(leaf) else leaf.dtype
+  return leaf.dtype
 
 
 def _per_row(name: str, value: jax.Array | float, rows: int) -> jax.Array:

@@ -8,7 +8,7 @@ the parts are put together, for the axis letters. Any parameter may be a
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import flax.linen as nn
@@ -111,6 +111,28 @@ class T5Config:
   eos_ids: tuple[int, ...] = ()
 
   pad_id: ClassVar[int] = PAD_ID
+  max_length: ClassVar[int | None] = None  # distances have a last bucket
+  reads_eos: ClassVar[bool] = True  # at the end of a prompt
+
+  def with_vocabulary(
+    self, size: int, eos_ids: Sequence[int], pad_id: int
+  ) -> "T5Config":
+    """The model's config beside a vocabulary.
+
+    Args:
+      size: one more than the largest id; the logits of rows beyond stay.
+      eos_ids: that end responses.
+      pad_id: padding.
+
+    Raises:
+      ValueError: the model has other padding, or an end beyond its rows.
+    """
+    del size
+    if pad_id != self.pad_id:
+      raise ValueError(
+        f"a T5 pads with token {self.pad_id}, the vocabulary with {pad_id}."
+      )
+    return dataclasses.replace(self, eos_ids=tuple(eos_ids))
 
   def __post_init__(self):
     check_sizes(

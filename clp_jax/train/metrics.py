@@ -53,6 +53,10 @@ class EventFile:
       summary.value.add(tag=tag, metadata=described, tensor=tensor)
     self._write(event_pb2.Event(step=step, summary=summary))
 
+  def flush(self) -> None:
+    """Lets a TensorBoard that is open see what was written."""
+    self._file.flush()
+
   def close(self) -> None:
     """Flushes and closes it."""
     self._file.close()
@@ -112,6 +116,7 @@ class MetricsWriter:
     """Lets no row be lost; due before a checkpoint, which they belong to."""
     if self._enabled:
       self._file.flush()
+      self._tensorboard.flush()
       self._flushed = time.monotonic()
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
