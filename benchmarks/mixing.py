@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks import models, timing
-from clp_jax import conditioning
+from clp_jax import conditioning, row_mixing
 from clp_jax.cli import setup
 from clp_jax.models import decoding, families, mixture
 from clp_jax.rollout import row_keys
@@ -59,7 +59,7 @@ def main() -> None:
 
   @jax.jit
   def sample_rows(sets, coefficients, source, keys):
-    params = conditioning.mix_rows(sets, steerable, coefficients)
+    params = row_mixing.mix_rows(sets, steerable, coefficients)
     return decoding.sample(model, params, source, keys, **options)
 
   @jax.jit

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from clp_jax import adapters, conditioning
+from clp_jax.low_rank import LowRank
 from clp_jax.models import families
 
 Params = Any
@@ -91,10 +92,20 @@ class Bank:
   @functools.cached_property
   def steerable(self) -> Params:
     """Over a policy's tree: True where a leaf depends on the weighting."""
-    abstract = families.build(self.model_config).abstract()
-    kind = "none" if self.adapter is not None else self.kind
-    flat = _flatten(conditioning.steerable_leaves(abstract, kind))
-    return _unflatten({p: s or self._adapts(p) for p, s in flat.items()})
+    flat = self._has_sets.items()
+    return _unflatten({p: s or self._adapts(p) for p, s in flat})
+
+  @functools.cached_property
+  def policy_axes(self) -> Params:
+    """jax.vmap's in_axes for G `policies`; where LowRanks stand for kernels,
+    the diagonal alone is [G, ...]."""
+    adapted = LowRank(None, None, None, 0)  # type: ignore[arg-type]
+    return _unflatten(
+      {
+        p: adapted if self._adapts(p) else 0 if s else None
+        for p, s in self._has_sets.items()
+      }
+    )
 
   def init(self, reference: Params, key: jax.Array) -> Params:
     """What is trained, before the first update: the policy of every weighting
@@ -105,23 +116,21 @@ class Bank:
       key: of factors that start random.
     """
     trained = self.num_sets - self.frozen_kl
-    flat: dict[tuple[str, ...], Any] = {}
-    for number, (path, leaf) in enumerate(sorted(_flatten(reference).items())):
+    kernels = sorted(_flatten(reference).items())
+    first = dict(kernels)
+    if self.soft_tokens:
+      table = reference["token_embedder"]["embedding"]
+      first[_SOFT_TOKENS] = self._first_soft_tokens(table)
+    if self.frozen_shared:
+      first = {p: x for p, x in first.items() if self._has_sets[p]}
+    has_sets = {p: self._has_sets[p] for p in first}
+    flat = conditioning.expand(first, has_sets, trained)
+    for number, (path, leaf) in enumerate(kernels):
       if self._adapts(path):
         own = jax.random.fold_in(key, number)
         assert self.adapter is not None
         leaves = self.adapter.init(leaf, trained, own)
         flat |= {(*path[:-1], name): x for name, x in leaves.items()}
-      if self._has_sets(path):
-        flat[path] = jnp.broadcast_to(leaf, (trained, *leaf.shape))
-      elif not self.frozen_shared:
-        flat[path] = leaf
-    if self.soft_tokens:
-      table = reference["token_embedder"]["embedding"]
-      flat[_SOFT_TOKENS] = jnp.broadcast_to(
-        self._first_soft_tokens(table),
-        (trained, self.soft_tokens, table.shape[1]),
-      )
     return _unflatten(flat)
 
   def update_scales(self, reference: Params) -> dict[tuple[str, ...], Any]:
@@ -188,33 +197,32 @@ class Bank:
       )
     trained = _flatten(params)
     frozen = _flatten(reference) if self.needs_reference else {}
-    flat = {}
-    for path, steers in _flatten(self.steerable).items():
+    flat = {p: x for p, x in (frozen | trained).items() if p in self._has_sets}
+    if self.frozen_kl:
+      flat |= {
+        p: jnp.concatenate([trained[p], frozen[p][None]])
+        for p, has_sets in self._has_sets.items()
+        if has_sets
+      }
+    mixed = conditioning.mix(flat, self._has_sets, coefficients)
+    for path, kernel in flat.items():
       if self._adapts(path):
         assert self.adapter is not None
-        kernel = frozen[path] if self.frozen_shared else trained[path]
         leaves = {
           p[-1]: x
           for p, x in trained.items()
           if p[:-1] == path[:-1] and p != path
         }
         adapt = self.adapter.adapt if merged else self.adapter.unmerged
-        flat[path] = adapt(kernel, leaves, coefficients)
-      elif steers:
-        sets = trained[path]
-        if self.frozen_kl:
-          sets = jnp.concatenate([sets, frozen[path][None]])
-        flat[path] = conditioning.combine(sets, coefficients)
-      else:
-        flat[path] = frozen[path] if self.frozen_shared else trained[path]
-    return _unflatten(flat)
+        mixed[path] = adapt(kernel, leaves, coefficients)
+    return _unflatten(mixed)
 
   def stacked(self, params: Params, reference: Params) -> Params:
     """The bank as plain sets: steerable leaves [M, ...], shared ones [...]."""
     return self.mix(params, reference, jnp.eye(self.num_sets))
 
   def row_sets(self, params: Params, reference: Params) -> Params:
-    """What `conditioning.mix_rows` mixes rows from."""
+    """What `row_mixing.mix_rows` mixes rows from."""
     return self.policies(params, reference, jnp.eye(self.num_sets))
 
   def counts(self) -> Counts:
@@ -225,8 +233,8 @@ class Bank:
     frozen = [
       leaf
       for path, leaf in _flatten(reference).items()
-      if (self.frozen_kl and self._has_sets(path))
-      or (self.frozen_shared and not self._has_sets(path))
+      if (self.frozen_kl and self._has_sets[path])
+      or (self.frozen_shared and not self._has_sets[path])
     ]
     num_trained = sum(leaf.size for leaf in trained.values())
     return Counts(
@@ -249,11 +257,19 @@ class Bank:
         assert self.adapter is not None
         leaves = self.adapter.logical_axes(names)
         flat |= {(*path[:-1], name): x for name, x in leaves.items()}
-      if self._has_sets(path):
+      if self._has_sets[path]:
         flat[path] = ("objective", *names)
       elif not self.frozen_shared:
         flat[path] = names
     return _unflatten(flat)
+
+  @functools.cached_property
+  def _has_sets(self) -> dict[tuple[str, ...], bool]:
+    """Of a policy's leaves, which themselves, and no adapters of theirs, exist
+    M times."""
+    abstract = families.build(self.model_config).abstract()
+    kind = "none" if self.adapter is not None else self.kind
+    return _flatten(conditioning.steerable_leaves(abstract, kind))
 
   def _adapts(self, path: tuple[str, ...]) -> bool:
     return self.adapter is not None and self.adapter.adapts(path)
@@ -268,10 +284,6 @@ class Bank:
     first = table[self.reference_config.eos_ids[0]]
     return jnp.broadcast_to(first, (self.soft_tokens, table.shape[1]))
 
-  def _has_sets(self, path: tuple[str, ...]) -> bool:
-    """Whether the leaf itself, and no adapter of it, exists M times."""
-    return _get(self.steerable, path) and not self._adapts(path)
-
 
 def _flatten(tree: Params) -> dict[tuple[str, ...], Any]:
   return traverse_util.flatten_dict(tree)
@@ -279,9 +291,3 @@ def _flatten(tree: Params) -> dict[tuple[str, ...], Any]:
 
 def _unflatten(flat: dict[tuple[str, ...], Any]) -> Params:
   return traverse_util.unflatten_dict(flat)
-
-
-def _get(tree: Params, path: tuple[str, ...]) -> Any:
-  for name in path:
-    tree = tree[name]
-  return tree

@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 
 from clp_jax import (
   build,
-  conditioning,
   interop,
+  row_mixing,
   run_folder,
   saved_params,
   sharding,
@@ -603,7 +603,7 @@ class Policy:
       return params
     if self.mixes_logits:
       return mixture.unstack(params, coefficients)
-    return conditioning.mix_rows(params, self.bank.steerable, coefficients)
+    return row_mixing.mix_rows(params, self.bank.steerable, coefficients)
 
   @functools.cached_property
   def _sample(self):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from clp_jax import conditioning, sharding
+from clp_jax import sharding
 from clp_jax.bank import Bank
 from clp_jax.models import decoding, families
 from clp_jax.prompting import Prompts
@@ -88,7 +88,7 @@ def sample_rollout(
   samples = decoding.sample_groups(
     families.build(bank.model_config),
     policies,
-    conditioning.batched_axes(policies, bank.steerable),
+    bank.policy_axes,
     encoder_input_tokens,
     row_keys(samples_key, encoder_input_tokens.shape[0] * num_samples),
     num_groups=coefficients.shape[0],
@@ -184,7 +184,7 @@ def score_groups(
       num_samples=num_samples,
       temperature=temperature,
     ),
-    in_axes=(conditioning.batched_axes(policies, bank.steerable), 0, 0),
+    in_axes=(bank.policy_axes, 0, 0),
   )(policies, encoder_input_tokens, tokens)
 
 

@@ -12,7 +12,7 @@ import pytest
 import small_decoder
 from small_decoder import ARCHITECTURES
 
-from clp_jax import conditioning, interop
+from clp_jax import conditioning, interop, row_mixing
 from clp_jax.bank import Bank
 from clp_jax.interop import causal as causal_folders
 from clp_jax.interop.storage import Folder
@@ -293,7 +293,7 @@ class TestConditioning:
       "allowed": np.arange(512) < 500,
       "temperature": 0.0,
     }
-    rows = conditioning.mix_rows(stacked, bank.steerable, coefficients)
+    rows = row_mixing.mix_rows(stacked, bank.steerable, coefficients)
     wide = jnp.pad(prompts, ((0, 0), (0, 120)), constant_values=-1)
     for given in (prompts, wide):  # the second is read policy by policy
       together = decoding.sample(model, rows, given, keys, **options)

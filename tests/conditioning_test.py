@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clp_jax
-from clp_jax import conditioning
+from clp_jax import adapters
 from clp_jax.bank import Bank
 from clp_jax.low_rank import LowRank
 from clp_jax.models import families, t5
@@ -282,9 +282,11 @@ def test_wrong_number_of_coefficients_is_an_error():
     clp_jax.expand({"a": jnp.ones([4])}, {"a": True}, 0)
 
 
-def test_batched_axes_mark_what_mix_batches():
-  low_rank = LowRank(*(jnp.zeros(2) for _ in range(4)))
-  policies = {"a": jnp.zeros(2), "b": jnp.zeros(2), "c": low_rank}
-  steerable = {"a": True, "b": False, "c": True}
-  axes = conditioning.batched_axes(policies, steerable)
-  assert axes == {"a": 0, "b": None, "c": LowRank(None, None, None, 0)}
+def test_the_axes_of_policies_mark_what_the_bank_batches():
+  adapter = adapters.Adapter("lora", 2, 1.0, ("mlp",))
+  axes = Bank(CONFIG, "lora", 3, soft_tokens=2, adapter=adapter).policy_axes
+  assert axes["soft_tokens"] == {"embedding": 0}
+  assert axes["token_embedder"] == {"embedding": None}
+  layer = axes["encoder"]["layers_0"]
+  assert layer["mlp"]["wo"] == {"kernel": LowRank(None, None, None, 0)}
+  assert layer["attention"]["query"] == {"kernel": None}

@@ -9,7 +9,7 @@ import pytest
 import small_decoder
 import small_t5
 
-from clp_jax import adapters, conditioning, sharding
+from clp_jax import adapters, row_mixing, sharding
 from clp_jax.bank import Bank
 from clp_jax.low_rank import LowRank
 from clp_jax.models import decoding, families, trees
@@ -97,13 +97,13 @@ def test_policies_rows_and_gradients_are_those_of_merged_kernels(case):
     policies = decoding.spread_policies(
       model, bank.policies(params, reference, jnp.asarray(C)), whole=True
     )
-    axes = conditioning.batched_axes(policies, bank.steerable)
     return sharding.map_groups(
-      lambda policy: model.score(policy, prompts, targets)[0], (axes,)
+      lambda policy: model.score(policy, prompts, targets)[0],
+      (bank.policy_axes,),
     )(policies)
 
   def of_rows(params):
-    rows = conditioning.mix_rows(
+    rows = row_mixing.mix_rows(
       bank.row_sets(params, reference), bank.steerable, jnp.asarray(C)
     )
     return model.score(rows, prompts, targets)[0]
@@ -145,7 +145,9 @@ def test_no_policy_has_a_kernel_of_its_own():
     policies = (bank.policies if unmerged else bank.mix)(
       params, reference, jnp.asarray(C)
     )
-    axes = conditioning.batched_axes(policies, bank.steerable)
+    axes = bank.policy_axes
+    if not unmerged:
+      axes = jax.tree.map(lambda s: 0 if s else None, bank.steerable)
     return sharding.map_groups(
       lambda policy: model.score(policy, prompts, targets)[0].sum(), (axes,)
     )(policies).sum()

@@ -189,7 +189,7 @@ def test_fields_and_flags_in_sentences_exist():
   known = all_fields()
   sections = {f.partition(".")[0] for f in known}
   flags = USAGE + "".join(map(help_of, main.COMMANDS))
-  functions = {"conditioning.mix_rows", "sft.make_programs"}
+  functions = {"sft.make_programs"}
   for page, text in PAGES.items():
     text = re.sub("```.*?```", "", text, flags=re.S)
     for span in re.findall(r"`([^`]+)`", text):

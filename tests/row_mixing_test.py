@@ -11,7 +11,7 @@ import pytest
 from decoding_test import ALLOWED, V1_0, V1_1, jit, row_keys
 from jax.extend.core import jaxprs_in_params
 
-from clp_jax import conditioning
+from clp_jax import conditioning, row_mixing
 from clp_jax.models import decoding, families, t5
 
 B, N, M = 4, 2, 3
@@ -84,7 +84,7 @@ def test_rows_are_those_of_their_merged_policies(name, kind):
     return jax.lax.map(merged, by_prompt)
 
   together, logp = jit(sample_and_score)(
-    conditioning.mix_rows(params, steerable, coefficients),
+    row_mixing.mix_rows(params, steerable, coefficients),
     SOURCE,
     keys,
     targets,
@@ -108,7 +108,7 @@ def test_rows_are_those_of_their_merged_policies(name, kind):
 def test_long_prompts_are_encoded_by_their_merged_encoders(name, monkeypatch):
   config = CONFIGS[name]
   params, steerable = sets_of(config, "full")
-  rows = conditioning.mix_rows(params, steerable, some_coefficients())
+  rows = row_mixing.mix_rows(params, steerable, some_coefficients())
   tokens = np.array([3, 4, 5, 6])
 
   def logits(at_once):
@@ -136,7 +136,7 @@ def test_a_vertex_is_that_set_and_equal_sets_are_the_base():
 
   @jit
   def of_rows(params, coefficients):
-    return logits(conditioning.mix_rows(params, steerable, coefficients))
+    return logits(row_mixing.mix_rows(params, steerable, coefficients))
 
   expected = jit(logits)(base)
   vertices = np.tile(np.eye(M, dtype=np.float32)[1], (B, 1))
@@ -158,7 +158,7 @@ def test_no_kernel_exists_once_per_row():
   def run(params, coefficients):
     return decoding.sample(
       families.build(V1_1),
-      conditioning.mix_rows(params, steerable, coefficients),
+      row_mixing.mix_rows(params, steerable, coefficients),
       source,
       row_keys(rows),
       max_length=8,
@@ -196,7 +196,7 @@ def test_in_bfloat16_rows_are_as_near_to_float32_as_merged_policies_are():
 
   @functools.partial(jit, static_argnums=1)
   def of_rows(coefficients, dtype):
-    policy = conditioning.mix_rows(params, steerable, coefficients)
+    policy = row_mixing.mix_rows(params, steerable, coefficients)
     return logits(policy, dtype, SOURCE, targets)
 
   @functools.partial(jit, static_argnums=1)
@@ -222,7 +222,7 @@ def test_in_bfloat16_rows_are_as_near_to_float32_as_merged_policies_are():
 def test_coefficients_of_another_number_of_sets_are_an_error():
   params, steerable = sets_of(V1_1, "attention")
   with pytest.raises(ValueError, match=r"holds \(3,\) .* are 2 coefficients"):
-    conditioning.mix_rows(params, steerable, np.full((B, 2), 0.5, np.float32))
+    row_mixing.mix_rows(params, steerable, np.full((B, 2), 0.5, np.float32))
 
 
 class TestSettingsOfARow:

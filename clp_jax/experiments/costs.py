@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax import conditioning
+from clp_jax.bank import Bank
 from clp_jax.models import decoding, families, mixture
 from clp_jax.models.mixture import Mixture
 from clp_jax.models.presets import PRESETS
@@ -52,18 +52,6 @@ def count(params: Params) -> int:
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
-def clp_parameters(
-  config: families.Config, steering: str, num_sets: int
-) -> int:
-  """Of a bank of parameter sets."""
-  abstract = families.build(config).abstract()
-  steerable = conditioning.steerable_leaves(abstract, steering)
-  expand: Callable = conditioning.expand
-  return count(
-    jax.eval_shape(lambda p: expand(p, steerable, num_sets), abstract)
-  )
-
-
 def parameters(config: families.Config, num_rewards: int) -> list[Parameters]:
   """Of every method that is made of whole models or their parts."""
   one = count(families.build(config).abstract())
@@ -74,7 +62,7 @@ def parameters(config: families.Config, num_rewards: int) -> list[Parameters]:
     ("attn-CLP", "attention"),
     ("logit-CLP", "logits"),
   ):
-    own = clp_parameters(config, steering, m)
+    own = Bank(config, steering, m).counts().trained
     rows.append(Parameters(label, own, own, 1))
   return [
     *rows,
@@ -90,7 +78,7 @@ def attention_share(size: str, num_rewards: int) -> float:
   """attn-CLP's parameters beyond one model's, over those of full-CLP."""
   config = dataclasses.replace(PRESETS[size], scan_layers=True)
   one = count(families.build(config).abstract())
-  extra = clp_parameters(config, "attention", num_rewards) - one
+  extra = Bank(config, "attention", num_rewards).counts().trained - one
   return extra / ((num_rewards - 1) * one)
 
 
@@ -140,11 +128,11 @@ def decode_times(
     ).tokens
 
   def mixed(steering):
-    steerable = conditioning.steerable_leaves(sets[0], steering)
-    bank = jax.tree.map(
-      lambda s, a, b: jnp.stack([a, b]) if s else a, steerable, *sets[:2]
+    bank = Bank(config, steering, 2)
+    params = jax.tree.map(
+      lambda s, a, b: jnp.stack([a, b]) if s else a, bank.steerable, *sets[:2]
     )
-    return jax.jit(lambda: conditioning.mix(bank, steerable, c))()
+    return jax.jit(lambda: bank.mix(params, {}, c))()
 
   one = jax.jit(lambda params: decode(decoding.start, params))
   several = jax.jit(lambda models: decode(mixture.start, models))

@@ -46,8 +46,8 @@ FAMILIES = tuple(_DEFAULTS)  # model_types
 # What is no choice of this network's.
 _CONSTANTS = {
   "layer_norm_epsilon": layers.NORM_EPSILON,
-  "decoder_start_token_id": layers.PAD_ID,
-  "pad_token_id": layers.PAD_ID,
+  "decoder_start_token_id": T5Config.pad_id,
+  "pad_token_id": T5Config.pad_id,
 }
 _FIELDS = {
   "vocab_size": "vocab_size",

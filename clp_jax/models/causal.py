@@ -34,7 +34,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from clp_jax.conditioning import RowMixture
 from clp_jax.models import trees
 from clp_jax.models.layers import (
   ACTIVATIONS,
@@ -56,6 +55,7 @@ from clp_jax.models.layers import (
   write_cache,
 )
 from clp_jax.models.model import Context, Params
+from clp_jax.row_mixing import RowMixture
 from clp_jax.sharding import constrain
 
 ROPE_SCALINGS = ("none", "linear", "llama3")

@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from clp_jax import sharding
-from clp_jax.conditioning import (
+from clp_jax.models.layers import T5Config
+from clp_jax.models.model import Cache, Context, Model, Params
+from clp_jax.row_mixing import (
   mix_one,
   row_coefficients,
   stands_for_an_array,
 )
-from clp_jax.models.layers import PAD_ID
-from clp_jax.models.model import Cache, Context, Model, Params
 
 # (last tokens [R] int32, cache, position [] int32) -> (logits [R, V], cache)
 NextLogits = Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
@@ -90,7 +90,7 @@ def sample(
   Args:
     model: the `eos_ids` of its config end rows.
     params: its parameters; for a batch in which every row is a policy of its
-      own, those of `conditioning.mix_rows`.
+      own, those of `row_mixing.mix_rows`.
     encoder_input_tokens: [B, S] int; the model's pad_id is padding.
     keys: [R] typed keys, one a row: what a row draws depends on its key and
       its position only, not on the other rows or on the devices.
@@ -407,7 +407,7 @@ def sample_from(
   top_p: jax.Array | float | None = None,
   logp_temperature: jax.Array | float = 1.0,
   row_lengths: jax.Array | None = None,
-  pad_id: int = PAD_ID,
+  pad_id: int = T5Config.pad_id,
 ) -> Samples:
   """Samples rows from any next-token distribution.
 
@@ -453,7 +453,7 @@ def sample_from(
 
 
 def first_loop(
-  cache: Cache, rows: int, max_length: int, pad_id: int = PAD_ID
+  cache: Cache, rows: int, max_length: int, pad_id: int = T5Config.pad_id
 ) -> Loop:
   """A decoding of R rows before its first position, for `advance`."""
   if max_length < 1:
@@ -485,7 +485,7 @@ def advance(
   top_p: jax.Array | float | None = None,
   logp_temperature: jax.Array | float = 1.0,
   row_lengths: jax.Array | None = None,
-  pad_id: int = PAD_ID,
+  pad_id: int = T5Config.pad_id,
 ) -> Loop:
   """Goes on with a decoding, up to a position or until all rows have ended.
 

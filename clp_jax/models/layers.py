@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from clp_jax.conditioning import RowMixture
 from clp_jax.low_rank import LowRank
+from clp_jax.row_mixing import RowMixture
 from clp_jax.sharding import constrain
 
-PAD_ID = 0  # padding in the encoder, and the decoder's first input
 NORM_EPSILON = 1e-6
 MASKED = -1e10  # finite, so that a row with nothing to attend to is not NaN
 # From so many queries on, attention takes blocks of so many at a time.
@@ -110,7 +109,7 @@ class T5Config:
   soft_tokens: int = 0
   eos_ids: tuple[int, ...] = ()
 
-  pad_id: ClassVar[int] = PAD_ID
+  pad_id: ClassVar[int] = 0  # also the decoder's first input
   max_length: ClassVar[int | None] = None  # distances have a last bucket
   reads_eos: ClassVar[bool] = True  # at the end of a prompt
 
@@ -168,7 +167,7 @@ class T5Config:
       )
     object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
     for token in self.eos_ids:
-      if not isinstance(token, int) or not PAD_ID < token < self.vocab_size:
+      if not isinstance(token, int) or not 0 < token < self.vocab_size:
         raise ValueError(
           f"eos_ids must be tokens in [1, {self.vocab_size}), got "
           f"{self.eos_ids!r}."

@@ -36,7 +36,6 @@ import numpy as np
 from clp_jax.models import trees
 from clp_jax.models.layers import (
   MLP,
-  PAD_ID,
   Attention,
   Embedding,
   KeysValues,
@@ -73,7 +72,7 @@ def shift_right(decoder_target_tokens: jax.Array) -> jax.Array:
     [..., T] int, of the same dtype.
   """
   shifted = jnp.roll(decoder_target_tokens, 1, axis=-1)
-  return shifted.at[..., 0].set(PAD_ID)
+  return shifted.at[..., 0].set(T5Config.pad_id)
 
 
 class EncoderLayer(nn.Module):
@@ -506,7 +505,7 @@ class T5(nn.Module):
 
 def _encoder_mask(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
   if mask is None:
-    return tokens != PAD_ID
+    return tokens != T5Config.pad_id
   if mask.shape != tokens.shape:
     raise ValueError(
       f"encoder_mask must have the shape of encoder_input_tokens, "

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax import conditioning, sharding
+from clp_jax import row_mixing, sharding
 from clp_jax.models import decoding
 from clp_jax.policy import Policy
 
@@ -123,7 +123,7 @@ class Decoder:
 
   def _mix_rows(self, sets, coefficients):
     steerable = self._policy.bank.steerable
-    return conditioning.mix_rows(sets, steerable, coefficients)
+    return row_mixing.mix_rows(sets, steerable, coefficients)
 
   def _trace_begin(self, sets, tokens, coefficients, is_row):
     self.trace_count += 1
