@@ -19,6 +19,7 @@ from clp_jax import conditioning, row_mixing
 from clp_jax.cli import setup
 from clp_jax.models import decoding, families, mixture
 from clp_jax.rollout import row_keys
+from clp_jax.sampling import Sampling
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
   source = models.random_tokens(args.batch, args.source, config)
   keys = row_keys(jax.random.key(0), args.batch)
   steerable = conditioning.steerable_leaves(base, "full")
-  options = {"max_length": args.target, "allowed": models.allowed(config)}
+  sampling = Sampling(models.allowed(config), config.eos_ids, config.pad_id)
   model = families.build(config)
 
   @jax.jit
@@ -55,12 +56,16 @@ def main() -> None:
 
   @jax.jit
   def sample(params, source, keys):
-    return decoding.sample(model, params, source, keys, **options)
+    return decoding.sample(
+      model, params, source, keys, sampling, max_length=args.target
+    )
 
   @jax.jit
   def sample_rows(sets, coefficients, source, keys):
     params = row_mixing.mix_rows(sets, steerable, coefficients)
-    return decoding.sample(model, params, source, keys, **options)
+    return decoding.sample(
+      model, params, source, keys, sampling, max_length=args.target
+    )
 
   @jax.jit
   def sample_mixture(models_, coefficients, source, keys):
@@ -70,14 +75,7 @@ def main() -> None:
       source,
       max_length=args.target,
     )
-    return decoding.sample_from(
-      next_logits,
-      cache,
-      keys,
-      eos_ids=config.eos_ids,
-      pad_id=config.pad_id,
-      **options,
-    )
+    return decoding.sample_from(next_logits, cache, keys, sampling, args.target)
 
   def one_by_one(sets, coefficients, source, keys):
     return [

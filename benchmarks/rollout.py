@@ -19,6 +19,7 @@ from benchmarks import models, timing
 from clp_jax.cli import setup
 from clp_jax.models import decoding, families
 from clp_jax.rollout import row_keys
+from clp_jax.sampling import Sampling
 
 
 def main() -> None:
@@ -46,9 +47,9 @@ def main() -> None:
       params,
       source,
       keys,
+      Sampling(models.allowed(config), config.eos_ids, config.pad_id),
       num_samples=args.samples,
       max_length=args.target,
-      allowed=models.allowed(config),
     )
 
   keys = row_keys(jax.random.key(0), rows)

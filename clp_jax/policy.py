@@ -35,6 +35,7 @@ from clp_jax.models import decoding, families, mixture
 from clp_jax.models.model import Model, Params
 from clp_jax.prompting import Prompts
 from clp_jax.rollout import row_keys
+from clp_jax.sampling import BLOCK, Sampling
 from clp_jax.weightings import Weighting
 
 Weights = Mapping[str, float]
@@ -561,7 +562,7 @@ class Policy:
     """
     is_text = (tokens != self.vocabulary.pad_id).any(axis=0)
     last = int(np.max(np.flatnonzero(is_text), initial=0))
-    return tokens[:, : max(decoding.BLOCK, 1 << last.bit_length())]
+    return tokens[:, : max(BLOCK, 1 << last.bit_length())]
 
   def _pad(self, rows: np.ndarray) -> np.ndarray:
     return rows[self._padding(len(rows))]
@@ -619,14 +620,16 @@ class Policy:
         next_logits,
         cache,
         keys,
-        max_length=self.config.data.target_length,
-        temperature=settings["temperature"],
-        top_k=settings["top_k"],
-        top_p=settings["top_p"],
-        row_lengths=settings["max_lengths"],
-        allowed=self.allowed,
-        eos_ids=self.model_config.eos_ids,
-        pad_id=self.model_config.pad_id,
+        Sampling(
+          self.allowed,
+          self.model_config.eos_ids,
+          self.model_config.pad_id,
+          temperature=settings["temperature"],
+          top_k=settings["top_k"],
+          top_p=settings["top_p"],
+          row_lengths=settings["max_lengths"],
+        ),
+        self.config.data.target_length,
       )
 
     return sample
@@ -640,7 +643,7 @@ class Policy:
       if isinstance(params, mixture.Mixture):
         logp = mixture.token_logp(model, params, tokens, targets)
       else:
-        logp, _ = decoding.token_logp(model, params, tokens, targets)
+        logp = decoding.score_tokens(model, params, tokens, targets).logp
       is_text = targets != model.config.pad_id
       return jnp.where(is_text, logp, 0).sum(-1)
 

@@ -19,6 +19,7 @@ from clp_jax import sharding
 from clp_jax.bank import Bank
 from clp_jax.models import decoding, families
 from clp_jax.prompting import Prompts
+from clp_jax.sampling import Sampling
 from clp_jax.weightings import Distribution, Weighting
 
 Params = Any
@@ -33,7 +34,7 @@ class Rollout:
   """
 
   encoder_input_tokens: jax.Array  # [B, S] int32, prompted as the policies are
-  tokens: jax.Array  # [R, T] int32, PAD after EOS
+  tokens: jax.Array  # [R, T] int32, padding after EOS
   mask: jax.Array  # [R, T] bool, True up to and including EOS
   logp: jax.Array  # [R, T] float32, nats, under the sampling policy
   weighting: Weighting  # G weightings
@@ -80,23 +81,26 @@ def sample_rollout(
   coefficients = distribution.coefficients(weighting)
   if prompts is not None:
     encoder_input_tokens = prompts.prepend(encoder_input_tokens, weighting)
+  model = families.build(bank.model_config)
   policies = decoding.spread_policies(
-    families.build(bank.model_config),
-    bank.policies(params, reference, coefficients),
-    whole=True,
+    model, bank.policies(params, reference, coefficients), whole=True
   )
   samples = decoding.sample_groups(
-    families.build(bank.model_config),
+    model,
     policies,
     bank.policy_axes,
     encoder_input_tokens,
     row_keys(samples_key, encoder_input_tokens.shape[0] * num_samples),
+    Sampling(
+      allowed,
+      model.config.eos_ids,
+      model.config.pad_id,
+      temperature=temperature,
+      logp_temperature=temperature,
+    ),
     num_groups=coefficients.shape[0],
     num_samples=num_samples,
     max_length=max_length,
-    temperature=temperature,
-    logp_temperature=temperature,
-    allowed=allowed,
   )
   return Rollout(
     encoder_input_tokens=encoder_input_tokens,
@@ -132,14 +136,14 @@ def score_reference(
   Returns:
     [R, T] float32, nats; 0 where the mask is False.
   """
-  logp, _ = decoding.token_logp(
+  logp = decoding.score_tokens(
     families.build(bank.reference_config),
     reference,
     encoder_input_tokens,
     tokens,
     num_samples=num_samples,
     temperature=temperature,
-  )
+  ).logp
   return jnp.where(mask, logp, 0)
 
 

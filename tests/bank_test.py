@@ -15,6 +15,7 @@ import clp_jax
 from clp_jax import adapters, sharding
 from clp_jax.bank import Bank
 from clp_jax.models import decoding, families, t5
+from clp_jax.sampling import Sampling
 
 CONFIG = dataclasses.replace(
   both_families.T5, vocab_size=11, head_dim=3, mlp_dim=5
@@ -407,7 +408,8 @@ def soft_model(config):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logp_of(model, params, prompts, targets):
-  return decoding.token_logp(model, params, prompts, targets, num_samples=2)[0]
+  scores = decoding.score_tokens(model, params, prompts, targets, num_samples=2)
+  return scores.logp
 
 
 PROMPTS = np.int32([[3, 5, 8, 1, 0, 0], [9, 6, 2, 4, 3, 1]])
@@ -437,7 +439,11 @@ def test_decoding_with_soft_tokens_gives_teacher_forced_log_probabilities(
   prompts = both_families.with_padding(model, PROMPTS)
   allowed = np.arange(11) != 0
   sample = functools.partial(
-    decoding.sample, soft_tokens, max_length=3, num_samples=2, allowed=allowed
+    decoding.sample,
+    soft_tokens,
+    sampling=Sampling(allowed, model.eos_ids, model.pad_id),
+    max_length=3,
+    num_samples=2,
   )
   keys = jax.random.split(jax.random.key(0), 4)
   samples = jax.jit(sample)(params, prompts, keys)

@@ -18,6 +18,7 @@ from clp_jax.interop import causal as causal_folders
 from clp_jax.interop.storage import Folder
 from clp_jax.models import causal, decoding, families, trees
 from clp_jax.models.causal import CausalConfig, Rope
+from clp_jax.sampling import Sampling
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "causal"
 LENGTHS = (19, 8, 1)  # of prompts; over twice the window
@@ -217,13 +218,17 @@ def test_what_is_sampled_has_its_teacher_forced_logp():
     params,
     prompts,
     jax.random.split(jax.random.key(0), rows),
+    Sampling(
+      tokenizer.allowed(config.vocab_size),
+      config.eos_ids,
+      config.pad_id,
+      row_lengths=jnp.asarray([40, 3, 40, 5, 40, 40]),
+      logp_temperature=0.7,
+    ),
     max_length=40,
-    allowed=tokenizer.allowed(config.vocab_size),
     num_samples=SAMPLES,
-    row_lengths=jnp.asarray([40, 3, 40, 5, 40, 40]),
-    logp_temperature=0.7,
   )
-  logp, _ = decoding.token_logp(
+  scores = decoding.score_tokens(
     model,
     params,
     prompts,
@@ -232,7 +237,7 @@ def test_what_is_sampled_has_its_teacher_forced_logp():
     temperature=0.7,
   )
   np.testing.assert_allclose(
-    np.where(samples.mask, logp, 0), samples.logp, atol=3e-5
+    np.where(samples.mask, scores.logp, 0), samples.logp, atol=3e-5
   )
   assert (np.asarray(samples.tokens)[~np.asarray(samples.mask)] == -1).all()
   # Rows of the embedding without a token are never sampled.
@@ -288,19 +293,24 @@ class TestConditioning:
     prompts, _ = arrays(config)
     coefficients = jnp.asarray([[0.3, 0.7], [1.0, 0.0], [0.55, 0.45]])
     keys = jax.random.split(jax.random.key(3), 3)
-    options = {
-      "max_length": 6,
-      "allowed": np.arange(512) < 500,
-      "temperature": 0.0,
-    }
+    sampling = Sampling(
+      np.arange(512) < 500, config.eos_ids, config.pad_id, temperature=0.0
+    )
     rows = row_mixing.mix_rows(stacked, bank.steerable, coefficients)
     wide = jnp.pad(prompts, ((0, 0), (0, 120)), constant_values=-1)
     for given in (prompts, wide):  # the second is read policy by policy
-      together = decoding.sample(model, rows, given, keys, **options)
+      together = decoding.sample(
+        model, rows, given, keys, sampling, max_length=6
+      )
       for i, c in enumerate(coefficients):
         one = bank.mix(stacked, {}, c)
         alone = decoding.sample(
-          model, one, prompts[i : i + 1], keys[i : i + 1], **options
+          model,
+          one,
+          prompts[i : i + 1],
+          keys[i : i + 1],
+          sampling,
+          max_length=6,
         )
         np.testing.assert_array_equal(together.tokens[i], alone.tokens[0])
         np.testing.assert_allclose(together.logp[i], alone.logp[0], atol=3e-5)

@@ -14,6 +14,7 @@ from jax.extend.core import Literal, jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clp_jax.models import decoding, families, t5
+from clp_jax.sampling import Sampling, choose_tokens
 
 V = 37
 V1_1 = t5.T5Config(
@@ -69,10 +70,20 @@ def row_keys(rows, seed=0):
   return jax.random.split(jax.random.key(seed), rows)
 
 
-def sampler(config, **kwargs):
-  kwargs = {"max_length": 12, "allowed": ALLOWED} | kwargs
+def sampling_of(config=V1_1, **settings):
+  settings = {"allowed": ALLOWED, "eos_ids": config.eos_ids} | settings
+  return Sampling(pad_id=config.pad_id, **settings)
+
+
+def sampler(config, num_samples, **settings):
   return jit(
-    functools.partial(decoding.sample, families.build(config), **kwargs)
+    functools.partial(
+      decoding.sample,
+      families.build(config),
+      sampling=sampling_of(config, **settings),
+      num_samples=num_samples,
+      max_length=12,
+    )
   )
 
 
@@ -86,10 +97,9 @@ def plain_sampler():
       params,
       source,
       keys,
+      sampling_of(temperature=temperature),
       max_length=12,
       num_samples=2,
-      temperature=temperature,
-      allowed=ALLOWED,
     )
 
   return jit(sample)
@@ -109,9 +119,9 @@ class TestLogp:
       top_p=0.95,
       logp_temperature=1.3,
     )(params, source, row_keys(12))
-    logp, entropy = jit(
+    logp, entropy, _ = jit(
       functools.partial(
-        decoding.token_logp,
+        decoding.score_tokens,
         families.build(config),
         num_samples=3,
         temperature=1.3,
@@ -137,9 +147,9 @@ class TestLogp:
     params, source = random_params(V1_1), ragged_source(2)
     tokens = np.random.default_rng(3).integers(0, V, (4, 5))
     temperature = np.array([0.5, 1, 1.5, 2])
-    logp, entropy = jit(
+    logp, entropy, _ = jit(
       functools.partial(
-        decoding.token_logp,
+        decoding.score_tokens,
         families.build(V1_1),
         num_samples=2,
         temperature=temperature,
@@ -220,10 +230,8 @@ class TestGreedy:
         scripted(np.zeros((2, V))),
         (),
         row_keys(2),
-        max_length=3,
-        allowed=ALLOWED,
-        eos_ids=(1,),
-        temperature=temperature,
+        sampling_of(temperature=temperature),
+        3,
       )
 
     for temperature in (1.0, 0.0, 0.3):
@@ -242,15 +250,15 @@ def scripted(*logits):
   return next_logits
 
 
-choose_traced = jit(decoding.choose_tokens)
-choose_tokens = jit(decoding.choose_tokens, static_argnames=("top_k", "top_p"))
+choose_traced = jit(choose_tokens)
+choose_static = jit(choose_tokens, static_argnames=("top_k", "top_p"))
 
 
 def choose(logits, uniforms, *, allowed=None, temperature=1.0, **kwargs):
   logits = jnp.asarray(logits, jnp.float32)
   if allowed is None:
     allowed = np.ones(logits.shape[-1], bool)
-  tokens = choose_tokens(
+  tokens = choose_static(
     logits,
     jnp.asarray(uniforms, jnp.float32),
     temperature=jnp.full(logits.shape[:1], temperature),
@@ -432,7 +440,7 @@ class TestForbiddenTokens:
     uniforms = np.random.default_rng(0).random((200, 2), np.float32)
     arguments = (jnp.zeros((200, 300)), jnp.asarray(uniforms))
     jaxpr = jax.make_jaxpr(
-      lambda logits, uniforms: decoding.choose_tokens(
+      lambda logits, uniforms: choose_tokens(
         logits,
         uniforms,
         temperature=jnp.ones(200),
@@ -520,9 +528,8 @@ class TestRows:
       scripted(np.eye(V)[[5, 6]] * 50, logits),
       (),
       row_keys(2),
-      max_length=4,
-      allowed=ALLOWED,
-      eos_ids=(1,),
+      sampling_of(),
+      4,
     )
     assert samples.mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert samples.tokens[:, 0].tolist() == [5, 6]
@@ -537,9 +544,8 @@ class TestRows:
       scripted(*logits),
       (),
       row_keys(200),
-      max_length=12,
-      allowed=ALLOWED,
-      eos_ids=eos_ids,
+      sampling_of(eos_ids=eos_ids),
+      12,
     )
     tokens, mask = np.asarray(samples.tokens), np.asarray(samples.mask)
     ends = np.isin(tokens, eos_ids) & mask
@@ -559,9 +565,8 @@ class TestRows:
       next_logits,
       jnp.zeros((1, 4), jnp.int32),
       row_keys(1),
-      max_length=4,
-      allowed=ALLOWED,
-      eos_ids=(1,),
+      sampling_of(),
+      4,
     )
     assert samples.tokens[0].tolist() == [2, 5, 9, 14]
 
@@ -591,9 +596,8 @@ class TestEarlyStop:
       self.counted(self.rows_ending_at(2, 4, 0), steps),
       (),
       row_keys(3),
-      max_length=50,
-      allowed=ALLOWED,
-      eos_ids=(1,),
+      sampling_of(),
+      50,
     )
     jax.block_until_ready(samples)
     assert steps == [0, 1, 2, 3, 4]
@@ -608,9 +612,8 @@ class TestEarlyStop:
         self.counted(logits[:, [row]], steps),
         (),
         keys,
-        max_length=50,
-        allowed=ALLOWED,
-        eos_ids=(1,),
+        sampling_of(),
+        50,
       )
 
     def batched(logits, keys):
@@ -619,9 +622,7 @@ class TestEarlyStop:
         last = jnp.minimum(position, len(logits) - 1)
         return logits[last], cache
 
-      return decoding.sample_from(
-        next_logits, (), keys, max_length=50, allowed=ALLOWED, eos_ids=(1,)
-      )
+      return decoding.sample_from(next_logits, (), keys, sampling_of(), 50)
 
     keys = row_keys(2)[:, None]
     together = jax.vmap(batched)(
@@ -657,10 +658,10 @@ class TestGroups:
         axes,
         source,
         keys,
+        sampling_of(),
         num_groups=2,
         num_samples=2,
         max_length=12,
-        allowed=ALLOWED,
       )
 
     together = jit(groups)(stacked)
@@ -681,9 +682,9 @@ class TestGroups:
         0,
         ragged_source(3),
         row_keys(3),
+        sampling_of(),
         num_groups=2,
         max_length=4,
-        allowed=ALLOWED,
       )
 
 
@@ -700,18 +701,23 @@ def cache_selects(jaxpr):
 
 class TestErrors:
   def sample(self, **kwargs):
-    kwargs = {
+    arguments = {
       "keys": row_keys(6),
       "num_samples": 2,
       "max_length": 3,
-      "allowed": ALLOWED,
       "model": families.build(V1_1),
-    } | kwargs
-    keys, model = kwargs.pop("keys"), kwargs.pop("model")
-    # Shapes alone decide, except for the two that are checked when drawing.
+    }
+    arguments = {k: kwargs.pop(k, value) for k, value in arguments.items()}
+    keys, model = arguments.pop("keys"), arguments.pop("model")
+    # Shapes alone decide, except for what is checked of numbers.
     return jax.eval_shape(
       lambda params: decoding.sample(
-        model, params, ragged_source(3), keys, **kwargs
+        model,
+        params,
+        ragged_source(3),
+        keys,
+        sampling_of(model.config, **kwargs),
+        **arguments,
       ),
       t5.abstract_params(V1_1),
     )
@@ -746,14 +752,12 @@ class TestErrors:
     (
       ({"num_samples": 1}, "3 prompts . num_samples = 1 rows, got 6"),
       ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
-      ({"deterministic": False}, "needs a dropout_key"),
     ),
   )
   def test_scoring_says_what_does_not_fit(self, kwargs, message):
-    model = families.build(dataclasses.replace(V1_1, dropout_rate=0.1))
     with pytest.raises(ValueError, match=message):
-      decoding.token_logp(
-        model,
+      decoding.score_tokens(
+        families.build(V1_1),
         {},
         ragged_source(3),
         np.ones((6, 4), int),

@@ -178,10 +178,10 @@ def test_samples_end_there_and_their_numbers_are_teacher_forced(case, policy):
   check_ends(samples.tokens, samples.mask, case.eos_ids)
   model = families.build(policy.model_config)
   params = policy.params(WEIGHTS)
-  logp, _ = jax.jit(lambda *args: decoding.token_logp(model, params, *args))(
+  scores = jax.jit(lambda *args: decoding.score_tokens(model, params, *args))(
     tokens, samples.tokens
   )
-  logp = np.where(samples.mask, logp, 0)
+  logp = np.where(samples.mask, scores.logp, 0)
   np.testing.assert_allclose(samples.logp, logp, atol=1e-4)
   texts = policy.decode(samples)
   ended = np.isin(samples.tokens, case.eos_ids).any(axis=1)
@@ -237,12 +237,12 @@ def test_sweeps_end_there(case, policy):
   keys = rollout.row_keys(jax.random.key(3), 8)
   samples = policy.sample(tokens, policy.coefficients(WEIGHTS), keys)
   assert list(measured.responses) == policy.decode(samples)
-  ref_logp, _ = decoding.token_logp(
+  ref_logp = decoding.score_tokens(
     families.build(policy.bank.reference_config),
     policy.reference,
     tokens,
     samples.tokens,
-  )
+  ).logp
   kl = np.where(samples.mask, samples.logp - ref_logp, 0).sum(-1)
   np.testing.assert_allclose(np.ravel(measured.kl), kl, atol=1e-4)
 

@@ -11,6 +11,7 @@ import pytest
 
 from clp_jax.models import decoding, families, mixture
 from clp_jax.models.mixture import Mixture
+from clp_jax.sampling import Sampling
 
 V, T = 23, 8
 T5 = dataclasses.replace(both_families.T5, vocab_size=V, mlp_dim=12)
@@ -44,6 +45,10 @@ def models_of(config):
   return params(config, 0), params(config, 1, end=2)
 
 
+def sampling_of(config):
+  return Sampling(ALLOWED, (1,), config.pad_id)
+
+
 def source(config):
   return both_families.with_padding(config, SOURCE)
 
@@ -63,10 +68,8 @@ def _sampler(config):
       next_logits,
       cache,
       keys,
-      max_length=T,
-      allowed=ALLOWED,
-      eos_ids=(1,),
-      pad_id=config.pad_id,
+      sampling_of(config),
+      T,
     )
 
   return sample
@@ -124,9 +127,9 @@ def test_a_coefficient_of_one_is_that_model_alone(model):
       p,
       source(model),
       keys,
+      sampling_of(model),
       max_length=T,
       num_samples=2,
-      allowed=ALLOWED,
     )
   )
   models = models_of(model)
@@ -166,7 +169,7 @@ def test_samples_follow_the_mixed_distribution():
       max_length=1,
     )
     return decoding.sample_from(
-      next_logits, cache, keys, max_length=1, allowed=ALLOWED, eos_ids=(1,)
+      next_logits, cache, keys, sampling_of(T5), 1
     ).tokens[:, 0]
 
   counts = np.bincount(np.asarray(first(keys)), minlength=V) / rows

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_test import ALLOWED, V1_0, V1_1, jit, row_keys
+from decoding_test import V1_0, V1_1, jit, row_keys, sampling_of
 from jax.extend.core import jaxprs_in_params
 
 from clp_jax import conditioning, row_mixing
 from clp_jax.models import decoding, families, t5
+from clp_jax.sampling import choose_tokens
 
 B, N, M = 4, 2, 3
 CONFIGS = {
@@ -46,9 +47,9 @@ def sample(config, params, source, keys):
     params,
     source,
     keys,
+    sampling_of(config),
     num_samples=N,
     max_length=8,
-    allowed=ALLOWED,
   )
 
 
@@ -68,10 +69,10 @@ def test_rows_are_those_of_their_merged_policies(name, kind):
 
   def sample_and_score(params, source, keys, targets):
     samples = sample(config, params, source, keys)
-    logp, _ = decoding.token_logp(
+    scores = decoding.score_tokens(
       families.build(config), params, source, targets, num_samples=N
     )
-    return samples, logp
+    return samples, scores.logp
 
   @jit
   def one_by_one(params, coefficients, source, keys, targets):
@@ -161,8 +162,8 @@ def test_no_kernel_exists_once_per_row():
       row_mixing.mix_rows(params, steerable, coefficients),
       source,
       row_keys(rows),
+      sampling_of(),
       max_length=8,
-      allowed=ALLOWED,
     )
 
   coefficients = np.full((rows, M), 1 / M, np.float32)
@@ -241,7 +242,7 @@ class TestSettingsOfARow:
     top_k = np.array([1, 2, 7, 300, 40, 300], np.int32)
     top_p = np.array([1, 0.9, 0.5, 0.3, 1, 1], np.float32)
     choose = jit(
-      lambda logits, uniforms, k, p: decoding.choose_tokens(
+      lambda logits, uniforms, k, p: choose_tokens(
         logits,
         uniforms,
         temperature=jnp.ones(len(logits)),
@@ -271,10 +272,8 @@ class TestSettingsOfARow:
         decoding_test.scripted(logits),
         (),
         row_keys(4),
-        max_length=6,
-        allowed=ALLOWED,
-        eos_ids=(1,),
-        row_lengths=lengths,
+        sampling_of(row_lengths=lengths),
+        6,
       )
     )
     samples = sample(lengths)

@@ -13,6 +13,7 @@ from flax import traverse_util
 from clp_jax import sharding
 from clp_jax.models import decoding, families, layers, t5
 from clp_jax.models.presets import PRESETS
+from clp_jax.sampling import Sampling
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -109,9 +110,10 @@ class TestParity:
       functools.partial(
         decoding.sample,
         families.build(config),
+        sampling=Sampling(
+          case["allowed"], config.eos_ids, config.pad_id, temperature=0.0
+        ),
         max_length=length,
-        allowed=case["allowed"],
-        temperature=0.0,
       )
     )(params, source, jax.random.split(jax.random.key(0), len(source)))
     np.testing.assert_array_equal(samples.tokens, case["greedy"])

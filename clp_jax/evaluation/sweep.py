@@ -26,6 +26,7 @@ from clp_jax.models import decoding, families
 from clp_jax.policy import Policy
 from clp_jax.rewards import base as rewards_lib
 from clp_jax.rollout import row_keys
+from clp_jax.sampling import Sampling
 from clp_jax.weightings import Weighting
 
 METHODS = {
@@ -240,20 +241,23 @@ def make_measure(
       next_logits,
       cache,
       keys,
-      max_length=config.data.target_length,
-      temperature=temperature,
-      logp_temperature=logp_temperature,
-      allowed=policy.allowed,
-      eos_ids=policy.model_config.eos_ids,
+      Sampling(
+        policy.allowed,
+        policy.model_config.eos_ids,
+        policy.model_config.pad_id,
+        temperature=temperature,
+        logp_temperature=logp_temperature,
+      ),
+      config.data.target_length,
     )
-    ref_logp, _ = decoding.token_logp(
+    ref_logp = decoding.score_tokens(
       families.build(policy.bank.reference_config),
       reference,
       tokens,
       samples.tokens,
       num_samples=settings.samples,
       temperature=logp_temperature,
-    )
+    ).logp
     kl = jnp.where(samples.mask, samples.logp - ref_logp, 0).sum(-1)
     return samples.tokens, samples.mask, kl
 

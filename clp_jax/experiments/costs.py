@@ -21,6 +21,7 @@ from clp_jax.models import decoding, families, mixture
 from clp_jax.models.mixture import Mixture
 from clp_jax.models.presets import PRESETS
 from clp_jax.rollout import row_keys
+from clp_jax.sampling import Sampling
 
 Params = Any
 
@@ -121,10 +122,8 @@ def decode_times(
       endless,
       cache,
       rows,
-      max_length=target_length,
-      allowed=allowed,
-      eos_ids=(last,),
-      pad_id=config.pad_id,
+      Sampling(allowed, (last,), config.pad_id),
+      target_length,
     ).tokens
 
   def mixed(steering):

@@ -132,12 +132,7 @@ def token_logp(
   Raises:
     ValueError: when R is not B * N.
   """
-  prompts, rows = encoder_input_tokens.shape[0], tokens.shape[0]
-  if rows != prompts * num_samples:
-    raise ValueError(
-      f"tokens must have {prompts} prompts * num_samples = {num_samples} rows, "
-      f"got {rows}."
-    )
+  decoding.check_rows(encoder_input_tokens, tokens, num_samples)
   logits = [
     model.score(params, encoder_input_tokens, tokens)[0]
     for params in mixture.models

@@ -22,6 +22,7 @@ import numpy as np
 from clp_jax import row_mixing, sharding
 from clp_jax.models import decoding
 from clp_jax.policy import Policy
+from clp_jax.sampling import Sampling
 
 Array = jax.Array | np.ndarray
 ALTERNATIVES = 5  # likeliest tokens that a row can ask for at each position
@@ -157,13 +158,15 @@ class Decoder:
       noting,
       loop,
       jax.vmap(_key)(settings.seeds, settings.numbers),
+      Sampling(
+        self._policy.allowed,
+        self.eos_ids,
+        self._model.config.pad_id,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        row_lengths=settings.max_tokens,
+      ),
       until,
-      allowed=self._policy.allowed,
-      eos_ids=self.eos_ids,
-      temperature=settings.temperature,
-      top_p=settings.top_p,
-      row_lengths=settings.max_tokens,
-      pad_id=self._model.config.pad_id,
     )
 
 

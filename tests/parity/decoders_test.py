@@ -27,6 +27,7 @@ from clp_jax.interop import causal as causal_folders
 from clp_jax.interop.storage import Folder
 from clp_jax.models import decoding
 from clp_jax.models.model import Model
+from clp_jax.sampling import Sampling
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip(
@@ -517,9 +518,13 @@ class TestGreedy:
       params,
       jnp.asarray(tokens),
       jax.random.split(jax.random.key(0), len(tokens)),
+      Sampling(
+        np.arange(config.vocab_size) != config.pad_id,
+        config.eos_ids,
+        config.pad_id,
+        temperature=0.0,
+      ),
       max_length=TARGET,
-      allowed=np.arange(config.vocab_size) != config.pad_id,
-      temperature=0.0,
     )
     return jax.tree.map(np.asarray, samples)
 
@@ -791,9 +796,13 @@ class TestPolicies:
       params,
       jnp.asarray([ids]),
       jax.random.split(jax.random.key(0), 1),
+      Sampling(
+        np.arange(model.config.vocab_size) < len(tokenizer),
+        model.config.eos_ids,
+        model.config.pad_id,
+        temperature=0.0,
+      ),
       max_length=12,
-      allowed=np.arange(model.config.vocab_size) < len(tokenizer),
-      temperature=0.0,
     )
     theirs = exported.generate(
       torch.tensor([ids]),

@@ -6,6 +6,7 @@ import pytest
 from flax import traverse_util
 
 from clp_jax.models import decoding, families, t5
+from clp_jax.sampling import Sampling
 
 pytestmark = pytest.mark.parity
 pytest.importorskip(
@@ -49,9 +50,8 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
       params,
       source,
       keys,
+      Sampling(case["allowed"], config.eos_ids, config.pad_id, temperature=0.0),
       max_length=make_fixtures.GREEDY_LENGTH,
-      allowed=case["allowed"],
-      temperature=0.0,
     )
     return logits, samples
 
