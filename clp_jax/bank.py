@@ -116,8 +116,8 @@ class Bank:
       key: of factors that start random.
     """
     trained = self.num_sets - self.frozen_kl
-    kernels = sorted(_flatten(reference).items())
-    first = dict(kernels)
+    ordered = sorted(_flatten(reference).items())
+    first = dict(ordered)
     if self.soft_tokens:
       table = reference["token_embedder"]["embedding"]
       first[_SOFT_TOKENS] = self._first_soft_tokens(table)
@@ -125,7 +125,7 @@ class Bank:
       first = {p: x for p, x in first.items() if self._has_sets[p]}
     has_sets = {p: self._has_sets[p] for p in first}
     flat = conditioning.expand(first, has_sets, trained)
-    for number, (path, leaf) in enumerate(kernels):
+    for number, (path, leaf) in enumerate(ordered):
       if self._adapts(path):
         own = jax.random.fold_in(key, number)
         assert self.adapter is not None

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import small_decoder
 
-from clp_jax import Policy, interop, run_folder
+from clp_jax import Policy, batches, interop, run_folder
 from clp_jax.cli import main
 from clp_jax.data import newsroom
+from clp_jax.evaluation import sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 SECTION = (
@@ -127,6 +128,20 @@ def test_the_commands_of_the_page_run(folder, monkeypatch, capsys):
   (tokens,) = policy.tokenize([text], weights)
   assert tokens[tokens >= 0].tolist() == ids and len(ids) <= 96
   assert ids[0] == 1  # <|im_start|>
+
+
+def test_a_sweep_may_sample_the_token_of_id_zero(folder, monkeypatch):
+  """Which is text in Llama and Qwen, whose padding is no token."""
+  run_dir = str(folder / "runs/chat")
+  if not pathlib.Path(run_dir, "model.json").exists():
+    pytest.skip("the commands of the page have not run")
+  monkeypatch.chdir(folder)
+  policy = Policy.load(run_dir)
+  allowed = np.isin(np.arange(512), [0, 2])
+  monkeypatch.setitem(policy.__dict__, "allowed", allowed)
+  batch = batches.eval_batch(policy.config, policy.vocabulary, 8)
+  measure = sweep.make_measure(policy, [], batch, 0)
+  assert np.isfinite(measure(policy.steered({"helpful": 1})).kl).all()
 
 
 def test_a_conversation_is_answered_as_its_chat_template_shows_it(
