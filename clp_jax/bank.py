@@ -93,7 +93,7 @@ class Bank:
   def steerable(self) -> Params:
     """Over a policy's tree: True where a leaf depends on the weighting."""
     flat = self._has_sets.items()
-    return _unflatten({p: s or self._adapts(p) for p, s in flat})
+    return _unflatten({p: s or bool(self._adapter_of(p)) for p, s in flat})
 
   @functools.cached_property
   def policy_axes(self) -> Params:
@@ -102,7 +102,7 @@ class Bank:
     adapted = LowRank(None, None, None, 0)  # type: ignore[arg-type]
     return _unflatten(
       {
-        p: adapted if self._adapts(p) else 0 if s else None
+        p: adapted if self._adapter_of(p) else 0 if s else None
         for p, s in self._has_sets.items()
       }
     )
@@ -126,11 +126,9 @@ class Bank:
     has_sets = {p: self._has_sets[p] for p in first}
     flat = conditioning.expand(first, has_sets, trained)
     for number, (path, leaf) in enumerate(ordered):
-      if self._adapts(path):
+      if adapter := self._adapter_of(path):
         own = jax.random.fold_in(key, number)
-        assert self.adapter is not None
-        leaves = self.adapter.init(leaf, trained, own)
-        flat |= {(*path[:-1], name): x for name, x in leaves.items()}
+        flat |= _beside(path, adapter.init(leaf, trained, own))
     return _unflatten(flat)
 
   def update_scales(self, reference: Params) -> dict[tuple[str, ...], Any]:
@@ -144,11 +142,9 @@ class Bank:
       of the adapters' leaves that `adapters.Adapter.update_scales` names.
     """
     scales: dict[tuple[str, ...], Any] = {}
-    if self.adapter is not None:
-      for path, leaf in _flatten(reference).items():
-        if self._adapts(path):
-          own = self.adapter.update_scales(leaf)
-          scales |= {(*path[:-1], name): x for name, x in own.items()}
+    for path, leaf in _flatten(reference).items():
+      if adapter := self._adapter_of(path):
+        scales |= _beside(path, adapter.update_scales(leaf))
     return scales
 
   def mix(
@@ -206,14 +202,13 @@ class Bank:
       }
     mixed = conditioning.mix(flat, self._has_sets, coefficients)
     for path, kernel in flat.items():
-      if self._adapts(path):
-        assert self.adapter is not None
+      if adapter := self._adapter_of(path):
         leaves = {
           p[-1]: x
           for p, x in trained.items()
           if p[:-1] == path[:-1] and p != path
         }
-        adapt = self.adapter.adapt if merged else self.adapter.unmerged
+        adapt = adapter.adapt if merged else adapter.unmerged
         mixed[path] = adapt(kernel, leaves, coefficients)
     return _unflatten(mixed)
 
@@ -229,18 +224,13 @@ class Bank:
     """How many numbers the bank trains, and what steering by it has to keep."""
     reference = families.build(self.reference_config).abstract()
     params = jax.eval_shape(self.init, reference, jax.random.key(0))
-    trained = _flatten(params)
-    frozen = [
-      leaf
+    trained = sum(leaf.size for leaf in jax.tree.leaves(params))
+    frozen = sum(
+      leaf.size
       for path, leaf in _flatten(reference).items()
-      if (self.frozen_kl and self._has_sets[path])
-      or (self.frozen_shared and not self._has_sets[path])
-    ]
-    num_trained = sum(leaf.size for leaf in trained.values())
-    return Counts(
-      trained=num_trained,
-      stored=num_trained + sum(leaf.size for leaf in frozen),
+      if (self.frozen_kl if self._has_sets[path] else self.frozen_shared)
     )
+    return Counts(trained, stored=trained + frozen)
 
   @property
   def needs_reference(self) -> bool:
@@ -253,10 +243,8 @@ class Bank:
     flat: dict[tuple[str, ...], Any] = {}
     axes = traverse_util.flatten_dict(families.build(self.model_config).axes())
     for path, names in axes.items():
-      if self._adapts(path):
-        assert self.adapter is not None
-        leaves = self.adapter.logical_axes(names)
-        flat |= {(*path[:-1], name): x for name, x in leaves.items()}
+      if adapter := self._adapter_of(path):
+        flat |= _beside(path, adapter.logical_axes(names))
       if self._has_sets[path]:
         flat[path] = ("objective", *names)
       elif not self.frozen_shared:
@@ -271,8 +259,10 @@ class Bank:
     kind = "none" if self.adapter is not None else self.kind
     return _flatten(conditioning.steerable_leaves(abstract, kind))
 
-  def _adapts(self, path: tuple[str, ...]) -> bool:
-    return self.adapter is not None and self.adapter.adapts(path)
+  def _adapter_of(self, path: tuple[str, ...]) -> adapters.Adapter | None:
+    """That of the leaf at a path, if it has one."""
+    adapter = self.adapter
+    return adapter if adapter and adapter.adapts(path) else None
 
   def _first_soft_tokens(self, table: jax.Array) -> jax.Array:
     """[V, D] -> [P, D]: the end of sequence, which tells of no document."""
@@ -283,6 +273,11 @@ class Bank:
       )
     first = table[self.reference_config.eos_ids[0]]
     return jnp.broadcast_to(first, (self.soft_tokens, table.shape[1]))
+
+
+def _beside(path: tuple[str, ...], leaves: adapters.Leaves) -> Params:
+  """The leaves of an adapter by their paths, next to its kernel's."""
+  return {(*path[:-1], name): leaf for name, leaf in leaves.items()}
 
 
 def _flatten(tree: Params) -> dict[tuple[str, ...], Any]:

@@ -292,6 +292,7 @@ def at_token(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def per_row(name: str, value: jax.Array | float, rows: int) -> jax.Array:
+  """[R] float32: a setting of all rows, or of one each."""
   value = jnp.asarray(value, jnp.float32)
   if value.shape not in ((), (rows,)):
     raise ValueError(
@@ -302,5 +303,6 @@ def per_row(name: str, value: jax.Array | float, rows: int) -> jax.Array:
 
 
 def check_positive(name: str, value: jax.Array | float) -> None:
+  """Raises a ValueError for a number that is not; arrays are not read."""
   if isinstance(value, int | float) and not value > 0:
     raise ValueError(f"{name} must be positive, got {value}.")
