@@ -1,0 +1,249 @@
+"""Generation: rows in batches, in few shapes, each a policy's own.
+
+What decodes rows, `RowDecoder`, is made of functions to be compiled; it serves
+`Policy` and the server alike. Everything else here is on the host.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from clp_jax import conditioning, sharding
+from clp_jax.models import decoding, mixture
+from clp_jax.models.model import Context, Model, Params
+
+BATCH = 64  # rows decoded together; smaller requests take the next power of 2
+
+
+def batches(
+  coefficients: Sequence[np.ndarray],
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+  """Row numbers computed together, with their coefficients [M] or [B, M].
+
+  A weighting that fills batches has its policy mixed; the rows of the others
+  have theirs mixed row by row.
+
+  Args:
+    coefficients: [M] float32 of each row.
+  """
+  groups: dict[bytes, list[int]] = {}
+  for i, own in enumerate(coefficients):
+    groups.setdefault(own.tobytes(), []).append(i)
+  rest = []
+  for rows in groups.values():
+    full = len(rows) // BATCH * BATCH
+    for start in range(0, full, BATCH):
+      yield coefficients[rows[0]], rows[start : start + BATCH]
+    rest += rows[full:]
+  rest.sort()
+  for start in range(0, len(rest), BATCH):
+    rows = rest[start : start + BATCH]
+    mine = np.stack([coefficients[i] for i in rows])
+    yield mine if (mine != mine[0]).any() else mine[0], rows
+
+
+def padding(num: int, size: int) -> np.ndarray:
+  """[size] row numbers: the last of `num` rows again is padding."""
+  return np.minimum(np.arange(size), num - 1)
+
+
+def shorten(tokens: np.ndarray, pad_id: int) -> np.ndarray:
+  """Cuts columns that are padding in all rows.
+
+  Down to a power of two, of a block of attention at the least, so that few
+  widths have to be compiled.
+
+  Args:
+    tokens: [B, S] int32, padded at the end.
+    pad_id: the padding.
+
+  Returns:
+    [B, up to S] int32.
+  """
+  is_text = (tokens != pad_id).any(axis=0)
+  last = int(np.max(np.flatnonzero(is_text), initial=0))
+  return tokens[:, : max(decoding.BLOCK, 1 << last.bit_length())]
+
+
+def settings(rows: int, **given: Any) -> dict[str, np.ndarray | None]:
+  """Settings of `Policy.sample`, checked, as arrays of one value a row.
+
+  Raises:
+    ValueError: for values out of range, or of another number of rows.
+  """
+  valid: dict[str, Any] = {
+    "temperature": (np.float32, lambda x: x >= 0, ">= 0"),
+    "top_k": (np.int32, lambda x: x >= 1, "at least 1"),
+    "top_p": (np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
+    "max_lengths": (np.int32, lambda x: x >= 1, "at least 1"),
+  }
+  arrays: dict[str, np.ndarray | None] = {}
+  for name, value in given.items():
+    if value is None:
+      arrays[name] = None
+      continue
+    dtype, is_valid, expected = valid[name]
+    array = np.asarray(value)
+    if array.shape not in ((), (rows,)):
+      raise ValueError(
+        f"got {name} of shape {array.shape} for {rows} rows; give one for "
+        "all, or one per row."
+      )
+    if not is_valid(array).all():
+      raise ValueError(f"{name} must be {expected}, got {value}.")
+    if dtype is np.int32:
+      array = np.minimum(array, np.iinfo(np.int32).max)
+    # Only now: the smallest top_p rounds to 0, which takes the likeliest.
+    arrays[name] = np.broadcast_to(array.astype(dtype), (rows,))
+  return arrays
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowDecoder:
+  """Rows of one policy, or of one each, decoded inside of jitted functions.
+
+  Attributes:
+    model: that all policies are of.
+    steerable: over a policy's tree: True where a leaf depends on the weighting.
+    mixes_logits: a weighting combines the sets' logits, not their parameters.
+    mesh: over which rows are cut.
+    max_length: T, tokens that a response can have.
+    allowed: [V] bool, the tokens that may be sampled.
+  """
+
+  model: Model
+  steerable: Params
+  mixes_logits: bool
+  mesh: Mesh
+  max_length: int
+  allowed: np.ndarray
+
+  def whole(self, rows: int) -> int:
+    """Rows, rounded up to a number that the mesh can cut."""
+    shards = sharding.row_shards(self.mesh)
+    return -(-rows // shards) * shards
+
+  def policies(
+    self, params: Params, coefficients: jax.Array | None
+  ) -> Params | mixture.Mixture:
+    """What the rows are policies of.
+
+    Args:
+      params: those of the one policy; or the sets, `Policy.row_sets`.
+      coefficients: None; or of the rows, [R, M].
+    """
+    if coefficients is None:
+      return params
+    if self.mixes_logits:
+      return mixture.unstack(params, coefficients)
+    return conditioning.mix_rows(params, self.steerable, coefficients)
+
+  def read(self, params: Params, tokens: jax.Array) -> Context:
+    """What steps read of prompts [R, S], under parameters of `policies`."""
+    at_once = self.mesh.shape["data"]
+    return decoding.read_prompts(self.model, params, self._cut(tokens), at_once)
+
+  def start(
+    self,
+    policies: Params | mixture.Mixture,
+    tokens: jax.Array,
+    *,
+    num_samples: int = 1,
+  ) -> tuple[decoding.NextLogits, decoding.Cache]:
+    """What `decoding.sample_from` takes.
+
+    Args:
+      policies: from `policies` or `Policy.mix`.
+      tokens: [B, S] int32, prompts.
+      num_samples: N, a prompt.
+    """
+    start: Any = functools.partial(
+      decoding.start, at_once=self.mesh.shape["data"]
+    )
+    if isinstance(policies, mixture.Mixture):
+      start = mixture.start
+    return start(
+      self.model,
+      policies,
+      self._cut(tokens),
+      num_samples=num_samples,
+      max_length=self.max_length,
+    )
+
+  def _cut(self, tokens: jax.Array) -> jax.Array:
+    rows = sharding.row_sharding(self.mesh)
+    return jax.lax.with_sharding_constraint(tokens, rows)
+
+  def first_loop(self, cache: decoding.Cache, rows: int) -> decoding.Loop:
+    """A decoding of R rows before its first position."""
+    pad_id = self.model.config.pad_id
+    return decoding.first_loop(cache, rows, self.max_length, pad_id)
+
+  def advance(
+    self,
+    next_logits: decoding.NextLogits,
+    loop: decoding.Loop,
+    keys: jax.Array,
+    until: jax.Array | int,
+    **settings: Any,
+  ) -> decoding.Loop:
+    """`decoding.advance` with its settings; how rows end is the model's."""
+    return decoding.advance(
+      next_logits,
+      loop,
+      keys,
+      until,
+      allowed=self.allowed,
+      eos_ids=self.model.config.eos_ids,
+      pad_id=self.model.config.pad_id,
+      **settings,
+    )
+
+  def sample(
+    self,
+    params: Params,
+    coefficients: jax.Array | None,
+    tokens: jax.Array,
+    keys: jax.Array,
+    *,
+    max_lengths: jax.Array | None,
+    **settings: jax.Array | None,
+  ) -> decoding.Samples:
+    """Samples a response to each row of tokens [R, S].
+
+    Args:
+      params: as for `policies`.
+      coefficients: likewise.
+      tokens: of the prompts.
+      keys: [R] typed keys.
+      max_lengths: from the function `settings`.
+      **settings: the others of them.
+    """
+    policies = self.policies(params, coefficients)
+    next_logits, cache = self.start(policies, tokens)
+    loop = self.first_loop(cache, len(keys))
+    settings["row_lengths"] = max_lengths
+    until = self.max_length
+    return self.advance(next_logits, loop, keys, until, **settings).samples
+
+  def score(
+    self,
+    params: Params,
+    coefficients: jax.Array | None,
+    tokens: jax.Array,
+    targets: jax.Array,
+  ) -> jax.Array:
+    """[R] float32: log-probabilities of targets [R, T], summed, in nats."""
+    policies = self.policies(params, coefficients)
+    if isinstance(policies, mixture.Mixture):
+      logp = mixture.token_logp(self.model, policies, tokens, targets)
+    else:
+      logp, _ = decoding.token_logp(self.model, policies, tokens, targets)
+    is_text = targets != self.model.config.pad_id
+    return jnp.where(is_text, logp, 0).sum(-1)
