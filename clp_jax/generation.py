@@ -1,12 +1,11 @@
-"""Generation: rows in batches, in few shapes, each a policy's own.
+"""Generation: rows in batches of few shapes, each of a policy of its own.
 
-What decodes rows, `RowDecoder`, is made of functions to be compiled; it serves
-`Policy` and the server alike. Everything else here is on the host.
+`RowDecoder` is what `Policy` and the server compile; the rest is on the host.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,42 +70,40 @@ def shorten(tokens: np.ndarray, pad_id: int) -> np.ndarray:
   return tokens[:, : max(decoding.BLOCK, 1 << last.bit_length())]
 
 
-def settings(rows: int, **given: Any) -> dict[str, np.ndarray | None]:
-  """Settings of `Policy.sample`, checked, as arrays of one value a row.
+def per_row(name: str, value: Any, rows: int, dtype: Any) -> np.ndarray | None:
+  """A setting of `Policy.sample`, one for all rows or one each, as [rows].
 
   Raises:
-    ValueError: for values out of range, or of another number of rows.
+    ValueError: it is out of range, or of another number of rows.
   """
-  valid: dict[str, Any] = {
-    "temperature": (np.float32, lambda x: x >= 0, ">= 0"),
-    "top_k": (np.int32, lambda x: x >= 1, "at least 1"),
-    "top_p": (np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
-    "max_lengths": (np.int32, lambda x: x >= 1, "at least 1"),
-  }
-  arrays: dict[str, np.ndarray | None] = {}
-  for name, value in given.items():
-    if value is None:
-      arrays[name] = None
-      continue
-    dtype, is_valid, expected = valid[name]
-    array = np.asarray(value)
-    if array.shape not in ((), (rows,)):
-      raise ValueError(
-        f"got {name} of shape {array.shape} for {rows} rows; give one for "
-        "all, or one per row."
-      )
-    if not is_valid(array).all():
-      raise ValueError(f"{name} must be {expected}, got {value}.")
-    if dtype is np.int32:
-      array = np.minimum(array, np.iinfo(np.int32).max)
-    # Only now: the smallest top_p rounds to 0, which takes the likeliest.
-    arrays[name] = np.broadcast_to(array.astype(dtype), (rows,))
-  return arrays
+  if value is None:
+    return None
+  array = np.asarray(value)
+  if array.shape not in ((), (rows,)):
+    raise ValueError(
+      f"got {name} of shape {array.shape} for {rows} rows; give one for "
+      "all, or one per row."
+    )
+  is_valid, valid = _VALID[name]
+  if not is_valid(array).all():
+    raise ValueError(f"{name} must be {valid}, got {value}.")
+  if dtype is np.int32:
+    array = np.minimum(array, np.iinfo(np.int32).max)
+  # Only now: the smallest top_p rounds to 0, which takes the likeliest.
+  return np.broadcast_to(array.astype(dtype), (rows,))
+
+
+_VALID: dict[str, Any] = {
+  "temperature": (lambda x: x >= 0, ">= 0"),
+  "top_k": (lambda x: x >= 1, "at least 1"),
+  "top_p": (lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
+  "max_lengths": (lambda x: x >= 1, "at least 1"),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowDecoder:
-  """Rows of one policy, or of one each, decoded inside of jitted functions.
+  """Decodes and scores rows of one policy, or of one each, where compiled.
 
   Attributes:
     model: that all policies are of.
@@ -147,7 +144,8 @@ class RowDecoder:
   def read(self, params: Params, tokens: jax.Array) -> Context:
     """What steps read of prompts [R, S], under parameters of `policies`."""
     at_once = self.mesh.shape["data"]
-    return decoding.read_prompts(self.model, params, self._cut(tokens), at_once)
+    tokens = self._cut_rows(tokens)
+    return decoding.read_prompts(self.model, params, tokens, at_once)
 
   def start(
     self,
@@ -163,22 +161,12 @@ class RowDecoder:
       tokens: [B, S] int32, prompts.
       num_samples: N, a prompt.
     """
-    start: Any = functools.partial(
-      decoding.start, at_once=self.mesh.shape["data"]
-    )
-    if isinstance(policies, mixture.Mixture):
-      start = mixture.start
-    return start(
-      self.model,
-      policies,
-      self._cut(tokens),
-      num_samples=num_samples,
-      max_length=self.max_length,
-    )
-
-  def _cut(self, tokens: jax.Array) -> jax.Array:
-    rows = sharding.row_sharding(self.mesh)
-    return jax.lax.with_sharding_constraint(tokens, rows)
+    start: Any = mixture.start
+    if not isinstance(policies, mixture.Mixture):
+      at_once = self.mesh.shape["data"]
+      start = functools.partial(decoding.start, at_once=at_once)
+    lengths = {"num_samples": num_samples, "max_length": self.max_length}
+    return start(self.model, policies, self._cut_rows(tokens), **lengths)
 
   def first_loop(self, cache: decoding.Cache, rows: int) -> decoding.Loop:
     """A decoding of R rows before its first position."""
@@ -205,33 +193,31 @@ class RowDecoder:
       **settings,
     )
 
+  @functools.partial(jax.jit, static_argnums=0)
   def sample(
     self,
     params: Params,
     coefficients: jax.Array | None,
     tokens: jax.Array,
     keys: jax.Array,
-    *,
-    max_lengths: jax.Array | None,
-    **settings: jax.Array | None,
+    settings: Mapping[str, jax.Array | None],
   ) -> decoding.Samples:
-    """Samples a response to each row of tokens [R, S].
+    """Samples a response to each row of tokens.
 
     Args:
       params: as for `policies`.
       coefficients: likewise.
-      tokens: of the prompts.
+      tokens: [R, S] int32, prompts.
       keys: [R] typed keys.
-      max_lengths: from the function `settings`.
-      **settings: the others of them.
+      settings: [R] each, of `advance`.
     """
     policies = self.policies(params, coefficients)
     next_logits, cache = self.start(policies, tokens)
     loop = self.first_loop(cache, len(keys))
-    settings["row_lengths"] = max_lengths
-    until = self.max_length
-    return self.advance(next_logits, loop, keys, until, **settings).samples
+    loop = self.advance(next_logits, loop, keys, self.max_length, **settings)
+    return jax.tree.map(self._cut_rows, loop.samples)
 
+  @functools.partial(jax.jit, static_argnums=0)
   def score(
     self,
     params: Params,
@@ -247,3 +233,7 @@ class RowDecoder:
       logp, _ = decoding.token_logp(self.model, policies, tokens, targets)
     is_text = targets != self.model.config.pad_id
     return jnp.where(is_text, logp, 0).sum(-1)
+
+  def _cut_rows(self, x: jax.Array) -> jax.Array:
+    rows = sharding.row_sharding(self.mesh)
+    return jax.lax.with_sharding_constraint(x, rows)

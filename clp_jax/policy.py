@@ -83,11 +83,8 @@ class Policy:
       bank = build.bank(config, model_config)
     else:
       bank = Bank(model_config, "none", num_sets=1)
-    abstract = jax.eval_shape(
-      bank.init,
-      families.build(model_config).abstract(),
-      jax.random.key(0),
-    )
+    model = families.build(model_config)
+    abstract = jax.eval_shape(bank.init, model.abstract(), jax.random.key(0))
     shardings = sharding.param_shardings(mesh, bank.logical_axes, abstract)
     sets, step = saved_params.load_params(
       workdir, saved_params.abstract_like(abstract, shardings), step
@@ -144,16 +141,6 @@ class Policy:
         raise ValueError("this run has no objectives: give no weights.")
       return np.ones([1], np.float32)
     return self.steering.coefficients(weights, alpha)
-
-  def weighting(
-    self, weights: Weights | None, alpha: float | None = None
-  ) -> tuple[np.ndarray, float]:
-    """([m] weights, alpha), checked; arguments as for `coefficients`.
-
-    Raises:
-      ValueError: as `coefficients`.
-    """
-    return self.steering.weighting(weights, alpha)
 
   def params(
     self, weights: Weights | None = None, alpha: float | None = None
@@ -260,7 +247,7 @@ class Policy:
     scores = np.zeros([len(texts)], np.float32)
     for coefficients, rows in self._batches(len(texts), weights, alpha):
       scores[rows] = np.asarray(
-        self._score(
+        self.decoder.score(
           *self._params_of_rows(coefficients, len(rows)),
           self._pad(self._shorten(tokens[rows])),
           self._pad(self._shorten(targets[rows])),
@@ -307,18 +294,18 @@ class Policy:
       ValueError: for settings out of range, or of another number of rows.
     """
     rows = len(tokens)
-    settings = generation.settings(
-      rows,
-      temperature=temperature,
-      top_k=top_k,
-      top_p=top_p,
-      max_lengths=max_lengths,
-    )
-    samples = self._sample(
+    check = functools.partial(generation.per_row, rows=rows)
+    settings = {
+      "temperature": check("temperature", temperature, dtype=np.float32),
+      "top_k": check("top_k", top_k, dtype=np.int32),
+      "top_p": check("top_p", top_p, dtype=np.float32),
+      "row_lengths": check("max_lengths", max_lengths, dtype=np.int32),
+    }
+    samples = self.decoder.sample(
       *self._params_of_rows(coefficients, rows),
       self._pad(tokens),
       keys[self._padding(rows)],
-      **jax.tree.map(self._pad, settings),
+      jax.tree.map(self._pad, settings),
     )
     return jax.tree.map(lambda x: np.asarray(x)[:rows], samples)
 
@@ -348,7 +335,7 @@ class Policy:
     if self.prompts is None or not len(tokens):
       return tokens
     each = per_text(len(texts), weights, alpha)
-    given = [self.weighting(*one) for one in each]
+    given = [self.steering.weighting(*one) for one in each]
     prompted = self._prepend(
       self._pad(tokens),
       Weighting(
@@ -454,11 +441,6 @@ class Policy:
     """What the bank takes from the reference, if anything."""
     return self.reference if self.bank.needs_reference else {}
 
-  def _mix(self, coefficients: np.ndarray) -> Params | mixture.Mixture:
-    if self.mixes_logits:
-      return jax.jit(mixture.unstack)(self.sets, coefficients)
-    return self._mix_sets(self.sets, self._frozen, coefficients)
-
   def _params_of_rows(
     self, coefficients: np.ndarray, rows: int
   ) -> tuple[Params, np.ndarray | None]:
@@ -494,6 +476,11 @@ class Policy:
     assert self.prompts is not None
     return jax.jit(self.prompts.prepend)
 
+  def _mix(self, coefficients: np.ndarray) -> Params | mixture.Mixture:
+    if self.mixes_logits:
+      return jax.jit(mixture.unstack)(self.sets, coefficients)
+    return self._mix_sets(self.sets, self._frozen, coefficients)
+
   @functools.cached_property
   def _mix_sets(self):
     return jax.jit(
@@ -502,12 +489,3 @@ class Policy:
         self.mesh, self.model.axes(), self.model.abstract()
       ),
     )
-
-  @functools.cached_property
-  def _sample(self):
-    rows = sharding.row_sharding(self.mesh)
-    return jax.jit(self.decoder.sample, out_shardings=rows)
-
-  @functools.cached_property
-  def _score(self):
-    return jax.jit(self.decoder.score)

@@ -38,7 +38,7 @@ class Steering:
   def weighting(
     self, weights: Weights | None, alpha: float | None
   ) -> tuple[np.ndarray, float]:
-    """([m] float32, alpha); see `Policy.weighting`."""
+    """([m] float32, alpha), checked; arguments as for `coefficients`."""
     if weights is None:
       if len(self.objectives) > 1:
         raise ValueError(

@@ -95,16 +95,15 @@ class Decoder:
     self.trace_count = 0
     # Rows are mixed from these, whatever kind they are of.
     self._sets = policy.row_sets
-    self._any_coefficients = np.eye(policy.bank.num_sets)[0]
+    self._vertex = np.eye(policy.bank.num_sets)[0]
     self._begin = jax.jit(self._trace_begin)
     self._advance = jax.jit(self._trace_advance, donate_argnames="loop")
 
   def compile(self) -> None:
     """Compiles every shape, by decoding a batch in each."""
-    m = self._any_coefficients
     for length in self.lengths:
       tokens = np.ones([length], np.int32)
-      row = Row(tokens, m, 0, 0, 1.0, 1.0, self.max_tokens, False)
+      row = Row(tokens, self._vertex, 0, 0, 1.0, 1.0, self.max_tokens, False)
       batch = self.begin([row])
       # Twice: what a program returns may lie elsewhere than what it was given.
       batch.advance(1)
