@@ -70,7 +70,7 @@ def shorten(tokens: np.ndarray, pad_id: int) -> np.ndarray:
   return tokens[:, : max(decoding.BLOCK, 1 << last.bit_length())]
 
 
-def per_row(name: str, value: Any, rows: int, dtype: Any) -> np.ndarray | None:
+def per_row(name: str, value: Any, rows: int) -> np.ndarray | None:
   """A setting of `Policy.sample`, one for all rows or one each, as [rows].
 
   Raises:
@@ -84,7 +84,7 @@ def per_row(name: str, value: Any, rows: int, dtype: Any) -> np.ndarray | None:
       f"got {name} of shape {array.shape} for {rows} rows; give one for "
       "all, or one per row."
     )
-  is_valid, valid = _VALID[name]
+  dtype, is_valid, valid = _VALID[name]
   if not is_valid(array).all():
     raise ValueError(f"{name} must be {valid}, got {value}.")
   if dtype is np.int32:
@@ -94,10 +94,10 @@ def per_row(name: str, value: Any, rows: int, dtype: Any) -> np.ndarray | None:
 
 
 _VALID: dict[str, Any] = {
-  "temperature": (lambda x: x >= 0, ">= 0"),
-  "top_k": (lambda x: x >= 1, "at least 1"),
-  "top_p": (lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
-  "max_lengths": (lambda x: x >= 1, "at least 1"),
+  "temperature": (np.float32, lambda x: x >= 0, ">= 0"),
+  "top_k": (np.int32, lambda x: x >= 1, "at least 1"),
+  "top_p": (np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
+  "max_lengths": (np.int32, lambda x: x >= 1, "at least 1"),
 }
 
 

@@ -166,7 +166,7 @@ class Policy:
     self, weights: Weights | None = None, alpha: float | None = None
   ) -> Params | mixture.Mixture:
     """What `decoder` decodes a weighting with: parameters, or a mixture."""
-    return self._mix(self.coefficients(weights, alpha))
+    return self._policy_of(self.coefficients(weights, alpha))
 
   def generate(
     self,
@@ -294,12 +294,11 @@ class Policy:
       ValueError: for settings out of range, or of another number of rows.
     """
     rows = len(tokens)
-    check = functools.partial(generation.per_row, rows=rows)
     settings = {
-      "temperature": check("temperature", temperature, dtype=np.float32),
-      "top_k": check("top_k", top_k, dtype=np.int32),
-      "top_p": check("top_p", top_p, dtype=np.float32),
-      "row_lengths": check("max_lengths", max_lengths, dtype=np.int32),
+      "temperature": generation.per_row("temperature", temperature, rows),
+      "top_k": generation.per_row("top_k", top_k, rows),
+      "top_p": generation.per_row("top_p", top_p, rows),
+      "row_lengths": generation.per_row("max_lengths", max_lengths, rows),
     }
     samples = self.decoder.sample(
       *self._params_of_rows(coefficients, rows),
@@ -447,7 +446,7 @@ class Policy:
     """What `RowDecoder.policies` takes for the padded rows."""
     coefficients = np.asarray(coefficients, np.float32)
     if coefficients.ndim == 1:
-      return self._mix(coefficients), None
+      return self._policy_of(coefficients), None
     if coefficients.shape[0] != rows:
       raise ValueError(
         f"got {coefficients.shape[0]} rows of coefficients for {rows} rows of "
@@ -476,7 +475,7 @@ class Policy:
     assert self.prompts is not None
     return jax.jit(self.prompts.prepend)
 
-  def _mix(self, coefficients: np.ndarray) -> Params | mixture.Mixture:
+  def _policy_of(self, coefficients: np.ndarray) -> Params | mixture.Mixture:
     if self.mixes_logits:
       return jax.jit(mixture.unstack)(self.sets, coefficients)
     return self._mix_sets(self.sets, self._frozen, coefficients)
