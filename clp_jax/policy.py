@@ -3,14 +3,14 @@
   policy = Policy.load("runs/demo")
   policy.generate(["..."], weights={"nli": 0.7, "rouge": 0.3})
 
-For every weighting it mixes an ordinary T5 from the parameter sets and runs
+For every weighting it mixes an ordinary model from the parameter sets and runs
 that; nothing is trained and nothing is stored per weighting. Rows that differ
 in their weightings are computed together, from the sets.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,25 +21,22 @@ from jax.sharding import Mesh
 
 from clp_jax import (
   build,
+  generation,
   interop,
-  row_mixing,
   run_folder,
   saved_params,
   sharding,
-  weightings,
 )
 from clp_jax.bank import Bank
 from clp_jax.data import tokenizer
 from clp_jax.data.tokenizer import Tokenizer, parse_template
+from clp_jax.generation import RowDecoder
 from clp_jax.models import decoding, families, mixture
 from clp_jax.models.model import Model, Params
 from clp_jax.prompting import Prompts
 from clp_jax.rollout import row_keys
-from clp_jax.sampling import BLOCK, Sampling
+from clp_jax.steering import Steering, Weights, per_text
 from clp_jax.weightings import Weighting
-
-Weights = Mapping[str, float]
-BATCH = 64  # rows decoded together; smaller requests take the next power of 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +45,7 @@ class Policy:
 
   Attributes:
     config: of the run.
-    bank: how a weighting makes a T5 of the sets.
+    bank: how a weighting makes a model of the sets.
     sets: what the run trains (bank.py): for the kinds of CLP steerable leaves
       [M, ...], shared leaves [...].
     step: updates that the sets have seen.
@@ -86,11 +83,8 @@ class Policy:
       bank = build.bank(config, model_config)
     else:
       bank = Bank(model_config, "none", num_sets=1)
-    abstract = jax.eval_shape(
-      bank.init,
-      families.build(model_config).abstract(),
-      jax.random.key(0),
-    )
+    model = families.build(model_config)
+    abstract = jax.eval_shape(bank.init, model.abstract(), jax.random.key(0))
     shardings = sharding.param_shardings(mesh, bank.logical_axes, abstract)
     sets, step = saved_params.load_params(
       workdir, saved_params.abstract_like(abstract, shardings), step
@@ -120,7 +114,7 @@ class Policy:
 
   @functools.cached_property
   def reference(self) -> Params:
-    """The frozen start's parameters, a T5 of `bank.reference_config`."""
+    """The frozen start's parameters, of `bank.reference_config`."""
     model = families.build(self.bank.reference_config)
     abstract = model.abstract()
     shardings = sharding.param_shardings(self.mesh, model.axes(), abstract)
@@ -146,57 +140,20 @@ class Policy:
       if weights is not None or alpha is not None:
         raise ValueError("this run has no objectives: give no weights.")
       return np.ones([1], np.float32)
-    array, alpha = self.weighting(weights, alpha)
-    q = build.distribution(self.config)
-    on_host: Any = (array, np.asarray(alpha, np.float32))
-    return np.asarray(q.coefficients(Weighting(*on_host)))
-
-  def weighting(
-    self, weights: Weights | None, alpha: float | None = None
-  ) -> tuple[np.ndarray, float]:
-    """([m] weights, alpha), checked; arguments as for `coefficients`.
-
-    Raises:
-      ValueError: as `coefficients`.
-    """
-    if weights is None:
-      if len(self.objectives) > 1:
-        raise ValueError(
-          f"give weights for {', '.join(self.objectives)}, such as "
-          f"{self.objectives[0]}=1."
-        )
-      weights = {self.objectives[0]: 1.0}
-    array = weightings.weights_array(weights, self.objectives)
-    q = build.distribution(self.config)
-    if q.alpha_range is None:
-      if alpha is not None and alpha != q.alpha:
-        raise ValueError(
-          f"this run was trained with the one alpha {q.alpha:g}, got "
-          f"{alpha:g}; leave alpha out."
-        )
-      return array, q.alpha
-    low, high = q.alpha_range
-    if self.mixes_logits:
-      low, high = 0.0, 1.0  # what was not trained for is extrapolated
-    if alpha is None or not (low <= alpha <= high and alpha > 0):
-      raise ValueError(
-        f"this run is steered by alpha in {'(' if low == 0 else '['}{low:g}, "
-        f"{high:g}] too, got {alpha}; give one of them."
-      )
-    return array, alpha
+    return self.steering.coefficients(weights, alpha)
 
   def params(
     self, weights: Weights | None = None, alpha: float | None = None
   ) -> Params:
     """The ordinary parameter tree of a weighting.
 
-    With soft tokens it holds theirs besides, [P, D], and its T5Config says so.
+    With soft tokens it holds theirs besides, [P, D], and its config says so.
 
     Raises:
       ValueError: see `coefficients`; also where logits are mixed.
     """
     self._check_is_one_model()
-    return self.steered(weights, alpha)
+    return self.mix(weights, alpha)
 
   def _check_is_one_model(self) -> None:
     if self.mixes_logits:
@@ -205,38 +162,11 @@ class Policy:
         "model's parameters do that. It can be generated from and evaluated."
       )
 
-  def steered(
+  def mix(
     self, weights: Weights | None = None, alpha: float | None = None
   ) -> Params | mixture.Mixture:
-    """What `start` decodes a weighting with: parameters, or a mixture."""
-    return self._mixed(self.coefficients(weights, alpha))
-
-  def start(
-    self,
-    steered: Params | mixture.Mixture,
-    encoder_input_tokens: jax.Array,
-    *,
-    num_samples: int = 1,
-  ) -> tuple[decoding.NextLogits, decoding.Cache]:
-    """What `decoding.sample_from` takes; inside of a jitted function.
-
-    Args:
-      steered: from `steered`.
-      encoder_input_tokens: [B, S] int32.
-      num_samples: N, a prompt.
-    """
-    start: Any = functools.partial(
-      decoding.start, at_once=self.mesh.shape["data"]
-    )
-    if isinstance(steered, mixture.Mixture):
-      start = mixture.start
-    return start(
-      self.model,
-      steered,
-      encoder_input_tokens,
-      num_samples=num_samples,
-      max_length=self.config.data.target_length,
-    )
+    """What `decoder` decodes a weighting with: parameters, or a mixture."""
+    return self._policy_of(self.coefficients(weights, alpha))
 
   def generate(
     self,
@@ -317,8 +247,8 @@ class Policy:
     scores = np.zeros([len(texts)], np.float32)
     for coefficients, rows in self._batches(len(texts), weights, alpha):
       scores[rows] = np.asarray(
-        self._score(
-          *self._policy(coefficients, len(rows)),
+        self.decoder.score(
+          *self._params_of_rows(coefficients, len(rows)),
           self._pad(self._shorten(tokens[rows])),
           self._pad(self._shorten(targets[rows])),
         )
@@ -365,34 +295,16 @@ class Policy:
     """
     rows = len(tokens)
     settings = {
-      "temperature": (temperature, np.float32, lambda x: x >= 0, ">= 0"),
-      "top_k": (top_k, np.int32, lambda x: x >= 1, "at least 1"),
-      "top_p": (top_p, np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
-      "max_lengths": (max_lengths, np.int32, lambda x: x >= 1, "at least 1"),
+      "temperature": generation.per_row("temperature", temperature, rows),
+      "top_k": generation.per_row("top_k", top_k, rows),
+      "top_p": generation.per_row("top_p", top_p, rows),
+      "row_lengths": generation.per_row("max_lengths", max_lengths, rows),
     }
-    arrays: dict[str, np.ndarray | None] = {}
-    for name, (value, dtype, is_valid, valid) in settings.items():
-      if value is None:
-        arrays[name] = None
-        continue
-      array = np.asarray(value)
-      if array.shape not in ((), (rows,)):
-        raise ValueError(
-          f"got {name} of shape {array.shape} for {rows} rows; give one for "
-          "all, or one per row."
-        )
-      if not is_valid(array).all():
-        raise ValueError(f"{name} must be {valid}, got {value}.")
-      if dtype is np.int32:
-        array = np.minimum(array, np.iinfo(np.int32).max)
-      # Only now: the smallest top_p rounds to 0, which takes the likeliest.
-      array = np.broadcast_to(array.astype(dtype), (rows,))
-      arrays[name] = self._pad(array)
-    samples = self._sample(
-      *self._policy(coefficients, rows),
+    samples = self.decoder.sample(
+      *self._params_of_rows(coefficients, rows),
       self._pad(tokens),
       keys[self._padding(rows)],
-      arrays,
+      jax.tree.map(self._pad, settings),
     )
     return jax.tree.map(lambda x: np.asarray(x)[:rows], samples)
 
@@ -421,12 +333,8 @@ class Policy:
     )
     if self.prompts is None or not len(tokens):
       return tokens
-    per_row = zip(
-      _per_row("weights", len(texts), weights, Mapping),
-      _per_row("alpha", len(texts), alpha, float | int),
-      strict=True,
-    )
-    given = [self.weighting(w, a) for w, a in per_row]
+    each = per_text(len(texts), weights, alpha)
+    given = [self.steering.weighting(*one) for one in each]
     prompted = self._prepend(
       self._pad(tokens),
       Weighting(
@@ -448,7 +356,7 @@ class Policy:
     if self.bank.soft_tokens:
       raise ValueError(
         f"this run's policies have {self.bank.soft_tokens} soft tokens before "
-        "their input, which an ordinary T5 has not; use `clp generate`, or "
+        "their input, which an ordinary model has not; use `clp generate`, or "
         "train without soft_tokens.length."
       )
 
@@ -486,47 +394,12 @@ class Policy:
       step=self.step,
     )
 
-  def _batches(
-    self, num: int, weights: Any, alpha: Any
-  ) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Row numbers computed together, with their coefficients [M] or [B, M].
-
-    A weighting that fills batches has its policy mixed; the rows of the others
-    have theirs mixed row by row.
-    """
-    per_row_weights = _per_row("weights", num, weights, Mapping)
-    per_row_alpha = _per_row("alpha", num, alpha, float | int)
-    groups: dict[bytes, list[int]] = {}
-    coefficients = []
-    for i, (w, a) in enumerate(
-      zip(per_row_weights, per_row_alpha, strict=True)
-    ):
-      coefficients.append(self.coefficients(w, a))
-      groups.setdefault(coefficients[i].tobytes(), []).append(i)
-    rest = []
-    for rows in groups.values():
-      full = len(rows) // BATCH * BATCH
-      for start in range(0, full, BATCH):
-        yield coefficients[rows[0]], rows[start : start + BATCH]
-      rest += rows[full:]
-    rest.sort()
-    for start in range(0, len(rest), BATCH):
-      rows = rest[start : start + BATCH]
-      mine = np.stack([coefficients[i] for i in rows])
-      yield mine if (mine != mine[0]).any() else mine[0], rows
-
-  def _policy(self, coefficients: np.ndarray, rows: int) -> tuple[Params, Any]:
-    """(parameters, coefficients of the padded rows) for programs: a mixed
-    policy and None, or the sets and [B, M]."""
-    coefficients = np.asarray(coefficients, np.float32)
-    if coefficients.ndim == 1:
-      return self._mixed(coefficients), None
-    if coefficients.shape[0] != rows:
-      raise ValueError(
-        f"got {coefficients.shape[0]} rows of coefficients for {rows} rows of "
-        "tokens."
-      )
-    return self._stacked, self._pad(coefficients)
+  @functools.cached_property
+  def steering(self) -> Steering:
+    """The weightings that may be given; of a run with objectives."""
+    return Steering(
+      self.objectives, build.distribution(self.config), self.mixes_logits
+    )
 
   @functools.cached_property
   def prompts(self) -> Prompts | None:
@@ -538,125 +411,80 @@ class Policy:
     )
 
   @functools.cached_property
-  def _prepend(self):
-    assert self.prompts is not None
-    return jax.jit(self.prompts.prepend)
+  def allowed(self) -> np.ndarray:
+    """[V] bool, the tokens that may be sampled."""
+    return self.vocabulary.allowed(self.model_config.vocab_size)
 
-  def _padding(self, num: int) -> np.ndarray:
-    """Row numbers of the compiled shape: the last one again is padding."""
-    data = sharding.row_shards(self.mesh)
-    power = 1 << (num - 1).bit_length()
-    return np.minimum(np.arange(-(-power // data) * data), num - 1)
+  @functools.cached_property
+  def decoder(self) -> RowDecoder:
+    """What decodes rows, of a policy from `mix` or mixed from `row_sets`."""
+    return RowDecoder(
+      self.model,
+      self.bank.steerable,
+      self.mixes_logits,
+      self.mesh,
+      self.config.data.target_length,
+      self.allowed,
+    )
+
+  @functools.cached_property
+  def row_sets(self) -> Params:
+    """The sets that rows with coefficients of their own are mixed from."""
+    if self.bank.adapter is None and not self.bank.needs_reference:
+      return self.sets
+    sets = self.bank.stacked if self.mixes_logits else self.bank.row_sets
+    return jax.jit(sets)(self.sets, self._frozen)
+
+  @property
+  def _frozen(self) -> Params:
+    """What the bank takes from the reference, if anything."""
+    return self.reference if self.bank.needs_reference else {}
+
+  def _params_of_rows(
+    self, coefficients: np.ndarray, rows: int
+  ) -> tuple[Params, np.ndarray | None]:
+    """What `RowDecoder.policies` takes for the padded rows."""
+    coefficients = np.asarray(coefficients, np.float32)
+    if coefficients.ndim == 1:
+      return self._policy_of(coefficients), None
+    if coefficients.shape[0] != rows:
+      raise ValueError(
+        f"got {coefficients.shape[0]} rows of coefficients for {rows} rows of "
+        "tokens."
+      )
+    return self.row_sets, self._pad(coefficients)
+
+  def _batches(self, num: int, weights: Any, alpha: Any) -> Any:
+    """`generation.batches` of as many texts."""
+    each = per_text(num, weights, alpha)
+    return generation.batches([self.coefficients(*one) for one in each])
 
   def _shorten(self, tokens: np.ndarray) -> np.ndarray:
-    """Cuts columns that are padding in all rows.
+    return generation.shorten(tokens, self.vocabulary.pad_id)
 
-    Down to a power of two, of a block of attention at the least, so that few
-    widths have to be compiled.
-
-    Args:
-      tokens: [B, S] int32, padded at the end.
-
-    Returns:
-      [B, up to S] int32.
-    """
-    is_text = (tokens != self.vocabulary.pad_id).any(axis=0)
-    last = int(np.max(np.flatnonzero(is_text), initial=0))
-    return tokens[:, : max(BLOCK, 1 << last.bit_length())]
+  def _padding(self, num: int) -> np.ndarray:
+    """Row numbers of the compiled shape."""
+    power = 1 << (num - 1).bit_length()
+    return generation.padding(num, self.decoder.whole(power))
 
   def _pad(self, rows: np.ndarray) -> np.ndarray:
     return rows[self._padding(len(rows))]
 
   @functools.cached_property
-  def allowed(self) -> np.ndarray:
-    """[V] bool, the tokens that may be sampled."""
-    return self.vocabulary.allowed(self.model_config.vocab_size)
+  def _prepend(self):
+    assert self.prompts is not None
+    return jax.jit(self.prompts.prepend)
 
-  def _mixed(self, coefficients: np.ndarray) -> Params:
-    reference = self.reference if self.bank.needs_reference else {}
-    return self._mix(self.sets, reference, coefficients)
+  def _policy_of(self, coefficients: np.ndarray) -> Params | mixture.Mixture:
+    if self.mixes_logits:
+      return jax.jit(mixture.unstack)(self.sets, coefficients)
+    return self._mix_sets(self.sets, self._frozen, coefficients)
 
   @functools.cached_property
-  def _mix(self):
-    if self.mixes_logits:
-      return jax.jit(lambda sets, reference, c: mixture.unstack(sets, c))
+  def _mix_sets(self):
     return jax.jit(
       self.bank.mix,
       out_shardings=sharding.param_shardings(
         self.mesh, self.model.axes(), self.model.abstract()
       ),
     )
-
-  @functools.cached_property
-  def _stacked(self) -> Params:
-    """Sets, which rows are mixed from."""
-    if self.bank.adapter is None and not self.bank.needs_reference:
-      return self.sets
-    reference = self.reference if self.bank.needs_reference else {}
-    sets = self.bank.stacked if self.mixes_logits else self.bank.row_sets
-    return jax.jit(sets)(self.sets, reference)
-
-  def _mix_rows(
-    self, params: Params, coefficients: jax.Array | None
-  ) -> Params | mixture.Mixture:
-    """What `_policy` gave, as what `start` takes."""
-    if coefficients is None:
-      return params
-    if self.mixes_logits:
-      return mixture.unstack(params, coefficients)
-    return row_mixing.mix_rows(params, self.bank.steerable, coefficients)
-
-  @functools.cached_property
-  def _sample(self):
-    rows = sharding.row_sharding(self.mesh)
-
-    @functools.partial(jax.jit, out_shardings=rows)
-    def sample(params, coefficients, tokens, keys, settings):
-      next_logits, cache = self.start(
-        self._mix_rows(params, coefficients),
-        jax.lax.with_sharding_constraint(tokens, rows),
-      )
-      return decoding.sample_from(
-        next_logits,
-        cache,
-        keys,
-        Sampling(
-          self.allowed,
-          self.model_config.eos_ids,
-          self.model_config.pad_id,
-          temperature=settings["temperature"],
-          top_k=settings["top_k"],
-          top_p=settings["top_p"],
-          row_lengths=settings["max_lengths"],
-        ),
-        self.config.data.target_length,
-      )
-
-    return sample
-
-  @functools.cached_property
-  def _score(self):
-    @jax.jit
-    def score(params, coefficients, tokens, targets):
-      model = self.model
-      params = self._mix_rows(params, coefficients)
-      if isinstance(params, mixture.Mixture):
-        logp = mixture.token_logp(model, params, tokens, targets)
-      else:
-        logp = decoding.score_tokens(model, params, tokens, targets).logp
-      is_text = targets != model.config.pad_id
-      return jnp.where(is_text, logp, 0).sum(-1)
-
-    return score
-
-
-def _per_row(name, num, value, kind):
-  if value is None or isinstance(value, kind):
-    return [value] * num
-  value = list(value)
-  if len(value) != num:
-    raise ValueError(
-      f"got {len(value)} {name} for {num} texts; give one for all, or one "
-      "per text."
-    )
-  return value

@@ -232,7 +232,7 @@ def test_rollouts_end_there(case, policy):
 
 def test_sweeps_end_there(case, policy):
   batch = batches.eval_batch(policy.config, policy.vocabulary, 8)
-  measured = sweep.make_measure(policy, [], batch, 3)(policy.steered(WEIGHTS))
+  measured = sweep.make_measure(policy, [], batch, 3)(policy.mix(WEIGHTS))
   tokens = policy.tokenize(batch.documents, WEIGHTS)
   keys = rollout.row_keys(jax.random.key(3), 8)
   samples = policy.sample(tokens, policy.coefficients(WEIGHTS), keys)

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from clp_jax import sharding
-from clp_jax.models import decoding, families, layers, t5
+from clp_jax.models import attention, decoding, families, layers, t5
 from clp_jax.models.presets import PRESETS
 from clp_jax.sampling import Sampling
 
@@ -231,7 +231,7 @@ class TestManyQueries:
 
     def results(many, size):
       monkeypatch.setattr(layers, "MANY_QUERIES", many)
-      monkeypatch.setattr(layers, "QUERIES", size)
+      monkeypatch.setattr(attention, "QUERIES", size)
 
       def value(query, keys, values, bias):
         attended = layers.attend(

@@ -95,7 +95,7 @@ def sweep(
       named = dict(zip(policy.objectives, map(float, weights), strict=True))
       steer = alpha if _has_alpha(policy) else None
       measured = measure(
-        policy.steered(named, steer),
+        policy.mix(named, steer),
         Weighting(jnp.asarray(weights)[None], jnp.asarray([alpha])),
       )
       optimised = units.of(measured.rewards)
@@ -210,7 +210,7 @@ def make_measure(
   """Compiles sampling and scoring once.
 
   Returns:
-    (from `Policy.steered`, one weighting for the prompts or None) -> Measured.
+    (from `Policy.mix`, one weighting for the prompts or None) -> Measured.
   """
   config = policy.config
   settings = config.eval
@@ -234,7 +234,7 @@ def make_measure(
     prompted = tokens
     if policy.prompts is not None and weighting is not None:
       prompted = policy.prompts.prepend(tokens, weighting)
-    next_logits, cache = policy.start(
+    next_logits, cache = policy.decoder.start(
       steered, prompted, num_samples=settings.samples
     )
     samples = decoding.sample_from(

@@ -65,8 +65,7 @@ def load_model(
     ValueError: when there is no model or it can't be read; one line that names
       the file, the field or the tensors.
   """
-  folder = _folder(path)
-  config, stored = _open(folder, mapped=shardings is not None)
+  config, stored = _open(path, mapped=shardings is not None)
   config, params = leaves.assemble(
     config, stored, shardings=shardings, dtype=dtype, scan_layers=scan_layers
   )
@@ -83,25 +82,19 @@ def load_t5(
   """`load_model` for a T5: (config, params).
 
   A t5x checkpoint does not hold its config, which is inferred from the shapes.
-
-  Args:
-    path: as for `load_model`, as are the others.
-    shardings: where the arrays go.
-    dtype: to convert to.
-    scan_layers: stack the layers.
+  Arguments as for `load_model`.
 
   Raises:
     ValueError: as for `load_model`, and when it is no T5.
   """
-  config, stored = _open(_folder(path), mapped=shardings is not None)
+  config, stored = _open(path, mapped=shardings is not None)
   if not isinstance(config, T5Config):
     raise ValueError(
       f"{os.fspath(path)} is not a T5; interop.load_model reads it."
     )
-  found, params = leaves.assemble(
+  return leaves.assemble(  # type: ignore[return-value]
     config, stored, shardings=shardings, dtype=dtype, scan_layers=scan_layers
   )
-  return found, params  # type: ignore[return-value]
 
 
 def load_config(path: str | os.PathLike) -> Config:
@@ -113,20 +106,16 @@ def load_config(path: str | os.PathLike) -> Config:
   Raises:
     ValueError: as for `load_model`.
   """
-  return _open(_folder(path), mapped=True)[0]
-
-
-def _folder(path: str | os.PathLike) -> Folder:
-  folder = Folder(os.fspath(path))
-  if not folder.is_folder():
-    raise ValueError(f"{folder.path} is no folder.")
-  return folder
+  return _open(path, mapped=True)[0]
 
 
 def _open(
-  folder: Folder, *, mapped: bool
+  path: str | os.PathLike, *, mapped: bool
 ) -> tuple[Config, dict[str, leaves.Leaf]]:
   """Finds out which format a folder has."""
+  folder = Folder(os.fspath(path))
+  if not folder.is_folder():
+    raise ValueError(f"{folder.path} is no folder.")
   checkpoint = t5x.find(folder)
   if checkpoint is not None:
     return t5x.open_checkpoint(checkpoint)
@@ -259,24 +248,16 @@ def save_t5(
   step: int = 0,
   max_shard_bytes: int = weight_files.MAX_SHARD_BYTES,
 ) -> None:
-  """`save_model` for a T5, by its config.
+  """`save_model` for a T5, by its config; arguments as there, but for these.
 
   Args:
-    path: "hf", "orbax": the folder, made where it is absent; a model in it is
-      replaced. "t5x": the folder for checkpoint_<step>, or that itself.
     config: of the model.
-    params: a tree of NumPy arrays or jax.Arrays that this process can address.
-    format: "hf", a Hugging Face folder; "t5x", t5x's msgpack and zarr layout,
-      which the public checkpoints have; "t5x-orbax", t5x's other one; "orbax",
-      params as ocp.StandardCheckpointer saves them, and model.json.
+    format: one of FORMATS.
     vocabulary: content of the SentencePiece model; written beside the weights.
-    step: that a t5x checkpoint is named for.
-    max_shard_bytes: "hf": more than this goes to several files.
 
   Raises:
-    ValueError: for an unknown format, params that are not the config's, a
-      model that the format can't tell, or a vocabulary larger than the
-      embedding or with another EOS than the config's.
+    ValueError: as `save_model`, and for a vocabulary with another EOS than the
+      config's.
   """
   if format not in FORMATS:
     raise ValueError(

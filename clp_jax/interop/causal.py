@@ -10,14 +10,14 @@ transposed. The rest is a matter of names.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from clp_jax.interop import leaves as leaves_lib
-from clp_jax.interop import weight_files
+from clp_jax.interop import leaves, weight_files
 from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
 from clp_jax.models.causal import NO_PAD, CausalConfig, Rope
@@ -149,12 +149,10 @@ def open_folder(
   """
   config = read_config(folder)
   stored = _text_tensors(weight_files.read(folder, mapped))
-  expected = leaves_lib.expected_shapes(config)
-  names = {path: tensor_name(config, path) for path in expected}
-  head = tensor_name(config, _HEAD)
+  head, _ = _tensor(config, _HEAD)
   if config.logits_via_embedding and head in stored:
-    table = stored[names[_EMBEDDING]] if names[_EMBEDDING] in stored else None
-    if table is not None and not leaves_lib.same(stored[head], table):
+    table = stored.get(_tensor(config, _EMBEDDING)[0])
+    if table is not None and not leaves.same(stored[head], table):
       logging.warning(
         "%s: config.json ties the logit layer to the embedding: %s, which "
         "differs from it, is not used",
@@ -162,19 +160,8 @@ def open_folder(
         head,
       )
     del stored[head]
-  leaves_lib.check(
-    folder.path,
-    {
-      names[path]: shape[::-1] if _is_turned(path) else shape
-      for path, shape in expected.items()
-    },
-    leaves_lib.shapes(stored),
-  )
-  return config, {
-    path: leaf.transposed() if _is_turned(path) else leaf
-    for path in expected
-    for leaf in (stored[names[path]],)
-  }
+  tensor = functools.partial(_tensor, config)
+  return config, weight_files.model_leaves(folder, stored, config, tensor)
 
 
 def _text_tensors(stored: dict[str, Leaf]) -> dict[str, Leaf]:
@@ -414,29 +401,27 @@ _FOUR_NORMS = {
 }
 
 
-def tensor_name(config: CausalConfig, path: str) -> str:
-  """Our path of a parameter -> its name in transformers.
+def _tensor(config: CausalConfig, path: str) -> tuple[str, bool]:
+  """Our path of a parameter -> its name in transformers, whether transposed.
 
-  "decoder/layers_3/mlp/wi_0/kernel" -> "model.layers.3.mlp.gate_proj.weight".
+  "decoder/layers_3/mlp/wi_0/kernel" -> "model.layers.3.mlp.gate_proj.weight",
+  True.
   """
   match path.split("/"):
     case ["token_embedder", _]:
-      return "model.embed_tokens.weight"
+      return "model.embed_tokens.weight", False
     case [_, "logits_dense", _]:
-      return "lm_head.weight"
+      return "lm_head.weight", True
     case [_, "decoder_norm", _]:
-      return "model.norm.weight"
+      return "model.norm.weight", False
     case [_, layer, *part, leaf]:
       name = part[-1]
       norms = _FOUR_NORMS if config.post_norms else _TWO_NORMS
       module = norms[name] if name in norms else _PROJECTIONS[name]
       kind = "bias" if leaf == "bias" else "weight"
-      return f"model.layers.{layer.removeprefix('layers_')}.{module}.{kind}"
+      number = layer.removeprefix("layers_")
+      return f"model.layers.{number}.{module}.{kind}", leaf == "kernel"
   raise ValueError(f"{path} has no name in transformers.")
-
-
-def _is_turned(path: str) -> bool:
-  return path.endswith("/kernel")
 
 
 def save(
@@ -448,10 +433,8 @@ def save(
 ) -> None:
   """Writes a folder that transformers' from_pretrained reads.
 
-  config.json comes last: without it the folder holds no model yet.
-
   Args:
-    path: the folder; older weights in it are replaced.
+    path: the folder; see `weight_files.save`.
     config: of the model.
     views: from `leaves.views`.
     tokenizer: `data.tokenizer.Tokenizer`, whose files are written beside; None
@@ -462,28 +445,11 @@ def save(
     ValueError: no class of transformers has such a model.
   """
   values = _config_values(config, views)
-  path.mkdir(parents=True, exist_ok=True)
-  (path / "config.json").unlink(missing_ok=True)
-  weight_files.save(
-    path,
-    {
-      tensor_name(config, p): (view, _is_turned(p)) for p, view in views.items()
-    },
-    max_shard_bytes,
-  )
-  special: dict[str, Any] = {
-    name: values[name]
-    for name in ("eos_token_id", "pad_token_id")
-    if name in values
-  }
-  if tokenizer is not None:
-    for name, content in tokenizer.files().items():
-      (path / name).write_bytes(content)
-    bos = tokenizer.bos_id
-    if bos is not None:
-      special["bos_token_id"] = values["bos_token_id"] = bos
-  weight_files.write_json(path / weight_files.GENERATION, special)
-  weight_files.write_json(path / "config.json", values)
+  if tokenizer is not None and tokenizer.bos_id is not None:
+    values["bos_token_id"] = tokenizer.bos_id
+  files = {} if tokenizer is None else tokenizer.files()
+  tensor = functools.partial(_tensor, config)
+  weight_files.save(path, values, views, tensor, max_shard_bytes, files)
 
 
 def _config_values(

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import sentencepiece
 from etils import epath
 
-from clp_jax.interop import leaves as leaves_lib
-from clp_jax.interop import weight_files
+from clp_jax.interop import leaves, weight_files
 from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
 from clp_jax.models import layers
@@ -89,7 +88,7 @@ def open_folder(
   stored.pop(_UNUSED, None)
   _unify_embeddings(folder, stored)
   config, stored = _decide_tying(folder, values, stored)
-  return config, _leaves(folder, config, stored)
+  return config, weight_files.model_leaves(folder, stored, config, _tensor)
 
 
 def _check_is_whole(folder: Folder, values: Mapping[str, Any]) -> None:
@@ -142,7 +141,7 @@ def _unify_embeddings(folder: Folder, stored: dict[str, Leaf]) -> None:
       continue
     other = stored.pop(alias)
     kept = stored.setdefault(_EMBEDDING, other)
-    if kept is not other and not leaves_lib.same(kept, other):
+    if kept is not other and not leaves.same(kept, other):
       raise ValueError(
         f"{folder.path} holds a {alias} that differs from {_EMBEDDING}; a T5 "
         "has one embedding."
@@ -169,7 +168,7 @@ def _decide_tying(
     return _config(folder, values, tied=False), stored | {_HEAD: embedding}
   if head is None or not scaled:
     return _config(folder, values, tied=scaled), stored
-  if embedding is not None and leaves_lib.same(head, embedding):
+  if embedding is not None and leaves.same(head, embedding):
     without = {name: leaf for name, leaf in stored.items() if name != _HEAD}
     return _config(folder, values, tied=True), without
   if scaled_5:
@@ -187,39 +186,19 @@ def _decide_tying(
   return _config(folder, values, tied=False), stored
 
 
-def _leaves(
-  folder: Folder, config: T5Config, stored: Mapping[str, Leaf]
-) -> dict[str, Leaf]:
-  """{t5x path: leaf}, all there and of the shapes that config.json implies."""
-  expected = leaves_lib.expected_shapes(config)
-  leaves_lib.check(
-    folder.path,
-    {
-      tensor_name(path): shape if path == _KEPT else shape[::-1]
-      for path, shape in expected.items()
-    },
-    leaves_lib.shapes(stored),
-  )
-  return {
-    path: leaf if path == _KEPT else leaf.transposed()
-    for path in expected
-    for leaf in (stored[tensor_name(path)],)
-  }
-
-
-def tensor_name(path: str) -> str:
-  """t5x's path of a parameter -> its name in transformers.
+def _tensor(path: str) -> tuple[str, bool]:
+  """t5x's path of a parameter -> its name in transformers, whether transposed.
 
   "decoder/layers_3/mlp/wi_0/kernel" ->
-  "decoder.block.3.layer.2.DenseReluDense.wi_0.weight".
+  "decoder.block.3.layer.2.DenseReluDense.wi_0.weight", True.
   """
   parts = path.split("/")
   if parts[0] == "token_embedder":
-    return _EMBEDDING
+    return _EMBEDDING, False
   stack = parts[0]
   match parts[1:]:
     case ["logits_dense", _]:
-      return _HEAD
+      return _HEAD, True
     case ["relpos_bias", _]:
       name = "block.0.layer.0.SelfAttention.relative_attention_bias"
     case [norm, "scale"] if norm == f"{stack}_norm":
@@ -233,7 +212,7 @@ def tensor_name(path: str) -> str:
       else:
         module += f".{_PROJECTIONS.get(rest[0], rest[0])}"
       name = f"block.{layer.removeprefix('layers_')}.layer.{place}.{module}"
-  return f"{stack}.{name}.weight"
+  return f"{stack}.{name}.weight", True
 
 
 _NORM = "_layer_norm"
@@ -289,10 +268,8 @@ def save(
 ) -> None:
   """Writes a folder that transformers' from_pretrained reads.
 
-  config.json comes last: without it the folder holds no model yet.
-
   Args:
-    path: the folder; older weights in it are replaced.
+    path: the folder; see `weight_files.save`.
     config: of the model.
     views: from `leaves.views`.
     vocabulary: written next to the weights; None for none.
@@ -302,29 +279,15 @@ def save(
     ValueError: when transformers has no name for the activations.
   """
   values = _config_values(config, views)
-  path.mkdir(parents=True, exist_ok=True)
-  (path / "config.json").unlink(missing_ok=True)
-  weight_files.save(
-    path,
-    {tensor_name(p): (view, p != _KEPT) for p, view in views.items()},
-    max_shard_bytes,
-  )
-  weight_files.write_json(
-    path / weight_files.GENERATION,
-    {
-      name: values[name]
-      for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
-    },
-  )
+  files = {}
   if vocabulary is not None:
-    (path / VOCABULARY).write_bytes(vocabulary.content)
     # T5Tokenizer would append 100 sentinels to the pieces of the model.
-    weight_files.write_json(
-      path / "tokenizer_config.json",
-      {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "legacy": False}
-      | vocabulary.special,
+    own = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "legacy": False}
+    files[VOCABULARY] = vocabulary.content
+    files["tokenizer_config.json"] = weight_files.json_bytes(
+      own | vocabulary.special
     )
-  weight_files.write_json(path / "config.json", values)
+  weight_files.save(path, values, views, _tensor, max_shard_bytes, files)
 
 
 def _config_values(

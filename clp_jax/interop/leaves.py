@@ -70,14 +70,14 @@ def _shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
 def check(
   where: str,
   expected: Mapping[str, tuple[int, ...]],
-  found: Mapping[str, tuple[int, ...]],
+  tensors: Mapping[str, Any],
 ) -> None:
   """Checks the names and shapes of a checkpoint's tensors.
 
   Raises:
     ValueError: names what is missing, superfluous, or of the wrong shape.
   """
-  problems = []
+  found, problems = shapes(tensors), []
   if missing := sorted(expected.keys() - found.keys()):
     problems.append(f"it lacks {_some(missing)}")
   if extra := sorted(found.keys() - expected.keys()):
@@ -111,7 +111,7 @@ def assemble(
 
   Args:
     config: of the checkpoint.
-    leaves: by path of t5x's tree, checked.
+    leaves: by path of the tree, checked.
     shardings: where the arrays go; None is the host.
     dtype: to convert to; None keeps what is stored.
     scan_layers: stack the layers' leaves.
@@ -188,7 +188,7 @@ def _bounds(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 class View(NamedTuple):
-  """A leaf of t5x's tree, not copied yet: maybe one layer of a stack."""
+  """A leaf of a tree, not copied yet: maybe one layer of a stack."""
 
   array: Any  # numpy or jax
   layer: int | None
@@ -215,7 +215,7 @@ class View(NamedTuple):
 
 
 def views(config: Config, params: Params) -> dict[str, View]:
-  """The leaves of a tree under t5x's paths, stacked layers taken apart.
+  """The leaves of a tree by path, stacked layers taken apart.
 
   Raises:
     ValueError: when the tree is not one of `config`.
@@ -228,7 +228,7 @@ def views(config: Config, params: Params) -> dict[str, View]:
         found[f"{stack}/layers_{i}/{rest}"] = View(leaf, i)
     else:
       found[path] = View(leaf, None)
-  check("params", expected_shapes(config), shapes(found))
+  check("params", expected_shapes(config), found)
   return found
 
 

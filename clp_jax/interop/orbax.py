@@ -15,8 +15,7 @@ from collections.abc import Mapping
 import orbax.checkpoint as ocp
 from etils import epath
 
-from clp_jax.interop import leaves as leaves_lib
-from clp_jax.interop import storage
+from clp_jax.interop import leaves, storage, weight_files
 from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
 from clp_jax.models import families
@@ -70,8 +69,7 @@ def open_checkpoint(folder: Folder) -> tuple[Config, dict[str, Leaf]]:
   except (TypeError, ValueError) as error:
     raise ValueError(f"{folder.path}/model.json: {error}") from error
   stored = stored_leaves(folder.within("params"))
-  expected = leaves_lib.expected_shapes(config)
-  leaves_lib.check(folder.path, expected, leaves_lib.shapes(stored))
+  leaves.check(folder.path, leaves.expected_shapes(config), stored)
   return config, stored
 
 
@@ -97,14 +95,11 @@ def save(
   )
   if vocabulary is not None:
     (path / VOCABULARY).write_bytes(vocabulary)
-  fields = json.dumps(families.to_json(config), indent=2)
-  partial = path / ".model.json.partial"
-  partial.write_text(fields + "\n")
-  partial.replace(path / "model.json")
+  weight_files.write_json(path / "model.json", families.to_json(config))
 
 
 def save_tree(path: str, arrays: Mapping[str, object]) -> None:
   """Saves {"a/b": array} as a nested dict, in a folder on disk or gs://."""
-  tree = leaves_lib.unflatten(arrays)
+  tree = leaves.unflatten(arrays)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(storage.absolute(path), tree, force=True)

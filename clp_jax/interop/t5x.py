@@ -24,8 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from clp_jax.interop import leaves as leaves_lib
-from clp_jax.interop import orbax, storage
+from clp_jax.interop import leaves, orbax, storage
 from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
 from clp_jax.models.t5 import T5Config
@@ -81,9 +80,8 @@ def open_checkpoint(folder: Folder) -> tuple[T5Config, dict[str, Leaf]]:
     stored = _legacy_leaves(folder)
   else:
     stored = orbax.stored_leaves(folder.within("state"), "target")
-  config = infer_config(folder.path, leaves_lib.shapes(stored))
-  expected = leaves_lib.expected_shapes(config)
-  leaves_lib.check(folder.path, expected, leaves_lib.shapes(stored))
+  config = infer_config(folder.path, leaves.shapes(stored))
+  leaves.check(folder.path, leaves.expected_shapes(config), stored)
   for path, leaf in stored.items():
     if leaf.dtype not in (np.float32, np.float16, np.dtype(jnp.bfloat16)):
       raise ValueError(
@@ -212,7 +210,7 @@ def save(
     ValueError: when the step is there already, or when the checkpoint, which
       does not hold the config, would be read as another model.
   """
-  inferred = infer_config("params", leaves_lib.shapes(views))
+  inferred = infer_config("params", leaves.shapes(views))
   for field in ("mlp_activations", "relative_attention_max_distance"):
     theirs, ours = getattr(inferred, field), getattr(config, field)
     if theirs != ours:
@@ -241,7 +239,7 @@ def save(
   content = {
     "version": _VERSION,
     "optimizer": {
-      "target": leaves_lib.unflatten(target),
+      "target": leaves.unflatten(target),
       "state": {"step": np.int32(step)},
     },
   }

@@ -8,19 +8,26 @@ installed. Only weights are taken from the latter: nothing in it is executed.
 import functools
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from clp_jax.interop import safetensors_file
+from clp_jax.interop import leaves, safetensors_file
 from clp_jax.interop.leaves import Index, Leaf, View
 from clp_jax.interop.storage import Folder
+from clp_jax.models.families import Config
 
 GENERATION = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
+# Our path of a parameter -> its name in transformers, and whether that has the
+# matrix transposed.
+Tensor = Callable[[str], tuple[str, bool]]
+_OF_GENERATION = tuple(
+  f"{name}_token_id" for name in ("decoder_start", "eos", "pad", "bos")
+)
 # Names of what `save` writes.
 _WRITTEN = (
   "model.safetensors",
@@ -55,6 +62,39 @@ def read(folder: Folder, mapped: bool) -> dict[str, Leaf]:
     f"{folder.path} holds no weights: expected model.safetensors or "
     "pytorch_model.bin, whole or in parts with an index."
   )
+
+
+def model_leaves(
+  folder: Folder,
+  stored: Mapping[str, Leaf],
+  config: Config,
+  tensor: Tensor,
+) -> dict[str, Leaf]:
+  """The parameters of a model, out of the tensors that a folder holds.
+
+  Args:
+    folder: named in errors.
+    stored: from `read`.
+    config: of the model.
+    tensor: where each parameter is.
+
+  Returns:
+    {path: leaf}.
+
+  Raises:
+    ValueError: not all are there, or others, or of other shapes.
+  """
+  expected = leaves.expected_shapes(config)
+  tensors = {path: tensor(path) for path in expected}
+  shapes = {
+    name: expected[path][::-1] if turned else expected[path]
+    for path, (name, turned) in tensors.items()
+  }
+  leaves.check(folder.path, shapes, stored)
+  return {
+    path: stored[name].transposed() if turned else stored[name]
+    for path, (name, turned) in tensors.items()
+  }
 
 
 def _indexed(folder: Folder, index: str, read_file: Any) -> dict[str, Leaf]:
@@ -146,16 +186,41 @@ def eos_ids(folder: Folder, values: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def save(
   path: epath.Path,
+  config: Mapping[str, Any],
+  views: Mapping[str, View],
+  tensor: Tensor,
+  max_shard_bytes: int,
+  files: Mapping[str, bytes],
+) -> None:
+  """Writes a folder that transformers' from_pretrained reads.
+
+  One tensor is in memory at a time. config.json comes last: without it the
+  folder holds no model yet.
+
+  Args:
+    path: the folder; older weights in it are replaced.
+    config: content of config.json, of which generation reads its tokens too.
+    views: from `leaves.views`.
+    tensor: what becomes of each.
+    max_shard_bytes: more than this goes to several files.
+    files: written beside, a tokenizer's.
+  """
+  path.mkdir(parents=True, exist_ok=True)
+  (path / "config.json").unlink(missing_ok=True)
+  tensors = {tensor(p)[0]: (view, tensor(p)[1]) for p, view in views.items()}
+  _save_tensors(path, tensors, max_shard_bytes)
+  generation = {k: config[k] for k in _OF_GENERATION if k in config}
+  write_json(path / GENERATION, generation)
+  for name, content in files.items():
+    (path / name).write_bytes(content)
+  write_json(path / "config.json", config)
+
+
+def _save_tensors(
+  path: epath.Path,
   tensors: Mapping[str, tuple[View, bool]],
   max_shard_bytes: int,
 ) -> None:
-  """Writes safetensors, one tensor in memory at a time.
-
-  Args:
-    path: the folder; older weights in it are removed.
-    tensors: name -> (array, whether it is a matrix to be transposed).
-    max_shard_bytes: more than this goes to several files.
-  """
   for pattern in _WRITTEN:
     for old in path.glob(pattern):
       old.unlink()
@@ -205,5 +270,10 @@ def _into_files(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
 def write_json(path: epath.Path, values: Any) -> None:
   """Writes a JSON file, whole or not at all."""
   partial = path.parent / f".{path.name}.partial"
-  partial.write_text(json.dumps(values, indent=2) + "\n")
+  partial.write_bytes(json_bytes(values))
   partial.replace(path)
+
+
+def json_bytes(values: Any) -> bytes:
+  """The content of a JSON file."""
+  return (json.dumps(values, indent=2) + "\n").encode()

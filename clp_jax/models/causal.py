@@ -34,25 +34,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from clp_jax.models import trees
-from clp_jax.models.layers import (
-  ACTIVATIONS,
+from clp_jax.models.attention import (
   MANY_QUERIES,
   MASKED,
-  MLP,
-  QUERIES,
-  Embedding,
   KeysValues,
+  in_blocks,
+  write_cache,
+)
+from clp_jax.models.layers import (
+  ACTIVATIONS,
+  MLP,
+  Embedding,
   Linear,
   RMSNorm,
   SoftTokens,
   check_computation,
+  check_eos_ids,
   check_sizes,
+  copies_of,
   dropout,
-  empty_cache,
+  layers_of,
   param,
+  step_layers,
   through_layers,
-  write_cache,
 )
 from clp_jax.models.model import Context, Params
 from clp_jax.row_mixing import RowMixture
@@ -187,12 +191,7 @@ class CausalConfig:
   def with_vocabulary(
     self, size: int, eos_ids: Sequence[int], pad_id: int
   ) -> "CausalConfig":
-    """The model's config beside a vocabulary.
-
-    Args:
-      size: one more than the largest id; rows beyond get no probability.
-      eos_ids: that end responses.
-      pad_id: padding.
+    """As that of `layers.T5Config`, but rows from `size` on get no probability.
 
     Raises:
       ValueError: the vocabulary has more ids than the model has rows.
@@ -231,12 +230,7 @@ class CausalConfig:
           f"{name} has {len(getattr(self, name))} entries for "
           f"{self.num_layers} layers."
         )
-    for token in self.eos_ids:
-      if not isinstance(token, int) or not 0 <= token < self.vocab_size:
-        raise ValueError(
-          f"eos_ids must be tokens in [0, {self.vocab_size}), got "
-          f"{self.eos_ids!r}."
-        )
+    check_eos_ids(self, lowest=0)
     if not 0 <= self.num_tokens <= self.vocab_size:
       raise ValueError(
         f"num_tokens must be in [0, {self.vocab_size}], got {self.num_tokens}."
@@ -256,15 +250,6 @@ class CausalConfig:
     return (self.activation, "linear")
 
 
-class Rows(NamedTuple):
-  """What decoding needs of prompts beside their layers' keys and values."""
-
-  mask: jax.Array  # [B, S] bool, tokens but for the last
-  position: jax.Array  # [B, S] int32
-  length: jax.Array  # [B] int32, tokens, soft ones included
-  last: jax.Array  # [B] int32, the last token
-
-
 class Kind(NamedTuple):
   """What a layer is told; in a stack, of all layers."""
 
@@ -277,6 +262,14 @@ class Keys(NamedTuple):
 
   position: jax.Array  # [b, S] int32
   mask: jax.Array  # [b, S] bool
+
+
+class Rows(NamedTuple):
+  """What decoding needs of prompts beside their layers' keys and values."""
+
+  keys: Keys  # of [B, S], the tokens but for the last
+  length: jax.Array  # [B] int32, tokens, soft ones included
+  last: jax.Array  # [B] int32, the last token
 
 
 def attend(
@@ -292,7 +285,7 @@ def attend(
 ) -> jax.Array:
   """Means of values by the softmax of query times key, the past alone.
 
-  Many queries are worked on a block at a time, as in `layers.attend`.
+  Many queries are worked on a block at a time, see `in_blocks`.
 
   Args:
     query: [R, J, G, Q, K], scaled.
@@ -307,40 +300,17 @@ def attend(
   Returns:
     [R, J, G, Q, K], of the queries' dtype.
   """
-  run = functools.partial(
-    _attend,
-    window=window,
-    own=own,
-    own_at=own_at,
-    shared=shared,
-    shared_at=shared_at,
-    cap=cap,
-  )
-  length = query.shape[3]
-  if length < MANY_QUERIES:
+  keys = (window, own, own_at, shared, shared_at, cap)
+
+  def run(query, at):
+    return _attend(query, at, *keys)
+
+  if query.shape[3] < MANY_QUERIES:
     return run(query, at)
-  whole = length - length % QUERIES
-  blocks = (
-    jnp.moveaxis(
-      query[:, :, :, :whole].reshape(
-        *query.shape[:3], -1, QUERIES, query.shape[4]
-      ),
-      3,
-      0,
-    ),
-    jnp.moveaxis(at[:, :whole].reshape(at.shape[0], -1, QUERIES), 1, 0),
-  )
-  # The logits of a block are computed again in the backward pass.
-  block = jax.checkpoint(lambda queries: run(*queries))
-  attended = jnp.moveaxis(jax.lax.map(block, blocks), 0, 3)
-  attended = attended.reshape(*query.shape[:3], whole, -1)
-  if whole < length:
-    rest = block((query[:, :, :, whole:], at[:, whole:]))
-    attended = jnp.concatenate([attended, rest], axis=3)
-  return attended
+  return in_blocks(run, (query, at), (-2, -1))
 
 
-def _attend(query, at, *, window, own, own_at, shared, shared_at, cap):
+def _attend(query, at, window, own, own_at, shared, shared_at, cap):
   rows, heads, groups, length, width = query.shape
 
   def sees(keys: Keys, at: jax.Array) -> jax.Array:
@@ -445,11 +415,7 @@ class Attention(nn.Module):
     if self.config.qk_norm:
       keys = self.key_norm(keys)
     keys = turns.rotate(keys, rope)
-    names = ("batch", "kv_heads", "length", "kv")
-    return KeysValues(
-      constrain(jnp.swapaxes(keys, 1, 2), *names),
-      constrain(jnp.swapaxes(values, 1, 2), *names),
-    )
+    return KeysValues.of(keys, values, "kv_heads")
 
   def __call__(
     self,
@@ -545,82 +511,51 @@ class Stack(nn.Module):
 
   def setup(self):
     cfg = self.config
-    if cfg.scan_layers:
-      self.layers: Any = Layer(cfg)
-    else:
-      self.layers = [Layer(cfg) for _ in range(cfg.num_layers)]
+    self.num_layers = cfg.num_layers
+    self.layers = layers_of(cfg, Layer, self.num_layers)
     self.decoder_norm = _norm(cfg)
     if not cfg.logits_via_embedding:
       self.logits_dense = LogitLayer(cfg)
 
-  def _kinds(self) -> Any:
-    """The layers' kinds as `through_layers` takes them."""
+  def _inputs(self, *per_layer: Any) -> Any:
+    """The layers' kinds, and what else each gets, for `through_layers`."""
     cfg = self.config
     ropes = np.asarray(cfg.layer_ropes or (0,) * cfg.num_layers, np.int32)
     windows = np.asarray(cfg.windows or (0,) * cfg.num_layers, np.int32)
     windows = np.where(windows > 0, windows, _NO_WINDOW).astype(np.int32)
     if cfg.scan_layers:
-      return Kind(ropes, windows)
-    return [Kind(*pair) for pair in zip(ropes, windows, strict=True)]
-
-  def _through(self, body, carry, per_layer, *shared, remat):
-    """per_layer: a tuple of what `through_layers` takes, but for the kinds."""
-    inputs: Any = (self._kinds(), *per_layer)
-    if not self.config.scan_layers:
-      inputs = list(zip(*inputs, strict=True))
-    return through_layers(
-      self.config,
-      self.layers,
-      body,
-      carry,
-      inputs,
-      *shared,
-      num_layers=self.config.num_layers,
-      remat=remat,
-    )
+      return (Kind(ropes, windows), *per_layer)
+    kinds = (Kind(*pair) for pair in zip(ropes, windows, strict=True))
+    return list(zip(kinds, *per_layer, strict=True))
 
   def read(self, x: jax.Array, keys: Keys, deterministic: bool) -> Any:
     """x: [B, S, D] embedded -> keys and values [B, J, S, K] of every layer."""
-    turns = Turns.of(self.config, keys.position)
 
     def body(layer, x, inputs, turns, keys):
       (kind,) = inputs
       y, own = layer.keys_values(x, turns, kind)
-      x = layer.rest(
-        x,
-        y,
-        *(turns, kind, keys.position, own, keys),
-        deterministic=deterministic,
-      )
-      return x, own
+      seen = (turns, kind, keys.position, own, keys)
+      return layer.rest(x, y, *seen, deterministic=deterministic), own
 
-    _, found = self._through(body, x, (), turns, keys, remat=True)
-    return found
+    shared = (Turns.of(self.config, keys.position), keys)
+    inputs = self._inputs()
+    return through_layers(self, body, x, inputs, *shared, remat=True)[1]
 
   def respond(
     self, x: jax.Array, at: jax.Array, context: Context, deterministic: bool
   ) -> jax.Array:
     """x: [R, T, D] embedded, at: [R, T] int32 -> [R, T, D]."""
-    turns = Turns.of(self.config, at)
-    own_at = Keys(at, jnp.ones(at.shape, bool))
-    rows: Rows = context.rows
-    shared_at = Keys(rows.position, rows.mask)
 
     def body(layer, x, inputs, turns, own_at, shared_at):
       kind, shared = inputs
       y, own = layer.keys_values(x, turns, kind)
-      at = own_at.position
-      x = layer.rest(
-        x,
-        y,
-        *(turns, kind, at, own, own_at, shared, shared_at),
-        deterministic=deterministic,
-      )
-      return x, None
+      seen = (turns, kind, own_at.position, own, own_at, shared, shared_at)
+      return layer.rest(x, y, *seen, deterministic=deterministic), None
 
-    x, _ = self._through(
-      body, x, (context.layers,), turns, own_at, shared_at, remat=True
-    )
+    own_at = Keys(at, jnp.ones(at.shape, bool))
+    shared = (Turns.of(self.config, at), own_at, context.rows.keys)
+    inputs = self._inputs(context.layers)
+    x, _ = through_layers(self, body, x, inputs, *shared, remat=True)
     return self.decoder_norm(x)
 
   def step(
@@ -632,43 +567,25 @@ class Stack(nn.Module):
     context: Context,
   ) -> tuple[jax.Array, Any]:
     """x: [R, 1, D] embedded, at: [R, 1] int32 -> [R, 1, D] and the cache."""
-    cfg = self.config
-    turns = Turns.of(cfg, at)
+
+    def body(layer, x, cache, index, inputs, turns, position, at, *keys):
+      kind, shared = inputs
+      own_at, shared_at = keys
+      y, new = layer.keys_values(x, turns, kind)
+      cache, own = write_cache(cache, new, index, position)
+      seen = (turns, kind, at, own, own_at, shared, shared_at)
+      return layer.rest(x, y, *seen), cache
+
     length = jax.tree.leaves(cache)[0].shape[-2]
     slot = jnp.arange(length, dtype=jnp.int32)[None]
     own_at = Keys(
       at - position + slot,
       jnp.broadcast_to(slot <= position, (at.shape[0], length)),
     )
-    rows: Rows = context.rows
-    shared_at = Keys(rows.position, rows.mask)
-    shared_args = (turns, at, own_at, shared_at)
-
-    def layer_step(layer, x, cache, kind, shared, index, turns, at, *keys):
-      y, new = layer.keys_values(x, turns, kind)
-      cache, own = write_cache(cache, new, index, position)
-      x = layer.rest(x, y, *(turns, kind, at, own, keys[0], shared, keys[1]))
-      return x, cache
-
-    if cfg.scan_layers:
-
-      def stacked(layer, carry, inputs, *args):
-        kind, shared, index = inputs
-        return layer_step(layer, *carry, kind, shared, index, *args), None
-
-      index = jnp.arange(cfg.num_layers, dtype=jnp.int32)
-      (x, cache), _ = self._through(
-        stacked, (x, cache), (context.layers, index), *shared_args, remat=False
-      )
-    else:
-
-      def listed(layer, x, inputs, *args):
-        kind, shared, cache = inputs
-        return layer_step(layer, x, cache, kind, shared, None, *args)
-
-      x, cache = self._through(
-        listed, x, (context.layers, cache), *shared_args, remat=False
-      )
+    turns = Turns.of(self.config, at)
+    shared = (turns, position, at, own_at, context.rows.keys)
+    inputs = self._inputs(context.layers)
+    x, cache = step_layers(self, body, x, cache, inputs, *shared)
     return self.decoder_norm(x), cache
 
 
@@ -725,14 +642,15 @@ class Network(nn.Module):
       self._scaled(x), Keys(position, mask), deterministic
     )
     length = jnp.maximum(mask.sum(1), 1).astype(jnp.int32)
-    return Context(layers, Rows(mask & ~is_last, position, length, last))
+    keys = Keys(position, mask & ~is_last)
+    return Context(layers, Rows(keys, length, last))
 
   def respond(
     self, context: Context, targets: jax.Array, deterministic: bool = True
   ) -> tuple[jax.Array, jax.Array]:
     """Teacher-forced: (logits [R, T, V] float32, states [R, T, D])."""
     rows: Rows = context.rows
-    copies = _copies(targets.shape[0], rows.last.shape[0])
+    copies = copies_of(targets.shape[0], rows.last.shape[0])
     first = jnp.repeat(rows.last, copies)[:, None]
     inputs = jnp.concatenate([first, targets[:, :-1]], axis=1)
     begin = jnp.repeat(rows.length, copies)[:, None] - 1
@@ -746,7 +664,7 @@ class Network(nn.Module):
   ) -> tuple[jax.Array, Any]:
     """[R] int32 -> logits [R, V] float32 and the cache; as model.Model.step."""
     rows: Rows = context.rows
-    copies = _copies(last.shape[0], rows.last.shape[0])
+    copies = copies_of(last.shape[0], rows.last.shape[0])
     token = jnp.where(position == 0, jnp.repeat(rows.last, copies), last)
     at = jnp.repeat(rows.length, copies)[:, None] - 1 + position
     x = self._scaled(self.token_embedder(jnp.maximum(token, 0)[:, None]))
@@ -781,42 +699,8 @@ class Network(nn.Module):
     return constrain(logits, "batch", "length", "vocab")
 
 
-def _copies(rows: int, prompts: int) -> int:
-  if rows % prompts:
-    raise ValueError(
-      f"{rows} rows must be a multiple of the {prompts} prompts: N rows for "
-      "each prompt, prompt-major."
-    )
-  return rows // prompts
-
-
-def init_cache(config: CausalConfig, num_rows: int, max_length: int) -> Any:
-  """An empty cache: zeros [R, J, T, K] in the compute dtype for each layer."""
-  shape = (num_rows, config.num_kv_heads, max_length, config.head_dim)
-  return empty_cache(config, config.num_layers, shape, "kv_heads")
-
-
-def _boxed_init(config: CausalConfig, key: jax.Array) -> Params:
+def boxed_init(config: CausalConfig, key: jax.Array) -> Params:
+  """Random float32 parameters, boxed with the names of their axes."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   # Lazy: makes the parameters without running the network.
   return Network(config).lazy_init(key, tokens, tokens)["params"]
-
-
-def init_params(config: CausalConfig, key: jax.Array) -> Params:
-  """Random float32 parameters.
-
-  Args:
-    config: of the model.
-    key: a typed key.
-  """
-  return trees.init(_boxed_init, config, key)
-
-
-def abstract_params(config: CausalConfig) -> Params:
-  """The tree of `init_params` with a jax.ShapeDtypeStruct for each array."""
-  return trees.abstract(_boxed_init, config)
-
-
-def logical_axes(config: CausalConfig) -> Params:
-  """The tree of `init_params` with a tuple of axis names for each array."""
-  return trees.axes(_boxed_init, config)

@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 
-from clp_jax.models import causal
-from clp_jax.models.causal import CausalConfig, Network
+from clp_jax.models import trees
+from clp_jax.models.attention import empty_cache
+from clp_jax.models.causal import CausalConfig, Network, boxed_init
 from clp_jax.models.model import Cache, Context, Params
 
 
@@ -17,13 +18,13 @@ class CausalLM:
   config: CausalConfig
 
   def init(self, key: jax.Array) -> Params:
-    return causal.init_params(self.config, key)
+    return trees.init(boxed_init, self.config, key)
 
   def abstract(self) -> Params:
-    return causal.abstract_params(self.config)
+    return trees.abstract(boxed_init, self.config)
 
   def axes(self) -> Params:
-    return causal.logical_axes(self.config)
+    return trees.axes(boxed_init, self.config)
 
   def is_cast(self, path: tuple[str, ...]) -> bool:
     return path[-1] in ("kernel", "bias", "embedding")
@@ -32,7 +33,9 @@ class CausalLM:
     return self._apply(params, prompts, method="read")
 
   def empty_cache(self, rows: int, length: int) -> Cache:
-    return causal.init_cache(self.config, rows, length)
+    cfg = self.config
+    shape = (rows, cfg.num_kv_heads, length, cfg.head_dim)
+    return empty_cache(cfg, cfg.num_layers, shape, "kv_heads")
 
   def step(
     self,

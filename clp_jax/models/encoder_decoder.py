@@ -1,6 +1,7 @@
 """T5 as a `Model`: prompts are encoded, responses decoded."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -30,10 +31,9 @@ class EncoderDecoder:
     return path[-1] == "kernel" and "logits_dense" not in path
 
   def read(self, params: Params, prompts: jax.Array) -> Context:
-    network, variables = T5(self.config), {"params": params}
     mask = prompts != self.config.pad_id
-    encoded = network.apply(variables, prompts, mask, method="encode")
-    cross = network.apply(variables, encoded, method="cross_keys_values")
+    encoded = self._apply(params, prompts, mask, method="encode")
+    cross = self._apply(params, encoded, method="cross_keys_values")
     return Context(cross, mask)
 
   def empty_cache(self, rows: int, length: int) -> Cache:
@@ -47,14 +47,8 @@ class EncoderDecoder:
     last: jax.Array,
     position: jax.Array,
   ) -> tuple[jax.Array, Cache]:
-    return T5(self.config).apply(
-      {"params": params},
-      last,
-      cache,
-      position,
-      *context,
-      method="decode_step",
-    )
+    inputs = (last, cache, position, *context)
+    return self._apply(params, *inputs, method="decode_step")
 
   def score(
     self,
@@ -63,8 +57,8 @@ class EncoderDecoder:
     targets: jax.Array,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
-    logits, kept = T5(self.config).apply(
-      {"params": params},
+    logits, kept = self._apply(
+      params,
       prompts,
       t5.shift_right(targets),
       deterministic=dropout_key is None,
@@ -89,3 +83,6 @@ class EncoderDecoder:
       + written
       * (cfg.num_decoder_layers * decoder + cfg.emb_dim * cfg.vocab_size)
     )
+
+  def _apply(self, params: Params, *args: Any, **options: Any) -> Any:
+    return T5(self.config).apply({"params": params}, *args, **options)

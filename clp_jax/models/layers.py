@@ -1,4 +1,4 @@
-"""What T5's encoder and decoder are made of: norms, attention, MLP, embedding.
+"""What models are made of: linear maps, norms, MLP, embedding, T5's attention.
 
 Names, shapes and logical axes of the parameters are t5x's; see `t5.py`, where
 the parts are put together, for the axis letters. Any parameter may be a
@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -18,14 +18,16 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from clp_jax.low_rank import LowRank
+from clp_jax.models.attention import (
+  MANY_QUERIES,
+  MASKED,
+  KeysValues,
+  in_blocks,
+)
 from clp_jax.row_mixing import RowMixture
 from clp_jax.sharding import constrain
 
 NORM_EPSILON = 1e-6
-MASKED = -1e10  # finite, so that a row with nothing to attend to is not NaN
-# From so many queries on, attention takes blocks of so many at a time.
-MANY_QUERIES = 256
-QUERIES = 128  # the width of a TPU's matrix unit
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(nn.gelu, approximate=True),
@@ -56,6 +58,16 @@ def check_computation(config: Any) -> None:
     raise ValueError(f"dtype must be one of {DTYPES}, got {config.dtype!r}.")
   if config.remat not in REMAT:
     raise ValueError(f"remat must be one of {REMAT}, got {config.remat!r}.")
+
+
+def check_eos_ids(config: Any, lowest: int) -> None:
+  """Raises a ValueError unless they are tokens, from `lowest` on."""
+  for token in config.eos_ids:
+    if not isinstance(token, int) or not lowest <= token < config.vocab_size:
+      raise ValueError(
+        f"eos_ids must be tokens in [{lowest}, {config.vocab_size}), got "
+        f"{config.eos_ids!r}."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,85 +178,11 @@ class T5Config:
         f"{self.relative_attention_max_distance!r}."
       )
     object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
-    for token in self.eos_ids:
-      if not isinstance(token, int) or not 0 < token < self.vocab_size:
-        raise ValueError(
-          f"eos_ids must be tokens in [1, {self.vocab_size}), got "
-          f"{self.eos_ids!r}."
-        )
+    check_eos_ids(self, lowest=1)
 
   @property
   def compute_dtype(self) -> jnp.dtype:
     return jnp.dtype(self.dtype)
-
-
-class KeysValues(NamedTuple):
-  """Keys and values of one attention; heads come before the length, which
-  makes a decoding step twice as fast on CPU as the other order."""
-
-  keys: jax.Array  # [B, H, S, K] in the compute dtype
-  values: jax.Array  # [B, H, S, K]
-
-
-def empty_cache(
-  config: Any, num_layers: int, shape: tuple[int, ...], heads: str
-):
-  """Keys and values of all layers before the first position.
-
-  Args:
-    config: its compute dtype is theirs, its scan_layers says how they lie.
-    num_layers: L.
-    shape: (R, heads, T, K) of a layer.
-    heads: logical axis of the heads.
-
-  Returns:
-    KeysValues of zeros, one a layer in a tuple; or, with scan_layers, one with
-    a leading axis L.
-  """
-
-  def zeros(*leading: int) -> KeysValues:
-    empty = jnp.zeros((*leading, *shape), config.compute_dtype)
-    names = ("layers",) * len(leading) + ("batch", heads, "length", "kv")
-    return KeysValues(constrain(empty, *names), constrain(empty, *names))
-
-  if config.scan_layers:
-    return zeros(num_layers)
-  return tuple(zeros() for _ in range(num_layers))
-
-
-def write_cache(
-  cache: KeysValues,
-  new: KeysValues,
-  layer: jax.Array | None,
-  position: jax.Array,
-) -> tuple[KeysValues, KeysValues]:
-  """Writes one position of one layer.
-
-  Args:
-    cache: [R, H, T, K] each; or [L, R, H, T, K] with `layer`.
-    new: [R, H, 1, K] each.
-    layer: [] int32, whose part of the cache this is; None if all of it.
-    position: [] int32, where to write.
-
-  Returns:
-    The cache, and the layer's own part of it.
-  """
-  zero = jnp.zeros_like(position)
-  start: tuple[jax.Array, ...] = (zero, zero, position, zero)
-  # Scanned layers carry the whole cache and write one position of it: as a
-  # scanned input and output, all of it would be copied at every step.
-  if layer is not None:
-    new = jax.tree.map(lambda a: a[None], new)
-    start = (layer, *start)
-  cache = jax.tree.map(
-    lambda old, a: jax.lax.dynamic_update_slice(old, a, start), cache, new
-  )
-  if layer is None:
-    return cache, cache
-  own = jax.tree.map(
-    lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False), cache
-  )
-  return cache, own
 
 
 def relative_position_buckets(
@@ -497,9 +435,7 @@ def attend(
 ) -> jax.Array:
   """Means of the values, weighted by the softmax of query times key.
 
-  Many queries are worked on a block at a time, and again in the backward pass:
-  the logits of a block stay in an accelerator's fast memory, where all of them
-  would be written to its main memory and read several times.
+  Many queries are worked on a block at a time, see `in_blocks`.
 
   Args:
     query: [B, H, Q, K], the queries of N rows, row by row.
@@ -518,26 +454,13 @@ def attend(
   # Their gradients are summed over the blocks, in this precision.
   wide_keys, wide_values = (x.astype(jnp.float32) for x in (keys, values))
 
-  @jax.checkpoint
-  def block(queries):
-    query, bias = queries
+  def block(query, bias):
     narrow_keys, narrow_values = (
       x.astype(query.dtype) for x in (wide_keys, wide_values)
     )
     return _attend(query, narrow_keys, narrow_values, mask, bias)
 
-  def cut(x):
-    """[b, H, n * QUERIES, ...] -> [n, b, H, QUERIES, ...]."""
-    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, QUERIES, x.shape[3]), 2, 0)
-
-  whole = length - length % QUERIES
-  first = jax.tree.map(lambda x: cut(x[:, :, :whole]), (query, bias))
-  attended = jnp.moveaxis(jax.lax.map(block, first), 0, 2)
-  attended = attended.reshape(*query.shape[:2], whole, -1)
-  if whole < length:
-    rest = jax.tree.map(lambda x: x[:, :, whole:], (query, bias))
-    attended = jnp.concatenate([attended, block(rest)], axis=2)
-  return attended
+  return in_blocks(block, (query, bias), (-2, None if bias is None else -2))
 
 
 def _attend(query, keys, values, mask, bias):
@@ -579,11 +502,7 @@ class Attention(nn.Module):
   def keys_values(self, x: jax.Array) -> KeysValues:
     """x: [B, S, D] -> keys and values [B, H, S, K]."""
     keys, values = self._split(self.key(x)), self._split(self.value(x))
-    names = ("batch", "heads", "length", "kv")
-    return KeysValues(
-      constrain(jnp.swapaxes(keys, 1, 2), *names),
-      constrain(jnp.swapaxes(values, 1, 2), *names),
-    )
+    return KeysValues.of(keys, values, "heads")
 
   def __call__(
     self,
@@ -665,33 +584,47 @@ class MLP(nn.Module):
     return linear(cfg.emb_dim, ("mlp", "embed"), name="wo")(hidden)
 
 
+def copies_of(rows: int, prompts: int) -> int:
+  """N, or a ValueError where R rows are not N for each of B prompts."""
+  if rows % prompts:
+    raise ValueError(
+      f"{rows} rows must be a multiple of the {prompts} prompts: N rows for "
+      "each prompt, prompt-major."
+    )
+  return rows // prompts
+
+
+def layers_of(config: Any, layer: Callable, num_layers: int) -> Any:
+  """A stack's `layers`: one module, which is scanned, or a list of them."""
+  if config.scan_layers:
+    return layer(config)
+  return [layer(config) for _ in range(num_layers)]
+
+
 def through_layers(
-  config: Any,
-  layers: Any,
+  stack: Any,
   body: Callable,
   carry: Any,
   per_layer: Any,
   *shared: Any,
-  num_layers: int,
-  remat: bool,
+  remat: bool = False,
 ) -> tuple[Any, Any]:
   """Threads a carry through the layers, a scanned stack or a list of them.
 
   Args:
-    config: its scan_layers says which of the two, its remat what to compute
-      again.
-    layers: one stacked module, or a list of modules.
+    stack: module whose `layers` these are, `num_layers` of them. Its config's
+      scan_layers says which of the two, its remat what to compute again.
     body: (layer, carry, this layer's input, *shared) -> (carry, output).
     carry: what the first layer gets.
     per_layer: inputs of the layers: a tree with a leading axis L when scanned,
       a sequence over layers otherwise; None for none.
     *shared: what every layer gets.
-    num_layers: how many a stack holds.
     remat: apply config.remat; decoding steps have no gradient.
 
   Returns:
     What the last layer carries, and the outputs, arranged as per_layer.
   """
+  config, layers = stack.config, stack.layers
   if remat and config.remat != "none":
     policy = None
     if config.remat == "minimal":
@@ -705,7 +638,7 @@ def through_layers(
       variable_axes={"params": 0},
       split_rngs={"params": True, "dropout": True},
       in_axes=(0,) + (nn.broadcast,) * len(shared),
-      length=num_layers,
+      length=stack.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scan(layers, carry, per_layer, *shared)
@@ -715,3 +648,35 @@ def through_layers(
     carry, output = body(layer, carry, mine, *shared)
     outputs.append(output)
   return carry, tuple(outputs)
+
+
+def step_layers(
+  stack: Any, step: Callable, x: Any, cache: Any, per_layer: Any, *shared: Any
+) -> tuple[Any, Any]:
+  """`through_layers` for one position, which each layer writes to its cache.
+
+  Args:
+    stack: as for `through_layers`, as are per_layer and shared.
+    step: (layer, x, cache, number, this layer's input, *shared) -> (x, cache):
+      the whole cache and the layer's number in it, or its own part and None.
+    x: what the first layer gets.
+    cache: from `attention.empty_cache`.
+    per_layer: inputs of the layers.
+    *shared: what every layer gets.
+
+  Returns:
+    What the last layer gives, and the cache.
+  """
+
+  def stacked(layer, carry, inputs, *shared):
+    return step(layer, *carry, *inputs, *shared), None
+
+  def listed(layer, x, inputs, *shared):
+    own, mine = inputs
+    return step(layer, x, own, None, mine, *shared)
+
+  if stack.config.scan_layers:
+    numbered = (jnp.arange(stack.num_layers, dtype=jnp.int32), per_layer)
+    return through_layers(stack, stacked, (x, cache), numbered, *shared)[0]
+  with_cache = list(zip(cache, per_layer, strict=True))
+  return through_layers(stack, listed, x, with_cache, *shared)

@@ -85,14 +85,9 @@ def start(
     A function that gives the combined logits of a position, and the K caches
     it starts with.
   """
+  lengths = {"num_samples": num_samples, "max_length": max_length}
   started = [
-    decoding.start(
-      model,
-      params,
-      encoder_input_tokens,
-      num_samples=num_samples,
-      max_length=max_length,
-    )
+    decoding.start(model, params, encoder_input_tokens, **lengths)
     for params in mixture.models
   ]
 

@@ -26,7 +26,6 @@ L layers.
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -34,28 +33,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from clp_jax.models import trees
+from clp_jax.models.attention import KeysValues, empty_cache, write_cache
 from clp_jax.models.layers import (
   MLP,
   Attention,
   Embedding,
-  KeysValues,
   Linear,
   RelativeBias,
   RMSNorm,
   SoftTokens,
   T5Config,
+  copies_of,
   dropout,
-  empty_cache,
+  layers_of,
   relative_position_buckets,
+  step_layers,
   through_layers,
-  write_cache,
 )
+from clp_jax.models.trees import Axes, Params
 from clp_jax.models.trees import stack_layers as stack_layers
 from clp_jax.models.trees import unstack_layers as unstack_layers
 from clp_jax.sharding import constrain
-
-Params = Any  # a nested dict of arrays
-Axes = Any  # the same nesting with a tuple of axis names for each array
 
 # One KeysValues a layer in a tuple, or, with scan_layers, a single KeysValues
 # with a leading axis L.
@@ -200,6 +198,17 @@ class DecoderLayer(nn.Module):
     return constrain(x, "batch", "length", "embed")
 
 
+def _buckets(
+  config: T5Config, distance: np.ndarray, bidirectional: bool
+) -> np.ndarray:
+  return relative_position_buckets(
+    distance,
+    bidirectional=bidirectional,
+    num_buckets=config.relative_attention_num_buckets,
+    max_distance=config.relative_attention_max_distance,
+  )
+
+
 class Encoder(nn.Module):
   """All the encoder layers, with their shared relative bias and last norm."""
 
@@ -208,10 +217,8 @@ class Encoder(nn.Module):
   def setup(self):
     cfg = self.config
     self.relpos_bias = RelativeBias(cfg)
-    if cfg.scan_layers:
-      self.layers: Any = EncoderLayer(cfg)
-    else:
-      self.layers = [EncoderLayer(cfg) for _ in range(cfg.num_encoder_layers)]
+    self.num_layers = cfg.num_encoder_layers
+    self.layers = layers_of(cfg, EncoderLayer, self.num_layers)
     self.encoder_norm = RMSNorm(cfg.compute_dtype)
     self.dropout = dropout(cfg)
 
@@ -219,32 +226,16 @@ class Encoder(nn.Module):
     self, x: jax.Array, mask: jax.Array, deterministic: bool = True
   ) -> jax.Array:
     """x: [B, S, D] embedded, mask: [B, S] bool -> [B, S, D]."""
-    cfg = self.config
     position = np.arange(x.shape[1])
-    bias = self.relpos_bias(
-      relative_position_buckets(
-        position[:, None] - position[None, :],
-        bidirectional=True,
-        num_buckets=cfg.relative_attention_num_buckets,
-        max_distance=cfg.relative_attention_max_distance,
-      )
-    )
+    distance = position[:, None] - position[None, :]
+    bias = self.relpos_bias(_buckets(self.config, distance, True))
 
     def body(layer, x, _, mask, bias):
       return layer(x, mask, bias, deterministic), None
 
     x = self.dropout(x, deterministic=deterministic)
-    x, _ = through_layers(
-      cfg,
-      self.layers,
-      body,
-      x,
-      None,
-      mask[:, None],
-      bias,
-      num_layers=cfg.num_encoder_layers,
-      remat=True,
-    )
+    mask = mask[:, None]
+    x, _ = through_layers(self, body, x, None, mask, bias, remat=True)
     x = self.encoder_norm(x)
     return self.dropout(x, deterministic=deterministic)
 
@@ -257,10 +248,8 @@ class Decoder(nn.Module):
   def setup(self):
     cfg = self.config
     self.relpos_bias = RelativeBias(cfg)
-    if cfg.scan_layers:
-      self.layers: Any = DecoderLayer(cfg)
-    else:
-      self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
+    self.num_layers = cfg.num_decoder_layers
+    self.layers = layers_of(cfg, DecoderLayer, self.num_layers)
     self.decoder_norm = RMSNorm(cfg.compute_dtype)
     self.dropout = dropout(cfg)
     if not cfg.logits_via_embedding:
@@ -273,15 +262,6 @@ class Decoder(nn.Module):
         ),
       )
 
-  def _buckets(self, length: int) -> np.ndarray:
-    """[T] int32, the bucket of each distance back from a query."""
-    return relative_position_buckets(
-      np.arange(length),
-      bidirectional=False,
-      num_buckets=self.config.relative_attention_num_buckets,
-      max_distance=self.config.relative_attention_max_distance,
-    )
-
   def __call__(
     self,
     x: jax.Array,
@@ -292,7 +272,7 @@ class Decoder(nn.Module):
     """x: [B * N, T, D] embedded, encoded: [B, S, D] -> [B * N, T, D]."""
     position = np.arange(x.shape[1])
     distance = position[:, None] - position[None, :]
-    bias = self.relpos_bias(self._buckets(x.shape[1])[np.maximum(distance, 0)])
+    bias = self.relpos_bias(_buckets(self.config, distance, False))
     mask = jnp.asarray(distance >= 0)[None]
 
     def body(layer, x, _, mask, bias, encoded, encoder_mask):
@@ -300,19 +280,8 @@ class Decoder(nn.Module):
       return x, None
 
     x = self.dropout(x, deterministic=deterministic)
-    x, _ = through_layers(
-      self.config,
-      self.layers,
-      body,
-      x,
-      None,
-      mask,
-      bias,
-      encoded,
-      encoder_mask[:, None],
-      num_layers=self.config.num_decoder_layers,
-      remat=True,
-    )
+    shared = (mask, bias, encoded, encoder_mask[:, None])
+    x, _ = through_layers(self, body, x, None, *shared, remat=True)
     x = self.decoder_norm(x)
     return self.dropout(x, deterministic=deterministic)
 
@@ -322,16 +291,7 @@ class Decoder(nn.Module):
     def body(layer, encoded, _):
       return encoded, layer.encoder_decoder_attention.keys_values(encoded)
 
-    _, cross = through_layers(
-      self.config,
-      self.layers,
-      body,
-      encoded,
-      None,
-      num_layers=self.config.num_decoder_layers,
-      remat=False,
-    )
-    return cross
+    return through_layers(self, body, encoded, None)[1]
 
   def step(
     self,
@@ -342,39 +302,16 @@ class Decoder(nn.Module):
     encoder_mask: jax.Array,
   ) -> tuple[jax.Array, LayersKeysValues]:
     """x: [R, 1, D] embedded -> [R, 1, D] and the cache, position written."""
-    cfg = self.config
     length = jax.tree.leaves(cache)[0].shape[-2]
     distance = position - jnp.arange(length, dtype=jnp.int32)
-    buckets = jnp.take(self._buckets(length), jnp.maximum(distance, 0))
+    of_distance = _buckets(self.config, np.arange(length), False)
+    buckets = jnp.take(of_distance, jnp.maximum(distance, 0))
     bias = self.relpos_bias(buckets[None])
     mask = (distance >= 0)[None, None]
-    through = functools.partial(
-      through_layers,
-      cfg,
-      self.layers,
-      num_layers=cfg.num_decoder_layers,
-      remat=False,
-    )
     shared = (position, mask, bias, encoder_mask[:, None])
-    if cfg.scan_layers:
-      index = jnp.arange(cfg.num_decoder_layers, dtype=jnp.int32)
-      (x, cache), _ = through(
-        _step_stacked, (x, cache), (index, cross), *shared
-      )
-    else:
-      per_layer = tuple(zip(cache, cross, strict=True))
-      x, cache = through(_step_listed, x, per_layer, *shared)
+    step = DecoderLayer.step
+    x, cache = step_layers(self, step, x, cache, cross, *shared)
     return self.decoder_norm(x), cache
-
-
-def _step_stacked(layer, carry, index_cross, *shared):
-  index, cross = index_cross
-  return layer.step(*carry, index, cross, *shared), None
-
-
-def _step_listed(layer, x, cache_cross, *shared):
-  cache, cross = cache_cross
-  return layer.step(x, cache, None, cross, *shared)
 
 
 class T5(nn.Module):
@@ -451,7 +388,7 @@ class T5(nn.Module):
     Returns:
       [B * N, T, V] float32.
     """
-    _check_rows(decoder_input_tokens.shape[0], encoded.shape[0])
+    copies_of(decoder_input_tokens.shape[0], encoded.shape[0])
     x = self.token_embedder(decoder_input_tokens)
     encoder_mask = self._encoded_mask(encoder_mask)
     x = self.decoder(x, encoded, encoder_mask, deterministic)
@@ -483,7 +420,7 @@ class T5(nn.Module):
     Returns:
       Logits [R, V] float32, and the cache with this position written.
     """
-    _check_rows(tokens.shape[0], encoder_mask.shape[0])
+    copies_of(tokens.shape[0], encoder_mask.shape[0])
     x = self.token_embedder(tokens[:, None])
     encoder_mask = self._encoded_mask(encoder_mask)
     x, cache = self.decoder.step(x, cache, position, cross, encoder_mask)
@@ -514,27 +451,11 @@ def _encoder_mask(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
   return mask.astype(bool)
 
 
-def _check_rows(rows: int, prompts: int) -> None:
-  if rows % prompts:
-    raise ValueError(
-      f"The decoder's {rows} rows must be a multiple of the {prompts} encoded "
-      "prompts: N rows for each prompt, prompt-major."
-    )
-
-
 def init_cache(
   config: T5Config, num_rows: int, max_length: int
 ) -> LayersKeysValues:
-  """An empty self-attention cache for `T5.decode_step`.
-
-  Args:
-    config: the model's.
-    num_rows: R, rows decoded together.
-    max_length: T, positions.
-
-  Returns:
-    Zeros [R, H, T, K] in the compute dtype for each decoder layer.
-  """
+  """An empty self-attention cache for `T5.decode_step`, of R rows and T
+  positions: zeros [R, H, T, K] in the compute dtype for each decoder layer."""
   shape = (num_rows, config.num_heads, max_length, config.head_dim)
   return empty_cache(config, config.num_decoder_layers, shape, "heads")
 
@@ -546,16 +467,9 @@ def _boxed_init(config: T5Config, key: jax.Array) -> Params:
 
 
 def init_params(config: T5Config, key: jax.Array) -> Params:
-  """Random parameters, distributed as t5x initialises them.
+  """Random float32 parameters from a typed key, as t5x initialises them.
 
   Whether the layers are scanned changes where the values are, not the values.
-
-  Args:
-    config: of the model.
-    key: a typed key.
-
-  Returns:
-    A nested dict of float32 arrays.
   """
   return trees.init(_boxed_init, config, key)
 
@@ -570,11 +484,5 @@ def logical_axes(config: T5Config) -> Axes:
 
   The tuples are leaves by meaning but nodes to jax.tree: map over them with
   `is_leaf=lambda x: isinstance(x, tuple)`. Stacked layers put "layers" first.
-
-  Args:
-    config: of the model.
-
-  Returns:
-    A nested dict of tuples of str.
   """
   return trees.axes(_boxed_init, config)

@@ -63,7 +63,7 @@ def _stack(*leaves: Any) -> Any:
 
 
 def stack_layers(params: Params) -> Params:
-  """t5x's tree (`layers_0`, `layers_1`, ...) to the scanned one (`layers`).
+  """The listed tree (`layers_0`, `layers_1`, ...) to the scanned (`layers`).
 
   Args:
     params: nested dict of arrays, as `scan_layers=False` has it.
@@ -82,7 +82,7 @@ def stack_layers(params: Params) -> Params:
 
 
 def unstack_layers(params: Params) -> Params:
-  """The scanned tree (`layers`) to t5x's (`layers_0`, `layers_1`, ...).
+  """The scanned tree (`layers`) to the listed (`layers_0`, `layers_1`, ...).
 
   Args:
     params: nested dict of arrays, as `scan_layers=True` has it.

@@ -91,20 +91,29 @@ def make_app(
     },
   )
   _handle_errors(app)
-  created = int(time.time())
   model = schema.Model(
     id=name,
     object="model",
-    created=created,
+    created=int(time.time()),
     owned_by="clp_jax",
     objectives=list(policy.objectives),
-    alpha_range=_alpha_range(policy),
+    alpha_range=(
+      policy.steering.distribution.alpha_range if policy.objectives else None
+    ),
     max_prompt_tokens=policy.config.data.source_length,
     max_tokens=policy.config.data.target_length,
     step=policy.step,
   )
-  completions = _Completions(policy, batcher, metrics, model, limits)
+  _add_completions(app, _Completions(policy, batcher, metrics, model, limits))
+  _add_model(app, model, documents, load_front)
+  _add_operation(app, batcher, metrics)
+  folder = importlib.resources.files("clp_jax.serving") / "page"
+  for path, (file, media_type) in PAGE.items():
+    _serve_file(app, path, (folder / file).read_bytes(), media_type)
+  return metrics.counting(Protection(app, limits, key, loopback))
 
+
+def _add_completions(app: FastAPI, completions: "_Completions") -> None:
   # The answer's model is for the description; validating it would cost more
   # than making it.
   @app.post(
@@ -121,6 +130,13 @@ def make_app(
     """Summaries of documents at a weighting of the objectives."""
     return await completions(body, request)
 
+
+def _add_model(
+  app: FastAPI,
+  model: schema.Model,
+  documents: schema.Documents,
+  load_front: Callable[[], dict[str, Any] | None],
+) -> None:
   @app.get("/v1/models", response_model=schema.Models)
   async def models():
     """The model, its objectives and its limits."""
@@ -133,7 +149,7 @@ def make_app(
   )
   async def one_model(model_id: str):
     """The model of that name."""
-    if model_id != name:
+    if model_id != model.id:
       raise _unknown_model(model_id)
     return model
 
@@ -154,6 +170,8 @@ def make_app(
     """Held-out documents of the run's data, to start from."""
     return documents
 
+
+def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics) -> None:
   @app.get(
     "/health",
     response_model=schema.Health,
@@ -178,11 +196,6 @@ def make_app(
     """Counters in Prometheus' format."""
     content, media_type = metrics.render()
     return Response(content, media_type=media_type)
-
-  folder = importlib.resources.files("clp_jax.serving") / "page"
-  for path, (file, media_type) in PAGE.items():
-    _serve_file(app, path, (folder / file).read_bytes(), media_type)
-  return metrics.counting(Protection(app, limits, key, loopback))
 
 
 class _Completions:
@@ -283,7 +296,8 @@ class _Completions:
     """[p] int32, what the policy is told of the weighting; mostly nothing."""
     if self._policy.prompts is None:
       return np.zeros([0], np.int32)
-    weights, alpha = self._policy.weighting(body.weights, body.alpha)
+    given = (body.weights, body.alpha)
+    weights, alpha = self._policy.steering.weighting(*given)
     weighting = Weighting(jnp.asarray(weights[None]), jnp.asarray([alpha]))
     (tokens,) = np.asarray(self._policy.prompts.prefix(weighting))
     return tokens[tokens != self._policy.vocabulary.pad_id]
@@ -596,13 +610,6 @@ def _unavailable() -> ApiError:
     code="unavailable",
     retry_after=10,
   )
-
-
-def _alpha_range(policy: Policy) -> tuple[float, float] | None:
-  if not policy.objectives or policy.config.weightings.alpha_range is None:
-    return None
-  low, high = policy.config.weightings.alpha_range
-  return low, high
 
 
 def _clip(text: str, limit: int = 100) -> str:

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax import row_mixing, sharding
+from clp_jax import generation
 from clp_jax.models import decoding
 from clp_jax.policy import Policy
-from clp_jax.sampling import Sampling
 
 Array = jax.Array | np.ndarray
 ALTERNATIVES = 5  # likeliest tokens that a row can ask for at each position
@@ -83,32 +82,28 @@ class Decoder:
       policy: the run.
       rows: R; rounded up to a multiple of the mesh's data axis.
     """
-    data = sharding.row_shards(policy.mesh)
-    self.rows = -(-rows // data) * data
+    self._rows = policy.decoder
+    self.rows = self._rows.whole(rows)
     longest = policy.config.data.source_length
     if policy.prompts is not None:  # what the policy is told of a weighting
       longest += policy.prompts.length
     self.lengths = sorted(
       {longest} | {n for n in (longest // 4, longest // 2) if n >= SHORTEST}
     )
-    self.max_tokens = policy.config.data.target_length
+    self.max_tokens = self._rows.max_length
     self.eos_ids = policy.model_config.eos_ids
     self.trace_count = 0
-    self._policy = policy
-    self._model = policy.model
     # Rows are mixed from these, whatever kind they are of.
-    bank = policy.bank
-    reference = policy.reference if bank.needs_reference else {}
-    self._sets = jax.jit(bank.row_sets)(policy.sets, reference)
+    self._sets = policy.row_sets
+    self._vertex = np.eye(policy.bank.num_sets)[0]
     self._begin = jax.jit(self._trace_begin)
     self._advance = jax.jit(self._trace_advance, donate_argnames="loop")
 
   def compile(self) -> None:
     """Compiles every shape, by decoding a batch in each."""
-    m = self._policy.coefficients(*_any_weighting(self._policy))
     for length in self.lengths:
       tokens = np.ones([length], np.int32)
-      row = Row(tokens, m, 0, 0, 1.0, 1.0, self.max_tokens, False)
+      row = Row(tokens, self._vertex, 0, 0, 1.0, 1.0, self.max_tokens, False)
       batch = self.begin([row])
       # Twice: what a program returns may lie elsewhere than what it was given.
       batch.advance(1)
@@ -122,28 +117,21 @@ class Decoder:
     """Encodes the documents of up to R rows, all of one `length`."""
     return Batch(self, rows)
 
-  def _mix_rows(self, sets, coefficients):
-    steerable = self._policy.bank.steerable
-    return row_mixing.mix_rows(sets, steerable, coefficients)
-
   def _trace_begin(self, sets, tokens, coefficients, is_row):
     self.trace_count += 1
-    shards = sharding.row_sharding(self._policy.mesh)
-    tokens = jax.lax.with_sharding_constraint(tokens, shards)
-    params = self._mix_rows(sets, coefficients)
-    prompts = decoding.read_prompts(self._model, params, tokens)
+    params = self._rows.policies(sets, coefficients)
+    prompts = self._rows.read(params, tokens)
     num, length = len(tokens), self.max_tokens
     top = (num, length, ALTERNATIVES)
-    cache = self._model.empty_cache(num, length)
+    cache = self._rows.model.empty_cache(num, length)
     noted = (jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
-    pad_id = self._model.config.pad_id
-    loop = decoding.first_loop((cache, noted), num, length, pad_id)
+    loop = self._rows.first_loop((cache, noted), num)
     return prompts, loop._replace(ended=~is_row)
 
   def _trace_advance(self, sets, prompts, loop, settings, until):
     self.trace_count += 1
-    params = self._mix_rows(sets, settings.coefficients)
-    next_logits = decoding.logits_after(self._model, params, prompts)
+    params = self._rows.policies(sets, settings.coefficients)
+    next_logits = decoding.logits_after(self._rows.model, params, prompts)
     wanted = settings.alternatives.any()
 
     def noting(tokens, cache, position):
@@ -158,10 +146,7 @@ class Decoder:
       noting,
       loop,
       jax.vmap(_key)(settings.seeds, settings.numbers),
-      Sampling(
-        self._policy.allowed,
-        self.eos_ids,
-        self._model.config.pad_id,
+      self._rows.sampling(
         temperature=settings.temperature,
         top_p=settings.top_p,
         row_lengths=settings.max_tokens,
@@ -178,9 +163,8 @@ class Batch:
       raise ValueError(f"expected 1 to {decoder.rows} rows, got {len(rows)}.")
     length = decoder.length(max(len(row.tokens) for row in rows))
     # Copies of the last row fill the batch; they have ended from the start.
-    index = np.minimum(np.arange(decoder.rows), len(rows) - 1)
-    filled = [rows[i] for i in index]
-    pad_id = decoder._model.config.pad_id
+    filled = [rows[i] for i in generation.padding(len(rows), decoder.rows)]
+    pad_id = decoder._rows.model.config.pad_id
     tokens = np.full([decoder.rows, length], pad_id, np.int32)
     for padded, row in zip(tokens, filled, strict=True):
       padded[: len(row.tokens)] = row.tokens
@@ -245,13 +229,3 @@ def _key(seed: jax.Array, number: jax.Array) -> jax.Array:
   key = jax.random.key(low)
   key = jnp.where(high > 0, jax.random.fold_in(key, high), key)
   return jax.random.fold_in(key, number)
-
-
-def _any_weighting(policy: Policy):
-  if not policy.objectives:
-    return None, None
-  alpha_range = policy.config.weightings.alpha_range
-  return (
-    {policy.objectives[0]: 1.0},
-    None if alpha_range is None else alpha_range[0],
-  )
