@@ -67,19 +67,21 @@ def abstract_params(config: families.Config, head: str) -> Params:
   return params
 
 
+def logical_axes(config: families.Config, head: str) -> Params:
+  """Names of the axes of `abstract_params`, for sharding.RULES."""
+  axes = {"t5": families.build(config).axes()}
+  if head == "linear":
+    axes["head"] = ("head",)
+  return axes
+
+
 def param_shardings(
   mesh: Mesh, config: families.Config, head: str, *, fsdp: bool
 ) -> Params:
   """Where the parameters lie: the T5's as a policy's, the head everywhere."""
-  model = families.build(config)
-  placed = {
-    "t5": sharding.param_shardings(
-      mesh, model.axes(), model.abstract(), fsdp=fsdp
-    )
-  }
-  if head == "linear":
-    placed["head"] = sharding.replicated(mesh)
-  return placed
+  return sharding.param_shardings(
+    mesh, logical_axes(config, head), abstract_params(config, head), fsdp=fsdp
+  )
 
 
 def _trained(folder: str) -> ml_collections.ConfigDict | None:

@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh
 
-from clp_jax import adapters, sharding
+from clp_jax import adapters
 
 Tree = Any
 Path = tuple[Any, ...]  # of a leaf, from jax.tree_util
@@ -247,6 +246,17 @@ def _rms(x: jax.Array, stacked: int) -> jax.Array:
   return jnp.sqrt(jnp.mean(jnp.square(x), axis=own, keepdims=True))
 
 
+def stage_optimizer(
+  config: ml_collections.ConfigDict,
+  settings: ml_collections.ConfigDict,
+  axes: Tree,
+) -> optax.GradientTransformation:
+  """The config's optimizer under the schedule of a stage's own settings."""
+  own = ("learning_rate", "warmup_steps", "decay_steps")
+  schedule = {name: settings[name] for name in own}
+  return make_optimizer(**(dict(config.optimizer) | schedule), axes=axes)
+
+
 def rl_optimizer(
   config: ml_collections.ConfigDict, axes: Tree = None
 ) -> optax.GradientTransformation:
@@ -271,39 +281,3 @@ def rl_critic_optimizer(config: ml_collections.ConfigDict):
   """
   rate, decay = config.critic.learning_rate, config.optimizer.decay_steps
   return optax.adam(make_schedule(rate, 0, decay))
-
-
-def at_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
-  """Sets what the learning rate's schedule counts.
-
-  The schedule is in steps of training, and a step may take several updates, or
-  fewer than it could where it stops early.
-  """
-
-  def counts(path, _):
-    return getattr(path[-1], "tuple_name", None) == "ScaleByScheduleState"
-
-  return optax.tree_utils.tree_set(opt_state, counts, count=step)
-
-
-def optimizer_shardings(
-  mesh: Mesh,
-  optimizer: optax.GradientTransformation,
-  abstract_params: Tree,
-  param_shardings: Tree,
-) -> Tree:
-  """Shardings of an optimizer's state: moments lie like their parameters.
-
-  Adafactor's factored ones do so along the dimensions that they have.
-  """
-  whole = sharding.replicated(mesh)
-  return optax.tree_utils.tree_map_params(
-    optimizer,
-    lambda moment, param, s: sharding.moment_sharding(
-      moment.shape, param.shape, s
-    ),
-    jax.eval_shape(optimizer.init, abstract_params),
-    abstract_params,
-    param_shardings,
-    transform_non_params=lambda _: whole,
-  )
