@@ -32,13 +32,14 @@ from clp_jax.train.state import TrainState, apply_gradient
 Params = Any
 Batch = dict[str, jax.Array]  # [G, prompts or responses of a group, ...]
 Score = Callable[[Params, Batch], TokenScores]  # of the policies of `params`
-SUMS = ("loss", "value_loss", "clipped", "kl", "gradient_norm")
+KL = "ppo/approximate_kl"
+METRICS = ("loss", "critic/loss", "ppo/clip_fraction", KL, "gradient_norm")
 
 
 class _Carry(NamedTuple):
   state: TrainState
   stopped: jax.Array  # [] bool
-  metrics: dict[str, Mean]  # SUMS, over the minibatches that were learned from
+  metrics: dict[str, Mean]  # METRICS, over the minibatches learned from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +47,11 @@ class ActorCritic:
   """Learns as algorithms/ppo.py says.
 
   Attributes:
-    score: (params, reference, coefficients, prompts, responses) -> what the
-      policies say of the responses, as `rollout.score_groups` does.
-    optimizer: that made `state.opt_state`.
+    score, optimizer, num_samples, microbatches: as Reinforce's; a minibatch is
+      cut into microbatches.
     critic_optimizer: that made `state.critic.opt_state`.
     settings: of PPO.
     values_kl: the critic has a value for the KL: it can have a weight.
-    num_samples: N.
-    microbatches: parts of a minibatch whose gradients are accumulated.
     rows: where the rows of a minibatch lie.
   """
 
@@ -69,74 +67,52 @@ class ActorCritic:
   def __call__(
     self, state: TrainState, experience: Experience, reference: Params
   ) -> tuple[TrainState, dict[str, Mean | jax.Array]]:
-    """The three steps of the module, a pure function.
+    """The three steps of the module, a pure function as `Reinforce` is."""
 
-    Args:
-      state: before the update.
-      experience: of R responses under G weightings.
-      reference: an ordinary model's parameters; what the bank freezes.
-
-    Returns:
-      (the state with what has learned, metrics).
-    """
+    critic, settings, mask = state.critic, self.settings, experience.mask
+    assert critic is not None
 
     def score(params, batch):
-      return self.score(
-        params,
-        reference,
-        experience.coefficients,
-        batch["encoder_input_tokens"],
-        batch["tokens"],
-      )
+      return self.score(params, reference, experience.coefficients, batch)
+
+    def before(batch):
+      scores = score(state.params, batch)
+      values = critic_lib.values(critic.params, scores.states)
+      return {"logp": scores.logp, "values": values}, scores.entropy
 
     batch = {
       "encoder_input_tokens": experience.encoder_input_tokens,
       "tokens": experience.tokens,
     }
-    sampled = map_parts(
-      functools.partial(_sampled, score, state),
-      batch,
-      self.settings.minibatches * self.microbatches,
+    sampled, entropy = map_parts(
+      before, batch, settings.minibatches * self.microbatches
     )
     advantages, targets = self._targets(experience, sampled["values"])
-    batch |= {
-      "mask": experience.mask,
-      "logp": sampled["logp"],
-      "values": sampled["values"],
-      "advantages": advantages,
-      "targets": targets,
-    }
+    batch |= sampled
+    batch |= {"mask": mask, "advantages": advantages, "targets": targets}
     _, _, key = keys.of_step(state.key, state.step)
     last, _ = jax.lax.scan(
       functools.partial(self._learn, score, batch),
       _Carry(
         state,
         jnp.asarray(False),
-        {name: Mean(jnp.float32(0), jnp.float32(0)) for name in SUMS},
+        {name: Mean(jnp.float32(0), jnp.float32(0)) for name in METRICS},
       ),
-      minibatches(
-        key, self.settings, *experience.encoder_input_tokens.shape[:2]
-      ),
+      minibatches(key, settings, *experience.encoder_input_tokens.shape[:2]),
     )
     metrics: dict[str, Mean | jax.Array] = {
-      "loss": last.metrics["loss"],
-      "gradient_norm": last.metrics["gradient_norm"],
-      "entropy": mean_of(sampled["entropy"], experience.mask),
-      "critic/loss": last.metrics["value_loss"],
+      name: last.metrics[name]
+      for name in METRICS
+      if settings != ppo.REINFORCE or not name.startswith("ppo/")
     }
-    explained = ppo.explained_variance(
-      sampled["values"], targets, experience.mask
-    )
+    metrics["entropy"] = mean_of(entropy, mask)
+    explained = ppo.explained_variance(sampled["values"], targets, mask)
     for i in range(experience.rewards.shape[-1]):
       metrics[f"critic/explained_variance/{i}"] = explained[i]
     if self.values_kl:
       metrics["critic/explained_variance/kl"] = explained[-1]
-    if self.settings != ppo.REINFORCE:
-      metrics |= {
-        "ppo/clip_fraction": last.metrics["clipped"],
-        "ppo/approximate_kl": last.metrics["kl"],
-        "ppo/updates": last.metrics["loss"].count,
-      }
+    if settings != ppo.REINFORCE:
+      metrics["ppo/updates"] = last.metrics["loss"].count
     return last.state, metrics
 
   def _targets(
@@ -175,14 +151,9 @@ class ActorCritic:
     }
     responses = part["mask"].shape[0] * part["mask"].shape[1]
     tokens = part["mask"].sum().astype(jnp.float32)
-
-    def value_and_grad(both, microbatch):
-      return jax.value_and_grad(self._loss, has_aux=True)(
-        both, score, microbatch, responses, tokens
-      )
-
+    loss = functools.partial(self._loss, score, responses, tokens)
     (_, sums), (gradient, critic_gradient) = accumulate(
-      value_and_grad,
+      jax.value_and_grad(loss, has_aux=True),
       (state.params, state.critic.params),
       part,
       self.microbatches,
@@ -190,7 +161,7 @@ class ActorCritic:
     sums["gradient_norm"] = optax.tree.norm(gradient)
     stopped = carry.stopped
     if self.settings.target_kl is not None:
-      stopped = stopped | (sums["kl"] > self.settings.target_kl)
+      stopped = stopped | (sums[KL] > self.settings.target_kl)
     taken = ~stopped
     learned = dataclasses.replace(
       apply_gradient(state, gradient, self.optimizer, state.step),
@@ -209,11 +180,11 @@ class ActorCritic:
 
   def _loss(
     self,
-    both: tuple[Params, Params],
     score: Score,
-    part: Batch,
     responses: int,
     tokens: jax.Array,
+    both: tuple[Params, Params],
+    part: Batch,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The losses of (policies', critic's) parameters and what is logged.
 
@@ -239,22 +210,11 @@ class ActorCritic:
     )
     sums = {
       "loss": policy.loss / responses,
-      "value_loss": values / tokens,
-      "clipped": policy.clipped / tokens,
-      "kl": policy.kl / tokens,
+      "critic/loss": values / tokens,
+      "ppo/clip_fraction": policy.clipped / tokens,
+      KL: policy.kl / tokens,
     }
-    return sums["loss"] + sums["value_loss"], sums
-
-
-def _sampled(score: Score, state: TrainState, batch: Batch) -> Batch:
-  """What the policies that sampled, and the critic, say of every token."""
-  assert state.critic is not None
-  scores = score(state.params, batch)
-  return {
-    "logp": scores.logp,
-    "entropy": scores.entropy,
-    "values": critic_lib.values(state.critic.params, scores.states),
-  }
+    return sums["loss"] + sums["critic/loss"], sums
 
 
 def minibatches(

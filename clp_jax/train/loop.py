@@ -77,10 +77,7 @@ def run(
     distributed.StopSignal().listen() as stopping,
   ):
     restored = checkpoints.restore(abstract)
-    if restored is None:
-      state, consumed = before(programs.init(reference, key)), 0
-    else:
-      state, consumed = restored
+    state, consumed = restored or (before(programs.init(reference, key)), 0)
     step = int(state.step)
     if step >= steps:
       if restored is None:  # 0 steps: the start is the result

@@ -201,10 +201,6 @@ def estimate_normalisation(
   for i, batch in enumerate(batches):
     rollout = roll_out(state, keys.LAST_STEP - i, batch)
     scored = scorer(rollout, batch, 0)
-    state = dataclasses.replace(
-      state,
-      reward_stats=update_stats(
-        state.reward_stats, scored.rewards, jnp.asarray(fixed)
-      ),
-    )
+    stats = update_stats(state.reward_stats, scored.rewards, jnp.asarray(fixed))
+    state = dataclasses.replace(state, reward_stats=stats)
   return state

@@ -163,29 +163,24 @@ def _scale_by_factored_rms(
   """optax's, mapped over the stacking dimensions of every leaf."""
   inner = optax.scale_by_factored_rms()
   along = optax.FactoredState(count=None, v_row=0, v_col=0, v=0)
-  leaf_state = {"is_leaf": lambda x: isinstance(x, optax.FactoredState)}
+  one = along._replace(count=0)
 
   def mapped(function, path, in_axes, out_axes):
     for _ in range(stacked.get(path, 0)):
       function = jax.vmap(function, in_axes, out_axes)
     return function
 
-  def joined(count, states):
-    return optax.FactoredState(
-      count,
-      *(
-        jax.tree.map(
-          lambda s, name=name: getattr(s, name), states, **leaf_state
-        )
-        for name in ("v_row", "v_col", "v")
-      ),
-    )
+  def part_first(params, kind, leaves):
+    """A tree of leaves that are of a kind to one of that kind, of trees."""
+    outer, inner = jax.tree.structure(params), jax.tree.structure(kind)
+    return jax.tree.transpose(outer, inner, leaves)
 
   def init(params):
     states = jax.tree_util.tree_map_with_path(
       lambda path, p: mapped(inner.init, path, 0, along)(p), params
     )
-    return joined(jnp.zeros([], jnp.int32), states)
+    state = part_first(params, one, states)
+    return state._replace(count=jnp.zeros([], jnp.int32))
 
   def update(updates, state, params):
     def leaf(path, gradient, row, column, whole, param):
@@ -196,10 +191,8 @@ def _scale_by_factored_rms(
     pairs = jax.tree_util.tree_map_with_path(
       leaf, updates, state.v_row, state.v_col, state.v, params
     )
-    is_pair = {"is_leaf": lambda x: isinstance(x, tuple)}
-    scaled = jax.tree.map(lambda pair: pair[0], pairs, **is_pair)
-    states = jax.tree.map(lambda pair: pair[1], pairs, **is_pair)
-    return scaled, joined(optax.safe_increment(state.count), states)
+    scaled, new = part_first(params, (0, one), pairs)
+    return scaled, new._replace(count=optax.safe_increment(state.count))
 
   return optax.GradientTransformation(init, update)
 

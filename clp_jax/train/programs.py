@@ -15,25 +15,17 @@ from jax.sharding import Mesh, NamedSharding
 
 from clp_jax import build, keys, sharding
 from clp_jax import critic as critic_lib
+from clp_jax import rollout as rollout_lib
 from clp_jax.bank import Bank
 from clp_jax.critic import CriticState
 from clp_jax.models import families
 from clp_jax.prompting import Prompts
 from clp_jax.rewards.normalisation import RewardStats
-from clp_jax.rollout import (
-  Rollout,
-  sample_rollout,
-  score_groups,
-  score_reference,
-)
+from clp_jax.rollout import Rollout
 from clp_jax.train import experience as experience_lib
 from clp_jax.train import stage
 from clp_jax.train.actor_critic import ActorCritic
-from clp_jax.train.optimizer import (
-  rl_critic_optimizer,
-  rl_optimizer,
-  set_floors,
-)
+from clp_jax.train.optimizer import rl_critic_optimizer, rl_optimizer
 from clp_jax.train.reinforce import Reinforce
 from clp_jax.train.state import TrainState, init_state
 
@@ -130,7 +122,7 @@ def make_programs(
   params_at = shared.state_shardings.params
 
   def score(reference, documents, tokens, mask):
-    return score_reference(
+    return rollout_lib.score_reference(
       bank,
       reference,
       documents,
@@ -163,22 +155,20 @@ def _init(config: ml_collections.ConfigDict, bank: Bank) -> Callable:
   def init(reference, key):
     params = bank.init(reference, jax.random.fold_in(key, keys.BANK))
     stats = RewardStats.empty(distribution.num_rewards)
-    state = init_state(params, optimizer, key, stats)
-    return dataclasses.replace(
-      state,
-      opt_state=set_floors(state.opt_state, bank.update_scales(reference)),
-      critic=init_critic(key) if build.has_critic(config) else None,
-      front=None if adaptation is None else adaptation.empty(),
-    )
-
-  def init_critic(key):
-    params = critic_lib.init_params(
-      jax.random.fold_in(key, keys.CRITIC),
-      bank.reference_config.emb_dim,
-      config.critic.hidden,
-      distribution.num_rewards + distribution.penalises_kl,
-    )
-    return CriticState(params, rl_critic_optimizer(config).init(params))
+    scales = bank.update_scales(reference)
+    state = init_state(params, optimizer, key, stats, scales)
+    if adaptation is not None:
+      state = dataclasses.replace(state, front=adaptation.empty())
+    if build.has_critic(config):
+      values = critic_lib.init_params(
+        jax.random.fold_in(key, keys.CRITIC),
+        bank.reference_config.emb_dim,
+        config.critic.hidden,
+        distribution.num_rewards + distribution.penalises_kl,
+      )
+      critic = CriticState(values, rl_critic_optimizer(config).init(values))
+      state = dataclasses.replace(state, critic=critic)
+    return state
 
   return init
 
@@ -199,7 +189,7 @@ def _rollout(
       weighting = distribution.sample(weightings_key, groups)
     else:
       weighting = adaptation.sample(weightings_key, distribution, front, groups)
-    return sample_rollout(
+    return rollout_lib.sample_rollout(
       params,
       reference,
       documents,
@@ -220,10 +210,32 @@ def _rollout(
 def _update(
   config: ml_collections.ConfigDict, bank: Bank, rows: NamedSharding
 ) -> Callable:
-  learn = _learner(config, bank, rows)
+  num_samples = config.rollout.samples
+  shared: dict[str, Any] = {
+    "score": functools.partial(
+      rollout_lib.score_groups,
+      bank,
+      num_samples=num_samples,
+      temperature=config.rollout.temperature,
+    ),
+    "optimizer": rl_optimizer(config, bank.logical_axes),
+    "num_samples": num_samples,
+    "microbatches": config.train.microbatches,
+  }
+  learn: Reinforce | ActorCritic
+  if build.has_critic(config):
+    learn = ActorCritic(
+      **shared,
+      critic_optimizer=rl_critic_optimizer(config),
+      settings=build.ppo_settings(config),
+      values_kl=build.distribution(config).penalises_kl,
+      rows=rows,
+    )
+  else:
+    learn = Reinforce(**shared, baseline=config.reinforce.baseline)
   gather = functools.partial(
     experience_lib.gather,
-    num_samples=config.rollout.samples,
+    num_samples=num_samples,
     normalisation=normalisation_masks(config),
     scalarisation=build.scalarisation(config),
     adaptation=build.adaptation(config),
@@ -241,32 +253,6 @@ def _update(
     return state, experience_lib.metrics(experience) | metrics
 
   return update
-
-
-def _learner(
-  config: ml_collections.ConfigDict, bank: Bank, rows: NamedSharding
-) -> Reinforce | ActorCritic:
-  num_samples = config.rollout.samples
-  shared: dict[str, Any] = {
-    "score": functools.partial(
-      score_groups,
-      bank,
-      num_samples=num_samples,
-      temperature=config.rollout.temperature,
-    ),
-    "optimizer": rl_optimizer(config, bank.logical_axes),
-    "num_samples": num_samples,
-    "microbatches": config.train.microbatches,
-  }
-  if not build.has_critic(config):
-    return Reinforce(**shared, baseline=config.reinforce.baseline)
-  return ActorCritic(
-    **shared,
-    critic_optimizer=rl_critic_optimizer(config),
-    settings=build.ppo_settings(config),
-    values_kl=build.distribution(config).penalises_kl,
-    rows=rows,
-  )
 
 
 def normalisation_masks(

@@ -22,8 +22,8 @@ class Reinforce:
   """Learns as algorithms/reinforce.py says.
 
   Attributes:
-    score: (params, reference, coefficients, prompts, responses) -> what the
-      policies say of the responses, as `rollout.score_groups` does.
+    score: (params, reference, coefficients, batch) -> what the policies say of
+      the responses, as `rollout.score_groups` does.
     optimizer: that made `state.opt_state`.
     baseline: one of `reinforce.BASELINES`.
     num_samples: N.
@@ -60,13 +60,7 @@ class Reinforce:
     }
 
     def loss_fn(params, batch):
-      scores = self.score(
-        params,
-        reference,
-        experience.coefficients,
-        batch["encoder_input_tokens"],
-        batch["tokens"],
-      )
+      scores = self.score(params, reference, experience.coefficients, batch)
       # Divided by all R responses here, so that microbatches simply add up.
       loss = reinforce.loss(scores.logp, batch["mask"], batch["advantages"])
       return loss / returns.size, mean_of(scores.entropy, batch["mask"])

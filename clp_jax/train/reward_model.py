@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from clp_jax import build, keys, run_folder, sharding
 from clp_jax.data import jsonl
+from clp_jax.data.reader import own_numbers
 from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_initial
 from clp_jax.masked import Mean, mean_of
@@ -31,7 +32,7 @@ from clp_jax.models.model import Model
 from clp_jax.rewards import model as models
 from clp_jax.rewards import preference
 from clp_jax.train import loop, stage
-from clp_jax.train.optimizer import set_floors, stage_optimizer
+from clp_jax.train.optimizer import stage_optimizer
 from clp_jax.train.state import TrainState, apply_gradient, init_state
 
 # What of a config a reward model depends on, and its config.json records.
@@ -118,20 +119,8 @@ def pair_batches(
   Returns:
     An endless iterator over [p, 2, S] int32, chosen first.
   """
-  part, parts = share
-  own = batch_size // parts
-  first = start * batch_size + own * part
-  order, epoch_of_order = np.zeros([0], int), -1
-  while True:
-    chosen = []
-    for position in range(first, first + own):
-      epoch, index = divmod(position, len(pairs))
-      if epoch != epoch_of_order:
-        random = np.random.default_rng([seed, epoch])
-        order, epoch_of_order = random.permutation(len(pairs)), epoch
-      chosen.append(int(order[index]))
-    yield tokenise(inputs, [pairs[i] for i in chosen])
-    first += batch_size
+  numbers = own_numbers(len(pairs), batch_size, share, seed, start)
+  return (tokenise(inputs, [pairs[i] for i in own]) for own in numbers)
 
 
 def tokenise(inputs: models.Inputs, pairs: list[tuple[str, ...]]) -> np.ndarray:
@@ -149,16 +138,11 @@ def make_programs(
   mesh: Mesh,
   token: int | None,
 ) -> stage.Programs:
-  """Builds the programs that a config describes, for a mesh.
+  """Builds the programs that a config describes, as `sft.make_programs` does.
 
   Args:
-    config: see config.py; reads SECTIONS.
-    model_config: of the model.
-    mesh: from `build.make_mesh`.
+    config, model_config, mesh: as there; reads this file's SECTIONS.
     token: whose logit is the score; None for a linear head.
-
-  Returns:
-    The programs, not yet compiled; the update's data are a batch's tokens.
   """
   settings = config.reward_model
   model = families.build(
@@ -172,12 +156,9 @@ def make_programs(
     if settings.head == "linear":
       # From zero, all responses score alike and the loss is log 2.
       params["head"] = jnp.zeros([model_config.emb_dim], jnp.float32)
-    state = init_state(params, optimizer, key)
     # It starts at 0, and the states that it reads are normalised.
     floors = {("head",): jnp.asarray(model_config.emb_dim**-0.5)}
-    return dataclasses.replace(
-      state, opt_state=set_floors(state.opt_state, floors)
-    )
+    return init_state(params, optimizer, key, floors=floors)
 
   def update_step(state, tokens):
     return update(state, tokens, model=model, token=token, optimizer=optimizer)

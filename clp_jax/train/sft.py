@@ -32,21 +32,14 @@ Params = Any
 SECTIONS = ("seed", "model", "data", "optimizer", "sft", "mesh")
 
 
-class _Sums(NamedTuple):
-  """How a model predicts target tokens, summed over them."""
-
-  logp: jax.Array  # [] float32, nats
-  right: jax.Array  # [] int32, those that it has for the likeliest
-  tokens: jax.Array  # [] int32
-
-
 def _predict(
   model: Model,
   params: Params,
   encoder_input_tokens: jax.Array,
   decoder_target_tokens: jax.Array,
   dropout_key: jax.Array | None = None,
-) -> _Sums:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(their log-probability, how many are the likeliest, how many there are)."""
   logits, _ = model.score(
     params, encoder_input_tokens, decoder_target_tokens, dropout_key
   )
@@ -54,7 +47,7 @@ def _predict(
   at = jnp.maximum(decoder_target_tokens, 0)[..., None]  # padding may be -1
   logp = jnp.take_along_axis(jax.nn.log_softmax(logits), at, axis=-1)[..., 0]
   right = logits.argmax(-1) == decoder_target_tokens
-  return _Sums(masked_sum(logp, mask), masked_sum(right, mask), mask.sum())
+  return masked_sum(logp, mask), masked_sum(right, mask), mask.sum()
 
 
 def update(
@@ -82,11 +75,11 @@ def update(
     dropout_key = jax.random.fold_in(state.key, state.step)
 
   def loss_fn(params):
-    sums = _predict(
+    logp, right, tokens = _predict(
       model, params, encoder_input_tokens, decoder_target_tokens, dropout_key
     )
-    tokens = sums.tokens.astype(jnp.float32)
-    return -sums.logp / tokens, Mean(sums.right.astype(jnp.float32), tokens)
+    tokens = tokens.astype(jnp.float32)
+    return -logp / tokens, Mean(right.astype(jnp.float32), tokens)
 
   (loss, accuracy), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
     state.params
@@ -255,7 +248,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   if config.prompting.sft_share:
     prompts = build.prompts(config, vocabulary, model_config.vocab_size)
   programs = make_programs(config, model_config, mesh, prompts)
-  start = stage.load_reference(workdir, families.build(model_config), programs)
 
   def step_fn(state, step, batch, want_texts):
     state, metrics = programs.update(
@@ -271,7 +263,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   state = loop.run(
     workdir,
     programs,
-    start,
+    stage.load_reference(workdir, families.build(model_config), programs),
     jax.random.fold_in(jax.random.key(config.seed), keys.SUPERVISED),
     label="supervised finetuning",
     settings=settings,

@@ -14,6 +14,7 @@ from clp_jax import sharding
 from clp_jax.adaptation import FrontEstimate
 from clp_jax.critic import CriticState
 from clp_jax.rewards.normalisation import RewardStats
+from clp_jax.train.optimizer import set_floors
 
 Tree = Any
 
@@ -50,12 +51,13 @@ def init_state(
   optimizer: optax.GradientTransformation,
   key: jax.Array,
   reward_stats: RewardStats | None = None,
+  floors: Tree = None,
 ) -> TrainState:
-  """The state before the first update."""
+  """The state before the first update; for floors see `set_floors`."""
   return TrainState(
     step=jnp.zeros([], jnp.int32),
     params=params,
-    opt_state=optimizer.init(params),
+    opt_state=set_floors(optimizer.init(params), floors or {}),
     key=key,
     reward_stats=reward_stats,
   )
