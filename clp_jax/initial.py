@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from clp_jax import build, interop, run_folder, saved_params, sharding
+from clp_jax import build, interop, keys, run_folder, saved_params, sharding
 from clp_jax.data import newsroom_text, tasks, tokenizer_files
 from clp_jax.data.tokenizer import Tokenizer
 from clp_jax.data.vocabulary import Vocabulary
@@ -59,7 +59,7 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
   )
   if init in PRESETS:
     # Its own fold of the seed: the run's key must not depend on the model.
-    key = jax.random.fold_in(jax.random.key(config.seed), 0x1217)
+    key = jax.random.fold_in(jax.random.key(config.seed), keys.MODEL)
     # One program, which compiles faster than one for each kind of leaf, and
     # gives arrays of all processes, which is what Orbax can save.
     draw = jax.jit(

@@ -152,8 +152,7 @@ def score_groups(
   params: Params,
   reference: Params,
   coefficients: jax.Array,
-  encoder_input_tokens: jax.Array,
-  tokens: jax.Array,
+  batch: dict[str, jax.Array],
   *,
   num_samples: int,
   temperature: float,
@@ -167,8 +166,8 @@ def score_groups(
     params: what the bank trains.
     reference: an ordinary model's parameters; what the bank freezes.
     coefficients: [G, M] float32.
-    encoder_input_tokens: [G, B/G, S] int32, prompted as the policies are.
-    tokens: [G, R/G, T] int32, prompt-major.
+    batch: encoder_input_tokens [G, B/G, S] int32, prompted as the policies are,
+      and tokens [G, R/G, T] int32, prompt-major; more is not read.
     num_samples: N.
     temperature: of the policies.
 
@@ -189,7 +188,7 @@ def score_groups(
       temperature=temperature,
     ),
     in_axes=(bank.policy_axes, 0, 0),
-  )(policies, encoder_input_tokens, tokens)
+  )(policies, batch["encoder_input_tokens"], batch["tokens"])
 
 
 def row_keys(key: jax.Array, num_rows: int) -> jax.Array:

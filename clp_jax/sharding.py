@@ -61,6 +61,7 @@ RULES: dict[str, tuple[str, ...]] = {
   "rank": (),
   "soft_tokens": (),
   "value": (),
+  "head": (),  # of a preference model
 }
 # What fsdp changes, in parameters and optimizer state at rest.
 FSDP_RULES: dict[str, tuple[str, ...]] = {"embed": (GROUP, "data")}

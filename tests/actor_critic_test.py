@@ -23,9 +23,8 @@ from both_families import (
 )
 from moft_test import PROMPTS, SAMPLES, assert_trees_close, mesh_of
 
-from clp_jax import build, conditioning, saved_params, sharding
+from clp_jax import build, conditioning, keys, saved_params, sharding
 from clp_jax.train import checkpoints
-from clp_jax.train.state import step_keys
 
 ROWS = PROMPTS * SAMPLES
 
@@ -82,7 +81,9 @@ def sampled(model=T5):
     state, params=perturbed(state.params), critic=critic
   )
   prompts = moft_test.prompts_of(5, model=model)
-  rollout = programs.roll_out(state, reference(model), prompts, np.int32(4))
+  rollout = programs.scored_rollout(
+    state, reference(model), prompts, np.int32(4)
+  )
   return state, rollout, moft_test.rewards_of(rollout)
 
 
@@ -373,6 +374,6 @@ def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(model, tmp_path):
 def test_q_is_drawn_as_ever_where_it_is_not_adapted():
   state, rollout, _ = sampled()
   assert state.front is None
-  weightings_key, _, _ = step_keys(state.key, np.int32(4))
+  weightings_key, _, _ = keys.of_step(state.key, np.int32(4))
   plain = build.distribution(make_config()).sample(weightings_key, 2)
   np.testing.assert_array_equal(rollout.weighting.weights, plain.weights)

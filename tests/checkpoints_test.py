@@ -37,11 +37,9 @@ def batch():
 def programs(data, model):
   """(state's shardings, one update) on the first data x model devices."""
   mesh = sharding.make_mesh(data, model, jax.devices()[: data * model])
-  abstract = t5.abstract_params(MODEL)
-  place = sharding.param_shardings(
-    mesh, t5.logical_axes(MODEL), abstract, fsdp=True
+  at = state_shardings(
+    mesh, abstract_shapes(), t5.logical_axes(MODEL), fsdp=True
   )
-  at = state_shardings(mesh, OPTIMIZER, abstract, place)
   rows = sharding.row_sharding(mesh)
 
   @functools.partial(jax.jit, in_shardings=(at, rows, rows))
@@ -53,12 +51,13 @@ def programs(data, model):
   return at, update
 
 
-def abstract_state(data, model):
+def abstract_shapes():
   init = functools.partial(init_state, optimizer=OPTIMIZER)
-  shapes = jax.eval_shape(
-    init, t5.abstract_params(MODEL), key=jax.random.key(0)
-  )
-  return saved_params.abstract_like(shapes, programs(data, model)[0])
+  return jax.eval_shape(init, t5.abstract_params(MODEL), key=jax.random.key(0))
+
+
+def abstract_state(data, model):
+  return saved_params.abstract_like(abstract_shapes(), programs(data, model)[0])
 
 
 @pytest.fixture(scope="module")

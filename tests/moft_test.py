@@ -77,7 +77,7 @@ def advance(state, programs, mesh, placed, steps, rewards_fn, model):
   history = []
   for step in steps:
     prompts = sharding.to_devices(mesh, prompts_of(step, model=model), PROMPTS)
-    rollout = programs.roll_out(state, placed, prompts, np.int32(step))
+    rollout = programs.scored_rollout(state, placed, prompts, np.int32(step))
     rewards = rewards_fn(rollout)
     state, metrics = programs.update(
       state, rollout, sharding.to_devices(mesh, rewards, len(rewards)), placed
@@ -147,7 +147,7 @@ def rollout_of(programs, model, number, step, change=lambda state: state):
   prompts = sharding.to_devices(
     mesh_of(), prompts_of(number, model=model), PROMPTS
   )
-  rollout = programs.roll_out(state, placed, prompts, np.int32(step))
+  rollout = programs.scored_rollout(state, placed, prompts, np.int32(step))
   return state, placed, rollout
 
 
@@ -452,7 +452,7 @@ def test_fixed_moments_are_those_of_the_reference_whatever_is_steered():
       config,
       programs.init(placed, jax.random.key(7)),
       lambda start: iter([prompts_of(0), prompts_of(1)]),
-      lambda state, step, batch: programs.roll_out(
+      lambda state, step, batch: programs.scored_rollout(
         state, placed, batch, np.int32(step)
       ),
       scorer,

@@ -148,7 +148,6 @@ def test_the_state_lies_as_its_parameters_do():
   mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
   abstract = {"kernel": jax.ShapeDtypeStruct((2, 3, 128, 256), jnp.float32)}
   axes = {"kernel": ("objective", "layers", "embed", "mlp")}
-  at = sharding.param_shardings(mesh, axes, abstract, fsdp=True)
   tx = optimizer_lib.make_optimizer(
     name="adafactor",
     learning_rate=1e-2,
@@ -157,8 +156,13 @@ def test_the_state_lies_as_its_parameters_do():
     clip_norm=1.0,
     axes=axes,
   )
-  placed = state_shardings(mesh, tx, abstract, at).opt_state
-  shapes = jax.eval_shape(tx.init, abstract)
+  state = jax.eval_shape(
+    lambda params, key: init_state(params, tx, key),
+    abstract,
+    jax.random.key(0),
+  )
+  placed = state_shardings(mesh, state, axes, fsdp=True).opt_state
+  shapes = state.opt_state
   cut = {
     part: getattr(p, part)["kernel"].shard_shape(
       getattr(s, part)["kernel"].shape

@@ -472,7 +472,9 @@ def step_programs(config, model, mesh):
     (config.rollout.prompts, config.data.source_length), jnp.int32
   )
   number = jax.ShapeDtypeStruct((), jnp.int32)
-  rollout = jax.eval_shape(made.roll_out, state, reference, prompts, number)
+  rollout = jax.eval_shape(
+    made.scored_rollout, state, reference, prompts, number
+  )
   rewards = jax.ShapeDtypeStruct((rows, 2), jnp.float32)
   lowered = (
     made.rollout.lower(

@@ -174,7 +174,7 @@ def test_a_rollout_prompts_its_policies_and_not_the_reference(model, make):
   programs = moft_test.make_programs(config, mesh_of(), model, prompts)
   state = programs.init(start, jax.random.key(1))
   rollouts = [
-    programs.roll_out(state, start, documents, np.int32(step))
+    programs.scored_rollout(state, start, documents, np.int32(step))
     for step in range(3)
   ]
   assert programs.rollout._cache_size() == 1  # weightings are data

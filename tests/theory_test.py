@@ -22,10 +22,11 @@ from clp_jax.algorithms import ppo, reinforce
 from clp_jax.bank import Bank
 from clp_jax.models import families
 from clp_jax.rewards.normalisation import RewardStats
-from clp_jax.rollout import Rollout
+from clp_jax.rollout import Rollout, score_groups
 from clp_jax.scalarisation import Scalarisation
-from clp_jax.train import actor_critic, moft
 from clp_jax.train import experience as experience_lib
+from clp_jax.train.actor_critic import ActorCritic
+from clp_jax.train.reinforce import Reinforce
 from clp_jax.train.state import init_state
 from clp_jax.weightings import Weighting, coefficients, simplex_grid
 
@@ -368,6 +369,11 @@ class Enumerated:
       rewards=often * gathered.rewards, kl=often * gathered.kl
     )
 
+  def scorer(self, num_samples):
+    return functools.partial(
+      score_groups, self.bank, num_samples=num_samples, temperature=TEMPERATURE
+    )
+
 
 @pytest.fixture(scope="module", params=[T5, DECODER], ids=["t5", "decoder"])
 def exact(request):
@@ -398,19 +404,14 @@ def trainer_gradient(exact, update, index, frequency, critic=None):
 
 def reinforce_update(exact, baseline):
   def update(optimizer, num_samples, state, experience):
-    state, _ = moft.update(
-      state,
-      experience,
-      exact.reference,
-      bank=exact.bank,
-      coefficients=exact.coefficients,
+    learn = Reinforce(
+      score=exact.scorer(num_samples),
       optimizer=optimizer,
       baseline=baseline,
       num_samples=num_samples,
-      temperature=TEMPERATURE,
       microbatches=1,
     )
-    return state
+    return learn(state, experience, exact.reference)[0]
 
   return update
 
@@ -464,22 +465,17 @@ def test_the_first_step_of_ppo_follows_the_exact_gradient(exact):
   )
 
   def update(optimizer, num_samples, state, experience):
-    state, _ = actor_critic.update(
-      state,
-      experience,
-      exact.reference,
-      bank=exact.bank,
-      coefficients=exact.coefficients,
+    learn = ActorCritic(
+      score=exact.scorer(num_samples),
       optimizer=optimizer,
       critic_optimizer=critic_optimizer,
       settings=settings,
       values_kl=True,
       num_samples=num_samples,
-      temperature=TEMPERATURE,
       microbatches=1,
       rows=sharding.row_sharding(sharding.make_mesh(1, 1, jax.devices()[:1])),
     )
-    return state
+    return learn(state, experience, exact.reference)[0]
 
   critic = critic_lib.CriticState(
     critic_params, critic_optimizer.init(critic_params)

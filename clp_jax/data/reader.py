@@ -147,16 +147,17 @@ def train_batches(
   """
   check_sizes(batch_size, process_index, process_count, start, seed)
   check_lengths(reader.source_length, reader.target_length)
-  own = batch_size // process_count
-  numbers = _own_numbers(
-    len(reader.rows), batch_size, own, process_index, seed, start
-  )
+  share = process_index, process_count
+  numbers = own_numbers(len(reader.rows), batch_size, share, seed, start)
   return _ahead(reader, numbers)
 
 
-def _own_numbers(
-  num_rows: int, batch_size: int, own: int, part: int, seed: int, start: int
+def own_numbers(
+  num_rows: int, batch_size: int, share: tuple[int, int], seed: int, start: int
 ) -> Iterator[list[int]]:
+  """Numbers of the rows of `train_batches`, where `share` is (p, P)."""
+  part, parts = share
+  own = batch_size // parts
   order = functools.lru_cache(maxsize=2)(
     lambda epoch: np.random.default_rng([seed, epoch]).permutation(num_rows)
   )

@@ -254,20 +254,18 @@ def _judges(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
     )
     length = options.get("source_length") or 512
     model = families.build(judge)
-    abstract: Any = model.abstract()
-    placed: Any = sharding.param_shardings(
-      mesh, model.axes(), abstract, fsdp=options["fsdp"]
-    )
+    abstract, axes = model.abstract(), model.axes()
     # Which tokens mean what changes no cost.
     value: Callable = functools.partial(_entailment, model)
     if source == "preference":
       head = "linear" if options.get("token") is None else "token"
       abstract = preference.abstract_params(judge, head)
-      placed = preference.param_shardings(
-        mesh, judge, head, fsdp=options["fsdp"]
-      )
+      axes = preference.logical_axes(judge, head)
       token = None if head == "linear" else 1
       value = functools.partial(_preference, model, token)
+    placed: Any = sharding.param_shardings(
+      mesh, axes, abstract, fsdp=options["fsdp"]
+    )
     shards = sharding.row_shards(mesh)
     batch = -(-options["batch"] // shards) * shards
     yield Job(

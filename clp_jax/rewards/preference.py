@@ -67,19 +67,12 @@ def abstract_params(config: families.Config, head: str) -> Params:
   return params
 
 
-def param_shardings(
-  mesh: Mesh, config: families.Config, head: str, *, fsdp: bool
-) -> Params:
-  """Where the parameters lie: the T5's as a policy's, the head everywhere."""
-  model = families.build(config)
-  placed = {
-    "t5": sharding.param_shardings(
-      mesh, model.axes(), model.abstract(), fsdp=fsdp
-    )
-  }
+def logical_axes(config: families.Config, head: str) -> Params:
+  """Names of the axes of `abstract_params`, for sharding.RULES."""
+  axes = {"t5": families.build(config).axes()}
   if head == "linear":
-    placed["head"] = sharding.replicated(mesh)
-  return placed
+    axes["head"] = ("head",)
+  return axes
 
 
 def _trained(folder: str) -> ml_collections.ConfigDict | None:
@@ -95,11 +88,13 @@ def _load_trained(
   folder: str, head: str, mesh: Mesh, dtype: str, fsdp: bool
 ) -> models.Judge:
   config = run_folder.load_model_config(folder)
-  abstract = saved_params.abstract_like(
-    abstract_params(config, head),
-    param_shardings(mesh, config, head, fsdp=fsdp),
+  abstract = abstract_params(config, head)
+  placed = sharding.param_shardings(
+    mesh, logical_axes(config, head), abstract, fsdp=fsdp
   )
-  params, _ = saved_params.load_params(folder, abstract)
+  params, _ = saved_params.load_params(
+    folder, saved_params.abstract_like(abstract, placed)
+  )
   config = dataclasses.replace(config, dtype=dtype, remat="none")
   return models.Judge(
     families.build(config),

@@ -1,4 +1,4 @@
-"""The update with a critic: PPO, and REINFORCE with a learned baseline.
+"""The learner with a critic: PPO, and REINFORCE with a learned baseline.
 
 One program, without a transfer to the host in it:
 1. the policies that sampled are run once more, for their log-probabilities and
@@ -11,6 +11,8 @@ One program, without a transfer to the host in it:
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,120 +21,177 @@ import optax
 from jax.sharding import NamedSharding
 
 from clp_jax import critic as critic_lib
-from clp_jax import sharding
+from clp_jax import keys, sharding
 from clp_jax.algorithms import ppo
-from clp_jax.bank import Bank
-from clp_jax.critic import CriticState
 from clp_jax.masked import Mean, add, mean_of
-from clp_jax.rollout import score_groups
-from clp_jax.train import experience as experience_lib
+from clp_jax.models.decoding import TokenScores
 from clp_jax.train.experience import Experience
 from clp_jax.train.gradients import accumulate, map_parts
-from clp_jax.train.optimizer import at_step
-from clp_jax.train.state import TrainState, step_keys
+from clp_jax.train.state import TrainState, apply_gradient
 
 Params = Any
 Batch = dict[str, jax.Array]  # [G, prompts or responses of a group, ...]
+Score = Callable[[Params, Batch], TokenScores]  # of the policies of `params`
+KL = "ppo/approximate_kl"
+METRICS = ("loss", "critic/loss", "ppo/clip_fraction", KL, "gradient_norm")
 
 
 class _Carry(NamedTuple):
-  params: Params
-  opt_state: optax.OptState
-  critic: CriticState
+  state: TrainState
   stopped: jax.Array  # [] bool
-  metrics: dict[str, Mean]
+  metrics: dict[str, Mean]  # METRICS, over the minibatches learned from
 
 
-def update(
-  state: TrainState,
-  experience: Experience,
-  reference: Params,
-  *,
-  bank: Bank,
-  coefficients: jax.Array,
-  optimizer: optax.GradientTransformation,
-  critic_optimizer: optax.GradientTransformation,
-  settings: ppo.Settings,
-  values_kl: bool,
-  num_samples: int,
-  temperature: float,
-  microbatches: int,
-  rows: NamedSharding,
-) -> tuple[TrainState, dict[str, Mean | jax.Array]]:
-  """Learns from a rollout, a pure function.
+@dataclasses.dataclass(frozen=True)
+class ActorCritic:
+  """Learns as algorithms/ppo.py says.
 
-  Args:
-    state: before the update.
-    experience: of R responses under G weightings.
-    reference: an ordinary T5's parameters; what the bank freezes.
-    bank: that makes the policies.
-    coefficients: [G, M] float32, of the parameter sets.
-    optimizer: that made `state.opt_state`.
+  Attributes:
+    score, optimizer, num_samples, microbatches: as Reinforce's; a minibatch is
+      cut into microbatches.
     critic_optimizer: that made `state.critic.opt_state`.
     settings: of PPO.
     values_kl: the critic has a value for the KL: it can have a weight.
-    num_samples: N.
-    temperature: of the policy, as in the rollout.
-    microbatches: parts of a minibatch whose gradients are accumulated.
     rows: where the rows of a minibatch lie.
-
-  Returns:
-    (state after the update, metrics).
   """
-  critic = state.critic
-  assert critic is not None
 
-  def score(params, batch):
-    return score_groups(
-      bank,
-      params,
-      reference,
-      coefficients,
-      batch["encoder_input_tokens"],
-      batch["tokens"],
-      num_samples=num_samples,
-      temperature=temperature,
-    )
+  score: Callable[..., TokenScores]
+  optimizer: optax.GradientTransformation
+  critic_optimizer: optax.GradientTransformation
+  settings: ppo.Settings
+  values_kl: bool
+  num_samples: int
+  microbatches: int
+  rows: NamedSharding
 
-  def before(batch):
-    scores = score(state.params, batch)
-    return {
-      "logp": scores.logp,
-      "entropy": scores.entropy,
-      "values": critic_lib.values(critic.params, scores.states),
+  def __call__(
+    self, state: TrainState, experience: Experience, reference: Params
+  ) -> tuple[TrainState, dict[str, Mean | jax.Array]]:
+    """The three steps of the module, a pure function as `Reinforce` is."""
+
+    critic, settings, mask = state.critic, self.settings, experience.mask
+    assert critic is not None
+
+    def score(params, batch):
+      return self.score(params, reference, experience.coefficients, batch)
+
+    def before(batch):
+      scores = score(state.params, batch)
+      values = critic_lib.values(critic.params, scores.states)
+      return {"logp": scores.logp, "values": values}, scores.entropy
+
+    batch = {
+      "encoder_input_tokens": experience.encoder_input_tokens,
+      "tokens": experience.tokens,
     }
+    sampled, entropy = map_parts(
+      before, batch, settings.minibatches * self.microbatches
+    )
+    advantages, targets = self._targets(experience, sampled["values"])
+    batch |= sampled
+    batch |= {"mask": mask, "advantages": advantages, "targets": targets}
+    _, _, key = keys.of_step(state.key, state.step)
+    last, _ = jax.lax.scan(
+      functools.partial(self._learn, score, batch),
+      _Carry(
+        state,
+        jnp.asarray(False),
+        {name: Mean(jnp.float32(0), jnp.float32(0)) for name in METRICS},
+      ),
+      minibatches(key, settings, *experience.encoder_input_tokens.shape[:2]),
+    )
+    metrics: dict[str, Mean | jax.Array] = {
+      name: last.metrics[name]
+      for name in METRICS
+      if settings != ppo.REINFORCE or not name.startswith("ppo/")
+    }
+    metrics["entropy"] = mean_of(entropy, mask)
+    explained = ppo.explained_variance(sampled["values"], targets, mask)
+    for i in range(experience.rewards.shape[-1]):
+      metrics[f"critic/explained_variance/{i}"] = explained[i]
+    if self.values_kl:
+      metrics["critic/explained_variance/kl"] = explained[-1]
+    if settings != ppo.REINFORCE:
+      metrics["ppo/updates"] = last.metrics["loss"].count
+    return last.state, metrics
 
-  batch = {
-    "encoder_input_tokens": experience.encoder_input_tokens,
-    "tokens": experience.tokens,
-  }
-  mask = experience.mask
-  sampled = map_parts(before, batch, settings.minibatches * microbatches)
-  rewards = ppo.token_rewards(
-    experience.rewards, experience.kl if values_kl else None, mask
-  )
-  if settings.leave_one_out:
-    rewards = ppo.less_other_samples(rewards, mask, num_samples)
-  by_objective = ppo.generalised_advantages(
-    rewards,
-    sampled["values"],
-    mask,
-    discount=settings.discount,
-    gae_lambda=settings.gae_lambda,
-  )
-  advantages = ppo.scalarise(by_objective, experience.weights, experience.alpha)
-  if settings.whiten:
-    advantages = ppo.whiten(advantages, mask)
-  targets = by_objective + sampled["values"]
-  batch |= {
-    "mask": mask,
-    "logp": sampled["logp"],
-    "values": sampled["values"],
-    "advantages": advantages,
-    "targets": targets,
-  }
+  def _targets(
+    self, experience: Experience, values: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """([G, R/G, T] advantages, [G, R/G, T, K] what the critic shall say)."""
+    settings, mask = self.settings, experience.mask
+    rewards = ppo.token_rewards(
+      experience.rewards, experience.kl if self.values_kl else None, mask
+    )
+    if settings.leave_one_out:
+      rewards = ppo.less_other_samples(rewards, mask, self.num_samples)
+    by_objective = ppo.generalised_advantages(
+      rewards,
+      values,
+      mask,
+      discount=settings.discount,
+      gae_lambda=settings.gae_lambda,
+    )
+    advantages = ppo.scalarise(
+      by_objective, experience.weights, experience.alpha
+    )
+    if settings.whiten:
+      advantages = ppo.whiten(advantages, mask)
+    return advantages, by_objective + values
 
-  def loss_fn(both, part, responses, tokens):
+  def _learn(
+    self, score: Score, batch: Batch, carry: _Carry, order: jax.Array
+  ) -> tuple[_Carry, None]:
+    """Learns from the minibatch of the prompts in `order` [G, b]."""
+    state = carry.state
+    assert state.critic is not None
+    prompts = batch["encoder_input_tokens"].shape[1]
+    part = {
+      name: _take(x, order, prompts, self.rows) for name, x in batch.items()
+    }
+    responses = part["mask"].shape[0] * part["mask"].shape[1]
+    tokens = part["mask"].sum().astype(jnp.float32)
+    loss = functools.partial(self._loss, score, responses, tokens)
+    (_, sums), (gradient, critic_gradient) = accumulate(
+      jax.value_and_grad(loss, has_aux=True),
+      (state.params, state.critic.params),
+      part,
+      self.microbatches,
+    )
+    sums["gradient_norm"] = optax.tree.norm(gradient)
+    stopped = carry.stopped
+    if self.settings.target_kl is not None:
+      stopped = stopped | (sums[KL] > self.settings.target_kl)
+    taken = ~stopped
+    learned = dataclasses.replace(
+      apply_gradient(state, gradient, self.optimizer, state.step),
+      critic=apply_gradient(
+        state.critic, critic_gradient, self.critic_optimizer, state.step
+      ),
+    )
+    state = jax.tree.map(
+      lambda new, old: jnp.where(taken, new, old), learned, state
+    )
+    found = {
+      name: Mean(jnp.where(taken, x, 0), taken.astype(jnp.float32))
+      for name, x in sums.items()
+    }
+    return _Carry(state, stopped, add(carry.metrics, found)), None
+
+  def _loss(
+    self,
+    score: Score,
+    responses: int,
+    tokens: jax.Array,
+    both: tuple[Params, Params],
+    part: Batch,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The losses of (policies', critic's) parameters and what is logged.
+
+    Sums over the whole minibatch's counts, so that microbatches add up. The
+    critic reads the policies' states as constants: neither loss has a gradient
+    in the other's parameters.
+    """
     params, critic_params = both
     scores = score(params, part)
     policy = ppo.policy_loss(
@@ -140,109 +199,22 @@ def update(
       part["logp"],
       part["mask"],
       part["advantages"],
-      settings.clip,
+      self.settings.clip,
     )
     values = ppo.value_loss(
       critic_lib.values(critic_params, scores.states),
       part["values"],
       part["targets"],
       part["mask"],
-      settings.value_clip,
+      self.settings.value_clip,
     )
-    # Sums over the whole minibatch's counts, so that microbatches add up. The
-    # critic reads the policies' states as constants: neither loss has a
-    # gradient in the other's parameters.
     sums = {
       "loss": policy.loss / responses,
-      "value_loss": values / tokens,
-      "clipped": policy.clipped / tokens,
-      "kl": policy.kl / tokens,
+      "critic/loss": values / tokens,
+      "ppo/clip_fraction": policy.clipped / tokens,
+      KL: policy.kl / tokens,
     }
-    return sums["loss"] + sums["value_loss"], sums
-
-  def learn(carry: _Carry, order: jax.Array) -> tuple[_Carry, None]:
-    part = {
-      name: _take(x, order, experience.encoder_input_tokens.shape[1], rows)
-      for name, x in batch.items()
-    }
-    responses = part["mask"].shape[0] * part["mask"].shape[1]
-    tokens = part["mask"].sum().astype(jnp.float32)
-
-    def value_and_grad(both, microbatch):
-      return jax.value_and_grad(loss_fn, has_aux=True)(
-        both, microbatch, responses, tokens
-      )
-
-    (_, sums), (gradient, critic_gradient) = accumulate(
-      value_and_grad, (carry.params, carry.critic.params), part, microbatches
-    )
-    stopped = carry.stopped
-    if settings.target_kl is not None:
-      stopped = stopped | (sums["kl"] > settings.target_kl)
-    params, opt_state = _step(
-      optimizer, gradient, carry.opt_state, carry.params, state.step
-    )
-    critic_params, critic_opt_state = _step(
-      critic_optimizer,
-      critic_gradient,
-      carry.critic.opt_state,
-      carry.critic.params,
-      state.step,
-    )
-    sums["gradient_norm"] = optax.tree.norm(gradient)
-    taken = ~stopped
-    found = {
-      name: Mean(jnp.where(taken, x, 0), taken.astype(jnp.float32))
-      for name, x in sums.items()
-    }
-    new = (params, opt_state, CriticState(critic_params, critic_opt_state))
-    old = (carry.params, carry.opt_state, carry.critic)
-    params, opt_state, kept_critic = jax.tree.map(
-      lambda a, b: jnp.where(taken, a, b), new, old
-    )
-    metrics = add(carry.metrics, found)
-    return _Carry(params, opt_state, kept_critic, stopped, metrics), None
-
-  _, _, key = step_keys(state.key, state.step)
-  names = ("loss", "value_loss", "clipped", "kl", "gradient_norm")
-  last, _ = jax.lax.scan(
-    learn,
-    _Carry(
-      state.params,
-      state.opt_state,
-      critic,
-      jnp.asarray(False),
-      {name: Mean(jnp.float32(0), jnp.float32(0)) for name in names},
-    ),
-    minibatches(key, settings, *experience.encoder_input_tokens.shape[:2]),
-  )
-  metrics = experience_lib.metrics(experience) | {
-    "loss": last.metrics["loss"],
-    "gradient_norm": last.metrics["gradient_norm"],
-    "entropy": mean_of(sampled["entropy"], mask),
-    "critic/loss": last.metrics["value_loss"],
-  }
-  explained = ppo.explained_variance(sampled["values"], targets, mask)
-  for i in range(experience.rewards.shape[-1]):
-    metrics[f"critic/explained_variance/{i}"] = explained[i]
-  if values_kl:
-    metrics["critic/explained_variance/kl"] = explained[-1]
-  if settings != ppo.REINFORCE:
-    metrics |= {
-      "ppo/clip_fraction": last.metrics["clipped"],
-      "ppo/approximate_kl": last.metrics["kl"],
-      "ppo/updates": last.metrics["loss"].count,
-    }
-  new_state = dataclasses.replace(
-    state,
-    step=state.step + 1,
-    params=last.params,
-    opt_state=last.opt_state,
-    critic=last.critic,
-    reward_stats=experience.reward_stats,
-    front=experience.front,
-  )
-  return new_state, metrics
+    return sums["loss"] + sums["critic/loss"], sums
 
 
 def minibatches(
@@ -282,16 +254,3 @@ def _take(
   if flat.shape[0] % sharding.row_shards(rows.mesh) == 0:
     flat = jax.lax.with_sharding_constraint(flat, rows)
   return flat.reshape(groups, -1, *x.shape[2:])
-
-
-def _step(
-  optimizer: optax.GradientTransformation,
-  gradient: Params,
-  opt_state: optax.OptState,
-  params: Params,
-  step: jax.Array,
-) -> tuple[Params, optax.OptState]:
-  updates, opt_state = optimizer.update(
-    gradient, at_step(opt_state, step), params
-  )
-  return optax.apply_updates(params, updates), opt_state

@@ -167,7 +167,7 @@ class Checkpoints:
           data=ocp.args.JsonRestore(),
         ),
       )
-    return _join(item.params, item.train), item.data["batches"]
+    return TrainState(params=item.params, **item.train), item.data["batches"]
 
   def wait(self) -> None:
     """Waits until all that was saved is on disk.
@@ -243,7 +243,3 @@ def _split(state: TrainState) -> tuple[Tree, Tree]:
     if getattr(state, name) is not None:
       train[name] = getattr(state, name)
   return state.params, train
-
-
-def _join(params: Tree, train: Tree) -> TrainState:
-  return TrainState(params=params, **train)

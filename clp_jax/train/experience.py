@@ -22,6 +22,7 @@ Metric = Mean | jax.Array
 class Experience:
   """Responses of G weightings, the samples of a prompt side by side."""
 
+  coefficients: jax.Array  # [G, M] float32, of the parameter sets
   encoder_input_tokens: jax.Array  # [G, B/G, S] int32
   tokens: jax.Array  # [G, R/G, T] int32
   mask: jax.Array  # [G, R/G, T] bool, True up to and including EOS
@@ -84,6 +85,7 @@ def gather(
     front = adaptation.update(front, weights, raw.mean(1))
   scalar = scalarisation.value(rewards.mean(1), weights)
   return Experience(
+    coefficients=rollout.coefficients,
     encoder_input_tokens=by_group(rollout.encoder_input_tokens),
     tokens=by_group(rollout.tokens),
     mask=mask,

@@ -1,4 +1,4 @@
-"""The loop that every kind of training shares.
+"""The loop that every stage of training shares.
 
 Restores, then steps until done: update, write metrics, checkpoint, listen for
 SIGTERM. What a step does is the caller's.
@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 
-from clp_jax import distributed, progress
+from clp_jax import distributed, progress, saved_params
 from clp_jax.errors import Preempted, RunError
 from clp_jax.masked import Mean
 from clp_jax.train.checkpoints import Checkpoints
 from clp_jax.train.metrics import MetricsWriter
+from clp_jax.train.stage import Params, Programs
 from clp_jax.train.state import TrainState
 
 
@@ -30,29 +32,31 @@ class Step(NamedTuple):
 
 def run(
   workdir: str,
+  programs: Programs,
+  reference: Params,
+  key: jax.Array,
   *,
   label: str,
-  abstract_state: TrainState,
-  start: Callable[[], TrainState],
+  settings: ml_collections.ConfigDict,
   batches_from: Callable[[int], Iterator[Any]],
   step_fn: Callable[[TrainState, int, Any, bool], Step],
-  steps: int,
-  checkpoint_every: int,
-  keep: int,
-  log_samples_every: int,
+  before: Callable[[TrainState], TrainState] = lambda state: state,
+  keep: int = 1,
+  log_samples_every: int = 1,
 ) -> TrainState:
   """Trains to `steps` updates, from the newest checkpoint if there is one.
 
   Args:
     workdir: the run's folder.
+    programs: of the stage; its init makes the state.
+    reference: that the run starts from.
+    key: the run's.
     label: what the progress bar says.
-    abstract_state: shapes, dtypes and shardings of the state.
-    start: makes the state before the first update.
+    settings: `steps`, updates in all, and `checkpoint_every`, updates between
+      checkpoints; the last is always saved, the start where `steps` is 0.
     batches_from: data from a numbered batch on.
     step_fn: (state, step, batch, want_texts) -> Step; may donate the state.
-    steps: updates in all.
-    checkpoint_every: updates between checkpoints; the last is always saved,
-      the start where `steps` is 0.
+    before: what is done to a new state before the first update.
     keep: newest checkpoints that are kept.
     log_samples_every: updates between texts.
 
@@ -64,12 +68,16 @@ def run(
     RunError: when the loss or the gradient is not finite, or a checkpoint
       can't be read or written; what was saved before stays.
   """
+  steps = settings.steps
+  abstract = saved_params.abstract_like(
+    jax.eval_shape(programs.init, reference, key), programs.state_shardings
+  )
   with (
     Checkpoints(workdir, keep) as checkpoints,
     distributed.StopSignal().listen() as stopping,
   ):
-    restored = checkpoints.restore(abstract_state)
-    state, consumed = (start(), 0) if restored is None else restored
+    restored = checkpoints.restore(abstract)
+    state, consumed = restored or (before(programs.init(reference, key)), 0)
     step = int(state.step)
     if step >= steps:
       if restored is None:  # 0 steps: the start is the result
@@ -94,7 +102,7 @@ def run(
           advance(1, _write(writer, *pending))
         now = time.perf_counter()
         pending, clock = (step, result, now - clock), now
-        if step % checkpoint_every == 0 or step == steps:
+        if step % settings.checkpoint_every == 0 or step == steps:
           # Their check comes first: a state gone wrong must not be saved.
           advance(1, _write(writer, *pending))
           pending = None

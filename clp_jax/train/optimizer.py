@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh
 
-from clp_jax import adapters, sharding
+from clp_jax import adapters
 
 Tree = Any
 Path = tuple[Any, ...]  # of a leaf, from jax.tree_util
@@ -164,29 +163,24 @@ def _scale_by_factored_rms(
   """optax's, mapped over the stacking dimensions of every leaf."""
   inner = optax.scale_by_factored_rms()
   along = optax.FactoredState(count=None, v_row=0, v_col=0, v=0)
-  leaf_state = {"is_leaf": lambda x: isinstance(x, optax.FactoredState)}
+  one = along._replace(count=0)
 
   def mapped(function, path, in_axes, out_axes):
     for _ in range(stacked.get(path, 0)):
       function = jax.vmap(function, in_axes, out_axes)
     return function
 
-  def joined(count, states):
-    return optax.FactoredState(
-      count,
-      *(
-        jax.tree.map(
-          lambda s, name=name: getattr(s, name), states, **leaf_state
-        )
-        for name in ("v_row", "v_col", "v")
-      ),
-    )
+  def part_first(params, kind, leaves):
+    """A tree of leaves that are of a kind to one of that kind, of trees."""
+    outer, inner = jax.tree.structure(params), jax.tree.structure(kind)
+    return jax.tree.transpose(outer, inner, leaves)
 
   def init(params):
     states = jax.tree_util.tree_map_with_path(
       lambda path, p: mapped(inner.init, path, 0, along)(p), params
     )
-    return joined(jnp.zeros([], jnp.int32), states)
+    state = part_first(params, one, states)
+    return state._replace(count=jnp.zeros([], jnp.int32))
 
   def update(updates, state, params):
     def leaf(path, gradient, row, column, whole, param):
@@ -197,10 +191,8 @@ def _scale_by_factored_rms(
     pairs = jax.tree_util.tree_map_with_path(
       leaf, updates, state.v_row, state.v_col, state.v, params
     )
-    is_pair = {"is_leaf": lambda x: isinstance(x, tuple)}
-    scaled = jax.tree.map(lambda pair: pair[0], pairs, **is_pair)
-    states = jax.tree.map(lambda pair: pair[1], pairs, **is_pair)
-    return scaled, joined(optax.safe_increment(state.count), states)
+    scaled, new = part_first(params, (0, one), pairs)
+    return scaled, new._replace(count=optax.safe_increment(state.count))
 
   return optax.GradientTransformation(init, update)
 
@@ -247,6 +239,17 @@ def _rms(x: jax.Array, stacked: int) -> jax.Array:
   return jnp.sqrt(jnp.mean(jnp.square(x), axis=own, keepdims=True))
 
 
+def stage_optimizer(
+  config: ml_collections.ConfigDict,
+  settings: ml_collections.ConfigDict,
+  axes: Tree,
+) -> optax.GradientTransformation:
+  """The config's optimizer under the schedule of a stage's own settings."""
+  own = ("learning_rate", "warmup_steps", "decay_steps")
+  schedule = {name: settings[name] for name in own}
+  return make_optimizer(**(dict(config.optimizer) | schedule), axes=axes)
+
+
 def rl_optimizer(
   config: ml_collections.ConfigDict, axes: Tree = None
 ) -> optax.GradientTransformation:
@@ -271,39 +274,3 @@ def rl_critic_optimizer(config: ml_collections.ConfigDict):
   """
   rate, decay = config.critic.learning_rate, config.optimizer.decay_steps
   return optax.adam(make_schedule(rate, 0, decay))
-
-
-def at_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
-  """Sets what the learning rate's schedule counts.
-
-  The schedule is in steps of training, and a step may take several updates, or
-  fewer than it could where it stops early.
-  """
-
-  def counts(path, _):
-    return getattr(path[-1], "tuple_name", None) == "ScaleByScheduleState"
-
-  return optax.tree_utils.tree_set(opt_state, counts, count=step)
-
-
-def optimizer_shardings(
-  mesh: Mesh,
-  optimizer: optax.GradientTransformation,
-  abstract_params: Tree,
-  param_shardings: Tree,
-) -> Tree:
-  """Shardings of an optimizer's state: moments lie like their parameters.
-
-  Adafactor's factored ones do so along the dimensions that they have.
-  """
-  whole = sharding.replicated(mesh)
-  return optax.tree_utils.tree_map_params(
-    optimizer,
-    lambda moment, param, s: sharding.moment_sharding(
-      moment.shape, param.shape, s
-    ),
-    jax.eval_shape(optimizer.init, abstract_params),
-    abstract_params,
-    param_shardings,
-    transform_non_params=lambda _: whole,
-  )

@@ -10,7 +10,6 @@ Pairs are numbered as prompts are: batch k is a function of (file, seed, k).
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,11 +18,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from clp_jax import build, run_folder, saved_params, sharding
+from clp_jax import build, keys, run_folder, sharding
 from clp_jax.data import jsonl
+from clp_jax.data.reader import own_numbers
 from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_initial
 from clp_jax.masked import Mean, mean_of
@@ -31,9 +31,9 @@ from clp_jax.models import families
 from clp_jax.models.model import Model
 from clp_jax.rewards import model as models
 from clp_jax.rewards import preference
-from clp_jax.train import loop
-from clp_jax.train.optimizer import make_optimizer, set_floors
-from clp_jax.train.state import TrainState, init_state, state_shardings
+from clp_jax.train import loop, stage
+from clp_jax.train.optimizer import stage_optimizer
+from clp_jax.train.state import TrainState, apply_gradient, init_state
 
 # What of a config a reward model depends on, and its config.json records.
 SECTIONS = ("seed", "model", "data", "optimizer", "reward_model", "mesh")
@@ -70,36 +70,26 @@ def update(
     (state after the update, metrics of the state before it; nats a pair).
   """
   rows = tokens.reshape(-1, tokens.shape[-1])
-  dropout_key = jax.random.fold_in(state.key, state.step)
+  dropout_key = None
+  if model.config.dropout_rate:
+    dropout_key = jax.random.fold_in(state.key, state.step)
 
   def loss_fn(params):
-    scores = preference.score_rows(
-      model,
-      params,
-      rows,
-      token,
-      dropout_key if model.config.dropout_rate else None,
-    ).reshape(-1, 2)
+    scores = preference.score_rows(model, params, rows, token, dropout_key)
+    scores = scores.reshape(-1, 2)
     margin = scores[:, 0] - scores[:, 1]
     return -jax.nn.log_sigmoid(margin).mean(), margin
 
   (loss, margin), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
     state.params
   )
-  updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-  metrics = {
+  state = apply_gradient(state, gradient, optimizer, state.step)
+  return dataclasses.replace(state, step=state.step + 1), {
     "loss": loss,
     "accuracy": mean_of(_right(margin)),
     "margin": mean_of(margin),
     "gradient_norm": optax.tree.norm(gradient),
   }
-  new_state = dataclasses.replace(
-    state,
-    step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
-    opt_state=opt_state,
-  )
-  return new_state, metrics
 
 
 def _right(margin):
@@ -129,20 +119,8 @@ def pair_batches(
   Returns:
     An endless iterator over [p, 2, S] int32, chosen first.
   """
-  part, parts = share
-  own = batch_size // parts
-  first = start * batch_size + own * part
-  order, epoch_of_order = np.zeros([0], int), -1
-  while True:
-    chosen = []
-    for position in range(first, first + own):
-      epoch, index = divmod(position, len(pairs))
-      if epoch != epoch_of_order:
-        random = np.random.default_rng([seed, epoch])
-        order, epoch_of_order = random.permutation(len(pairs)), epoch
-      chosen.append(int(order[index]))
-    yield tokenise(inputs, [pairs[i] for i in chosen])
-    first += batch_size
+  numbers = own_numbers(len(pairs), batch_size, share, seed, start)
+  return (tokenise(inputs, [pairs[i] for i in own]) for own in numbers)
 
 
 def tokenise(inputs: models.Inputs, pairs: list[tuple[str, ...]]) -> np.ndarray:
@@ -152,6 +130,48 @@ def tokenise(inputs: models.Inputs, pairs: list[tuple[str, ...]]) -> np.ndarray:
     [response for _, *both in pairs for response in both],
   )
   return tokens.reshape(len(pairs), 2, inputs.length)
+
+
+def make_programs(
+  config: ml_collections.ConfigDict,
+  model_config: families.Config,
+  mesh: Mesh,
+  token: int | None,
+) -> stage.Programs:
+  """Builds the programs that a config describes, as `sft.make_programs` does.
+
+  Args:
+    config, model_config, mesh: as there; reads this file's SECTIONS.
+    token: whose logit is the score; None for a linear head.
+  """
+  settings = config.reward_model
+  model = families.build(
+    dataclasses.replace(model_config, dropout_rate=settings.dropout)
+  )
+  axes = preference.logical_axes(model_config, settings.head)
+  optimizer = stage_optimizer(config, settings, axes)
+
+  def init(reference, key):
+    params = {"t5": reference}
+    if settings.head == "linear":
+      # From zero, all responses score alike and the loss is log 2.
+      params["head"] = jnp.zeros([model_config.emb_dim], jnp.float32)
+    # It starts at 0, and the states that it reads are normalised.
+    floors = {("head",): jnp.asarray(model_config.emb_dim**-0.5)}
+    return init_state(params, optimizer, key, floors=floors)
+
+  def update_step(state, tokens):
+    return update(state, tokens, model=model, token=token, optimizer=optimizer)
+
+  return stage.make_programs(
+    mesh,
+    model,
+    init,
+    update_step,
+    axes=axes,
+    data=(sharding.row_sharding(mesh),),
+    fsdp=config.mesh.fsdp,
+  )
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
@@ -177,12 +197,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
   mesh = build.make_mesh(config)
   build.check_rows("reward_model.batch", settings.batch, mesh)
   own = ml_collections.ConfigDict({name: config[name] for name in SECTIONS})
-  run_folder.start(workdir, own)
-  if not run_folder.has_model(workdir):
-    initial = load_initial(config)
-    run_folder.save_model(
-      workdir, initial.model_config, initial.vocabulary, initial.params
-    )
+  stage.prepare(workdir, own, lambda: load_initial(config))
   model_config = run_folder.load_model_config(workdir)
   vocabulary = run_folder.load_tokenizer(workdir)
   with as_config_error():
@@ -192,57 +207,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
     token = None
     if settings.head == "token":
       token = models.token_of(vocabulary, settings.token)
-  optimizer = make_optimizer(
-    name=config.optimizer.name,
-    learning_rate=settings.learning_rate,
-    warmup_steps=settings.warmup_steps,
-    decay_steps=settings.decay_steps,
-    clip_norm=config.optimizer.clip_norm,
-    axes={"t5": families.build(model_config).axes()},
-  )
-  abstract = preference.abstract_params(model_config, settings.head)
-  params_at = preference.param_shardings(
-    mesh, model_config, settings.head, fsdp=config.mesh.fsdp
-  )
-  state_at = state_shardings(mesh, optimizer, abstract, params_at)
-  rows, whole = sharding.row_sharding(mesh), sharding.replicated(mesh)
+  programs = make_programs(config, model_config, mesh, token)
   share = sharding.process_share(mesh, settings.batch)
-  model = families.build(
-    dataclasses.replace(model_config, dropout_rate=settings.dropout)
-  )
-
-  def init(reference, key):
-    params = {"t5": reference}
-    if settings.head == "linear":
-      # From zero, all responses score alike and the loss is log 2.
-      params["head"] = jnp.zeros([model_config.emb_dim], jnp.float32)
-    state = init_state(params, optimizer, key)
-    # It starts at 0, and the states that it reads are normalised.
-    floors = {("head",): jnp.asarray(model_config.emb_dim**-0.5)}
-    return dataclasses.replace(
-      state, opt_state=set_floors(state.opt_state, floors)
-    )
-
-  init = jax.jit(
-    init, in_shardings=(params_at["t5"], whole), out_shardings=state_at
-  )
-  update_step = jax.jit(
-    sharding.on_mesh(
-      mesh,
-      functools.partial(update, model=model, token=token, optimizer=optimizer),
-      fsdp=config.mesh.fsdp,
-    ),
-    in_shardings=(state_at, rows),
-    out_shardings=(state_at, whole),
-    donate_argnums=0,
-  )
-  reference = run_folder.load_reference(
-    workdir, saved_params.abstract_like(abstract["t5"], params_at["t5"])
-  )
-  key = jax.random.fold_in(jax.random.key(config.seed), 0xB7)
+  model = families.build(model_config)
 
   def step_fn(state, step, batch, want_texts):
-    state, metrics = update_step(
+    state, metrics = programs.update(
       state, sharding.to_devices(mesh, batch, settings.batch)
     )
     tokens = int((batch != model_config.pad_id).sum()) * share[1]
@@ -250,11 +220,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
 
   state = loop.run(
     workdir,
+    programs,
+    stage.load_reference(workdir, model, programs),
+    jax.random.fold_in(jax.random.key(config.seed), keys.REWARD_MODEL),
     label="train reward model",
-    abstract_state=saved_params.abstract_like(
-      jax.eval_shape(init, reference, key), state_at
-    ),
-    start=lambda: init(reference, key),
+    settings=settings,
     batches_from=lambda first: pair_batches(
       training,
       inputs,
@@ -264,24 +234,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
       share=share,
     ),
     step_fn=step_fn,
-    steps=settings.steps,
-    checkpoint_every=settings.checkpoint_every,
-    keep=1,
-    log_samples_every=max(settings.steps, 1),
   )
   scorer = models.make_scorer(
-    lambda params, tokens: preference.score_rows(
-      families.build(model_config), params, tokens, token
-    ),
+    lambda params, rows: preference.score_rows(model, params, rows, token),
     state.params,
     mesh,
     2 * settings.batch,
   )
   report = evaluate(held_out, inputs, scorer, int(state.step), share)
-  if jax.process_index() == 0:
-    folder = epath.Path(workdir) / "evaluation"
-    folder.mkdir(exist_ok=True)
-    run_folder.write_json(folder / "accuracy.json", report._asdict())
+  stage.write_report(workdir, "accuracy", report._asdict())
   return report
 
 

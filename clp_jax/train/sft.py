@@ -1,7 +1,6 @@
 """Supervised finetuning on a task's references: makes the reference policy."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +8,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from etils import epath
 from jax.sharding import Mesh
 
-from clp_jax import build, run_folder, saved_params, sharding
+from clp_jax import build, keys, run_folder, sharding
 from clp_jax.batches import (
   check_data,
   count_held_out,
@@ -25,14 +23,31 @@ from clp_jax.masked import Mean, masked_sum
 from clp_jax.models import families
 from clp_jax.models.model import Model
 from clp_jax.prompting import Prompts
-from clp_jax.train import loop
-from clp_jax.train.optimizer import make_optimizer
-from clp_jax.train.state import TrainState, init_state, state_shardings
+from clp_jax.train import loop, stage
+from clp_jax.train.optimizer import stage_optimizer
+from clp_jax.train.state import TrainState, apply_gradient, init_state
 
 Params = Any
 # What of a config this stage depends on, and its config.json records.
 SECTIONS = ("seed", "model", "data", "optimizer", "sft", "mesh")
-PROMPTS = 2**32 - 1  # of the run's key, for prompts: no step has this number
+
+
+def _predict(
+  model: Model,
+  params: Params,
+  encoder_input_tokens: jax.Array,
+  decoder_target_tokens: jax.Array,
+  dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(their log-probability, how many are the likeliest, how many there are)."""
+  logits, _ = model.score(
+    params, encoder_input_tokens, decoder_target_tokens, dropout_key
+  )
+  mask = decoder_target_tokens != model.config.pad_id
+  at = jnp.maximum(decoder_target_tokens, 0)[..., None]  # padding may be -1
+  logp = jnp.take_along_axis(jax.nn.log_softmax(logits), at, axis=-1)[..., 0]
+  right = logits.argmax(-1) == decoder_target_tokens
+  return masked_sum(logp, mask), masked_sum(right, mask), mask.sum()
 
 
 def update(
@@ -55,46 +70,26 @@ def update(
   Returns:
     (state after the update, metrics of the state before it; nats a token).
   """
-  mask = decoder_target_tokens != model.config.pad_id
-  tokens = mask.sum().astype(jnp.float32)
-  dropout_key = jax.random.fold_in(state.key, state.step)
+  dropout_key = None
+  if model.config.dropout_rate:
+    dropout_key = jax.random.fold_in(state.key, state.step)
 
   def loss_fn(params):
-    logits, _ = model.score(
-      params,
-      encoder_input_tokens,
-      decoder_target_tokens,
-      dropout_key if model.config.dropout_rate else None,
+    logp, right, tokens = _predict(
+      model, params, encoder_input_tokens, decoder_target_tokens, dropout_key
     )
-    at = jnp.maximum(decoder_target_tokens, 0)[..., None]  # padding may be -1
-    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), at, axis=-1)[..., 0]
-    right = logits.argmax(-1) == decoder_target_tokens
-    return -masked_sum(logp, mask) / tokens, masked_sum(right, mask)
+    tokens = tokens.astype(jnp.float32)
+    return -logp / tokens, Mean(right.astype(jnp.float32), tokens)
 
-  (loss, right), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+  (loss, accuracy), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
     state.params
   )
-  updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-  metrics = {
+  state = apply_gradient(state, gradient, optimizer, state.step)
+  return dataclasses.replace(state, step=state.step + 1), {
     "loss": loss,
-    "accuracy": Mean(right.astype(jnp.float32), tokens),
+    "accuracy": accuracy,
     "gradient_norm": optax.tree.norm(gradient),
   }
-  new_state = dataclasses.replace(
-    state,
-    step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
-    opt_state=opt_state,
-  )
-  return new_state, metrics
-
-
-class Programs(NamedTuple):
-  """The jitted programs of this stage and the shardings of its state."""
-
-  init: Callable[..., TrainState]  # (params, key) -> state
-  update: Callable[..., tuple[TrainState, dict]]  # (state, inputs, targets)
-  state_shardings: TrainState
 
 
 def make_programs(
@@ -102,7 +97,7 @@ def make_programs(
   model_config: families.Config,
   mesh: Mesh,
   prompts: Prompts | None = None,
-) -> Programs:
+) -> stage.Programs:
   """Builds the programs that a config describes, for a mesh.
 
   Args:
@@ -112,36 +107,21 @@ def make_programs(
     prompts: that prompting.sft_share of the documents get; None for none.
 
   Returns:
-    The programs, not yet compiled.
+    The programs, not yet compiled; the update's data is (inputs, targets).
   """
-  settings = config.sft
-  optimizer = make_optimizer(
-    name=config.optimizer.name,
-    learning_rate=settings.learning_rate,
-    warmup_steps=settings.warmup_steps,
-    decay_steps=settings.decay_steps,
-    clip_norm=config.optimizer.clip_norm,
-    axes=families.build(model_config).axes(),
-  )
   model = families.build(
-    dataclasses.replace(model_config, dropout_rate=settings.dropout)
+    dataclasses.replace(model_config, dropout_rate=config.sft.dropout)
   )
-  abstract = model.abstract()
-  params_at = sharding.param_shardings(
-    mesh, model.axes(), abstract, fsdp=config.mesh.fsdp
-  )
-  state_at = state_shardings(mesh, optimizer, abstract, params_at)
-  rows, whole = sharding.row_sharding(mesh), sharding.replicated(mesh)
-
-  def init(params, key):
-    return init_state(params, optimizer, key)
-
+  optimizer = stage_optimizer(config, config.sft, model.axes())
   distribution = build.distribution(config)
+
+  def init(reference, key):
+    return init_state(reference, optimizer, key)
 
   def sft_update(state, inputs, targets):
     if prompts is not None:
       key = jax.random.fold_in(
-        jax.random.fold_in(state.key, PROMPTS), state.step
+        jax.random.fold_in(state.key, keys.PROMPTS), state.step
       )
       inputs = prompts.prepend_to_some(
         inputs,
@@ -151,15 +131,15 @@ def make_programs(
       )
     return update(state, inputs, targets, model=model, optimizer=optimizer)
 
-  return Programs(
-    init=jax.jit(init, in_shardings=(params_at, whole), out_shardings=state_at),
-    update=jax.jit(
-      sharding.on_mesh(mesh, sft_update, fsdp=config.mesh.fsdp),
-      in_shardings=(state_at, rows, rows),
-      out_shardings=(state_at, whole),
-      donate_argnums=0,
-    ),
-    state_shardings=state_at,
+  rows = sharding.row_sharding(mesh)
+  return stage.make_programs(
+    mesh,
+    model,
+    init,
+    sft_update,
+    axes=model.axes(),
+    data=(rows, rows),
+    fsdp=config.mesh.fsdp,
   )
 
 
@@ -195,12 +175,7 @@ def held_out(
   @jax.jit
   def sums(params, inputs, targets):
     inputs, targets = jax.lax.with_sharding_constraint((inputs, targets), rows)
-    logits, _ = model.score(params, inputs, targets)
-    mask = targets != model.config.pad_id
-    at = jnp.maximum(targets, 0)[..., None]  # padding may be -1
-    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), at, axis=-1)[..., 0]
-    right = logits.argmax(-1) == targets
-    return masked_sum(logp, mask), masked_sum(right, mask), mask.sum()
+    return _predict(model, params, inputs, targets)
 
   size = config.sft.batch
   start, stop = sharding.process_rows(mesh, size)
@@ -231,10 +206,7 @@ def report_held_out(
     return None
   vocabulary = run_folder.load_tokenizer(workdir)
   report = held_out(config, initial, vocabulary)
-  if jax.process_index() == 0:
-    folder = epath.Path(workdir) / "evaluation"
-    folder.mkdir(exist_ok=True)
-    run_folder.write_json(folder / "held_out.json", report._asdict())
+  stage.write_report(workdir, "held_out", report._asdict())
   return report
 
 
@@ -266,29 +238,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
       "references; name their field, or set sft.steps=0."
     )
   check_data(config)
-  share = config.prompting.sft_share
-  run_folder.start(workdir, own_config(config))
-  if not run_folder.has_model(workdir):
-    initial = load_initial(config)
-    run_folder.save_model(
-      workdir, initial.model_config, initial.vocabulary, initial.params
-    )
+  stage.prepare(workdir, own_config(config), lambda: load_initial(config))
   model_config = run_folder.load_model_config(workdir)
   vocabulary = run_folder.load_tokenizer(workdir)
   mesh = build.make_mesh(config)
   settings = config.sft
   build.check_rows("sft.batch", settings.batch, mesh)
   prompts = None
-  if share:
+  if config.prompting.sft_share:
     prompts = build.prompts(config, vocabulary, model_config.vocab_size)
   programs = make_programs(config, model_config, mesh, prompts)
-  start = run_folder.load_reference(
-    workdir,
-    saved_params.abstract_like(
-      families.build(model_config).abstract(), programs.state_shardings.params
-    ),
-  )
-  key = jax.random.fold_in(jax.random.key(config.seed), 0x5F7)
 
   def step_fn(state, step, batch, want_texts):
     state, metrics = programs.update(
@@ -303,18 +262,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
 
   state = loop.run(
     workdir,
+    programs,
+    stage.load_reference(workdir, families.build(model_config), programs),
+    jax.random.fold_in(jax.random.key(config.seed), keys.SUPERVISED),
     label="supervised finetuning",
-    abstract_state=saved_params.abstract_like(
-      jax.eval_shape(programs.init, start, key), programs.state_shardings
-    ),
-    start=lambda: programs.init(start, key),
+    settings=settings,
     batches_from=lambda first: train_batches(
       config, vocabulary, settings.batch, first, mesh
     ),
     step_fn=step_fn,
-    steps=settings.steps,
-    checkpoint_every=settings.checkpoint_every,
-    keep=1,
-    log_samples_every=max(settings.steps, 1),
   )
   return Initial(model_config, state.params, vocabulary)
