@@ -26,7 +26,8 @@ from etils import epath
 from clp_jax import config as config_lib
 from clp_jax.baselines import soups
 from clp_jax.data import newsroom
-from clp_jax.evaluation import examples, html, report, sweep
+from clp_jax.evaluation import examples, html, plot, sweep, tables
+from clp_jax.evaluation import front as front_lib
 from clp_jax.policy import Policy
 from clp_jax.train import moft
 
@@ -58,7 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
   return config
 
 
-def run(workdir: str, seed: int) -> list[report.Front]:
+def run(workdir: str, seed: int) -> list[front_lib.Front]:
   """Runs all stages, or those that are not finished yet.
 
   Args:
@@ -88,11 +89,11 @@ def run(workdir: str, seed: int) -> list[report.Front]:
     for method, path in folders.items():
       fronts.append(sweep.evaluate_run(path, method=method, seed=seed))
   picture = f"{workdir}/evaluation/fronts.png"
-  report.plot_fronts(fronts, picture)
+  plot.plot_fronts(fronts, picture)
 
   show_steering(workdir)
   print()
-  report.print_table(fronts)
+  tables.print_table(fronts)
   costs = _costs(seconds)
   for name, text in costs.items():
     print(f"{name:<10} {text}")
@@ -197,7 +198,7 @@ def _save_report(
   workdir: str,
   seed: int,
   folders: Mapping[str, str],
-  fronts: list[report.Front],
+  fronts: list[front_lib.Front],
   costs: Mapping[str, str],
 ) -> str:
   """Writes report.html and returns its address."""
@@ -220,8 +221,8 @@ def _save_report(
     tables=[
       html.Table(
         "Methods",
-        report.methods_rows(fronts),
-        report.methods_caption(fronts),
+        tables.methods_rows(fronts),
+        tables.methods_caption(fronts),
       )
     ],
     samples=samples,

@@ -157,8 +157,9 @@ def save_model(
     reference: parameters of an ordinary model, [..] arrays.
   """
   path = folder(workdir)
-  for name, content in tokenizer.files().items():
-    _write(path / name, content)
+  if jax.process_index() == 0:
+    for name, content in tokenizer.files().items():
+      storage.write_whole(path / name, content)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path / "reference", reference, force=True)
   # Last: its presence says that all three are complete.
@@ -217,15 +218,8 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
   Only process 0 writes.
   """
-  _write(epath.Path(path), (json.dumps(value, indent=2) + "\n").encode())
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-  if jax.process_index() != 0:
-    return
-  temporary = path.parent / f".{path.name}.partial"
-  temporary.write_bytes(content)
-  temporary.replace(path)
+  if jax.process_index() == 0:
+    storage.write_json(epath.Path(path), value)
 
 
 def _read(path: epath.Path) -> dict:

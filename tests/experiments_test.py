@@ -13,7 +13,7 @@ import runs
 from clp_jax import build, demo, run_folder, weightings
 from clp_jax import config as config_lib
 from clp_jax.errors import ConfigError, FrontError, RunError
-from clp_jax.evaluation import report
+from clp_jax.evaluation import front as front_lib
 from clp_jax.experiments import (
   costs,
   dry_run,
@@ -643,7 +643,7 @@ def test_a_small_experiment_from_nothing_to_its_table(tmp_path):
   found = json.loads((folder / "comparison.json").read_text())
   assert {len(m["runs"]) for m in found["methods"].values()} == {2}
   for file in tmp_path.glob("runs/*/evaluation/front.json"):
-    front = report.load_front(file)
+    front = front_lib.load_front(file)
     assert front.decoding["samples"] == 2 and front.reference_point == (0.2,)
   for file, time in before.items():
     if file.parent.name == "checkpoints":

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Runs the command."""
-  from clp_jax.evaluation import report, sweep
+  from clp_jax.evaluation import sweep, tables
 
   front = sweep.evaluate_run(
     args.workdir,
@@ -39,6 +39,6 @@ def run(args: argparse.Namespace) -> None:
     num_prompts=args.prompts,
     seed=args.seed,
   )
-  report.print_table([front])
+  tables.print_table([front])
   print(f"{args.workdir}/evaluation/front.json")
   print(f"{args.workdir}/evaluation/pareto.png")

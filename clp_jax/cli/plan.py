@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
   import jax
 
   from clp_jax import build
-  from clp_jax.plan import chips, programs, report
+  from clp_jax.plan import chips, programs, roofline
 
   if args.mesh is not None:
     config.mesh.update({"data": None, "model": 1, "replica": 1} | args.mesh)
@@ -120,5 +120,5 @@ def run(args: argparse.Namespace) -> None:
     with _elapsed(job.name):
       compiled.append(programs.compile_job(job))
   print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-  result = report.make_report(config, slice_, mesh, compiled)
-  print(json.dumps(result, indent=2) if args.json else report.to_text(result))
+  result = roofline.make_report(config, slice_, mesh, compiled)
+  print(json.dumps(result, indent=2) if args.json else roofline.to_text(result))

@@ -24,8 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from clp_jax.evaluation import examples, report, svg
+from clp_jax.evaluation import examples, svg, tables
+from clp_jax.evaluation import front as front_lib
 from clp_jax.evaluation.svg import escape
+from clp_jax.interop import storage
 
 SHOWN_DOCUMENTS = 5
 SHOWN_WEIGHTINGS = 5  # of a document's samples
@@ -81,12 +83,12 @@ def render(
     FrontError: a front is malformed, or they differ in their objectives.
   """
   loaded = [
-    report.front_from_json(front, f"fronts[{i}]")
+    front_lib.front_from_json(front, f"fronts[{i}]")
     for i, front in enumerate(fronts)
   ]
   sections: list[tuple[str, str]] = []
   if loaded:
-    report.shared_objectives(loaded)
+    front_lib.shared_objectives(loaded)
     sections.append(("Fronts", _fronts(loaded)))
   if tables:
     sections.append(("Tables", "".join(_table(table) for table in tables)))
@@ -136,12 +138,12 @@ def save(path: str | os.PathLike[str], text: str) -> str:
   Returns:
     Its address, which a browser opens: file://... for a local path.
   """
-  report.write(epath.Path(path), text.encode())
+  storage.write_whole(epath.Path(path), text.encode())
   name = os.fspath(path)
   return name if "://" in name else epath.Path(name).absolute().as_uri()
 
 
-def _fronts(fronts: Sequence[report.Front]) -> str:
+def _fronts(fronts: Sequence[front_lib.Front]) -> str:
   legend = "".join(
     f'<label><input type="checkbox" id="show-{i}" checked>{svg.marker(i)}'
     f"{escape(front.method)}</label>"
@@ -163,7 +165,7 @@ def _fronts(fronts: Sequence[report.Front]) -> str:
   )
 
 
-def _measured(fronts: Sequence[report.Front]) -> str:
+def _measured(fronts: Sequence[front_lib.Front]) -> str:
   """How the points were measured, where all fronts agree on it."""
   first = fronts[0]
   if any(
@@ -173,12 +175,12 @@ def _measured(fronts: Sequence[report.Front]) -> str:
   return _decoding(first)
 
 
-def _decoding(front: report.Front) -> str:
+def _decoding(front: front_lib.Front) -> str:
   settings = ", ".join(f"{k} {v}" for k, v in front.decoding.items())
   return f"{front.prompts} prompts; decoding: {settings}."
 
 
-def _points(front: report.Front) -> str:
+def _points(front: front_lib.Front) -> str:
   rows = []
   for point in front.points:
     row: dict[str, Any] = {
@@ -189,7 +191,7 @@ def _points(front: report.Front) -> str:
     row |= {f"{o}, raw": svg.shown(raw) for o, raw in point.raw.items()}
     row |= {"KL (nats)": svg.shown(point.kl), "value": svg.shown(point.value)}
     rows.append(row)
-  note = f"Step {front.step}. {_decoding(front)}{report.units_note(front)}"
+  note = f"Step {front.step}. {_decoding(front)}{tables.units_note(front)}"
   return (
     f"<details><summary>{escape(front.method)}, {len(rows)} points</summary>"
     f"{_grid(rows)}<p class=note>{escape(note)}</p></details>"
@@ -413,7 +415,7 @@ def _toggles(fronts: int) -> str:
   )
 
 
-# Okabe and Ito's colours as in report.py, and lighter ones for dark screens.
+# Okabe and Ito's colours as in plot.py, and lighter ones for dark screens.
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#59636e;
 --line:#d5dae0;--box:#f5f7f9;--link:#0b5cad;--mark:#ffdf9e;--mark-fg:#5a2600;

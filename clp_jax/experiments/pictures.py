@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from clp_jax.evaluation import fronts as fronts_lib
-from clp_jax.evaluation.report import COLOURS, MARKERS
+from clp_jax.evaluation.plot import COLOURS, MARKERS
 
 Json = dict[str, Any]
 Array = NDArray[np.float64]

@@ -25,7 +25,7 @@ import ml_collections
 import numpy as np
 
 from clp_jax import demo
-from clp_jax.evaluation.comparison import markdown_table
+from clp_jax.evaluation.tables import markdown_table
 from clp_jax.experiments import pictures
 
 Json = dict[str, Any]

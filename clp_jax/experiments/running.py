@@ -38,13 +38,13 @@ from clp_jax.data.tasks import fact_checker
 from clp_jax.errors import ConfigError, FrontError, Preempted, RunError
 from clp_jax.evaluation import (
   compare,
-  comparison,
+  comparison_files,
   measurements,
   metrics,
-  report,
   sweep,
   units,
 )
+from clp_jax.evaluation import front as front_lib
 from clp_jax.experiments import methods as methods_lib
 from clp_jax.experiments import plans, protocol
 from clp_jax.experiments.methods import METHODS, Method
@@ -337,13 +337,11 @@ def write(plan: Plan, failures: list[str]) -> compare.Comparison:
     seed=0,
   )
   directory = f"{plan.workdir}/{plan.name}"
-  comparison.save(
+  comparison_files.save(
     directory,
     found,
     title=f"{plan.name}: {plan.experiment.question}",
     commands=[plan.command],
-    configs=comparison.configs_of(found),
-    samples=comparison.samples_of(found),
     unsupported=fact_checker(plan.config.data.task),
   )
   run_folder.write_json(
@@ -373,8 +371,8 @@ def write(plan: Plan, failures: list[str]) -> compare.Comparison:
       "shown": [METHODS[name].label for name in plan.experiment.shown],
       "reference_point": list(found.reference_points["hypervolume"].values()),
       "fronts": _fronts(plan),
-      "tables": comparison.tables(found),
-      "note": comparison.note(found),
+      "tables": comparison_files.tables(found),
+      "note": comparison_files.note(found),
       "oracles": _against_oracles(found, plan),
       "config": config_lib.to_json(plan.config),
     },
@@ -393,7 +391,7 @@ def _fronts(plan: Plan) -> dict[str, Any]:
     if not _is_finished(plan, cell):
       continue
     folder = _folder(plan, cell)
-    front = report.load_front(f"{folder}/evaluation/front.json")
+    front = front_lib.load_front(f"{folder}/evaluation/front.json")
     found = fronts.setdefault(
       _label(plan, cell),
       {
@@ -528,22 +526,16 @@ def _join_oracles(
     if not _is_evaluated(plan, path, own.train.steps):
       _evaluate(path, METHODS["oracle"].label, _samples(own))
     directory = f"{path}/evaluation"
-    front = report.load_front(f"{directory}/front.json")
+    front = front_lib.load_front(f"{directory}/front.json")
     fronts.append(front)
     measured.append(measurements.load(directory, front))
     lines = (epath.Path(directory) / "samples.jsonl").read_text().splitlines()
     rows += [json.loads(line) for line in lines]
-  first = fronts[0]
-  joined = report.front_from_points(
+  joined = front_lib.with_points(
+    fronts[0],
     [point for front in fronts for point in front.points],
     method=METHODS["oracle"].label,
-    objectives=first.objectives,
-    step=first.step,
-    prompts=first.prompts,
-    decoding=first.decoding,
-    reference_point=first.reference_point,
     training_samples=sum(front.training_samples or 0 for front in fronts),
-    units=first.units,
   )
   sweep.save(
     f"{folder}/evaluation",
@@ -697,7 +689,7 @@ def _is_evaluated(plan: Plan, folder: str, steps: int) -> bool:
   directory = f"{folder}/evaluation"
   if not (epath.Path(directory) / "front.json").exists():
     return False
-  front = report.load_front(f"{directory}/front.json")
+  front = front_lib.load_front(f"{directory}/front.json")
   asked = config_lib.to_json(plan.config)["eval"] | {"seed": EVALUATION_SEED}
   del asked["batch"]  # changes nothing
   asked["reference_point"] = list(units.reference_point(plan.config))

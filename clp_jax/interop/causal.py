@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from clp_jax.interop import leaves as leaves_lib
-from clp_jax.interop import weight_files
+from clp_jax.interop import storage, weight_files
 from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
 from clp_jax.models.causal import NO_PAD, CausalConfig, Rope
@@ -482,8 +482,8 @@ def save(
     bos = tokenizer.bos_id
     if bos is not None:
       special["bos_token_id"] = values["bos_token_id"] = bos
-  weight_files.write_json(path / weight_files.GENERATION, special)
-  weight_files.write_json(path / "config.json", values)
+  storage.write_json(path / weight_files.GENERATION, special)
+  storage.write_json(path / "config.json", values)
 
 
 def _config_values(

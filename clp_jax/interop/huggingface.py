@@ -19,7 +19,7 @@ import sentencepiece
 from etils import epath
 
 from clp_jax.interop import leaves as leaves_lib
-from clp_jax.interop import weight_files
+from clp_jax.interop import storage, weight_files
 from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
 from clp_jax.models import layers
@@ -309,7 +309,7 @@ def save(
     {tensor_name(p): (view, p != _KEPT) for p, view in views.items()},
     max_shard_bytes,
   )
-  weight_files.write_json(
+  storage.write_json(
     path / weight_files.GENERATION,
     {
       name: values[name]
@@ -319,12 +319,12 @@ def save(
   if vocabulary is not None:
     (path / VOCABULARY).write_bytes(vocabulary.content)
     # T5Tokenizer would append 100 sentinels to the pieces of the model.
-    weight_files.write_json(
+    storage.write_json(
       path / "tokenizer_config.json",
       {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "legacy": False}
       | vocabulary.special,
     )
-  weight_files.write_json(path / "config.json", values)
+  storage.write_json(path / "config.json", values)
 
 
 def _config_values(

@@ -97,10 +97,7 @@ def save(
   )
   if vocabulary is not None:
     (path / VOCABULARY).write_bytes(vocabulary)
-  fields = json.dumps(families.to_json(config), indent=2)
-  partial = path / ".model.json.partial"
-  partial.write_text(fields + "\n")
-  partial.replace(path / "model.json")
+  storage.write_json(path / "model.json", families.to_json(config))
 
 
 def save_tree(path: str, arrays: Mapping[str, object]) -> None:

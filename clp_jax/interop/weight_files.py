@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from clp_jax.interop import safetensors_file
+from clp_jax.interop import safetensors_file, storage
 from clp_jax.interop.leaves import Index, Leaf, View
 from clp_jax.interop.storage import Folder
 
@@ -180,7 +180,7 @@ def save(
     part = {name: described[name] for name in names}
     safetensors_file.write(path / file, part, read_tensor)
     weight_map |= dict.fromkeys(names, file)
-  write_json(
+  storage.write_json(
     path / "model.safetensors.index.json",
     {
       "metadata": {"total_size": sum(sizes.values())},
@@ -200,10 +200,3 @@ def _into_files(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
     names.append(name)
     total += size
   yield names
-
-
-def write_json(path: epath.Path, values: Any) -> None:
-  """Writes a JSON file, whole or not at all."""
-  partial = path.parent / f".{path.name}.partial"
-  partial.write_text(json.dumps(values, indent=2) + "\n")
-  partial.replace(path)
