@@ -28,16 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="of the hypervolume, a value a reward, with one reward also kl=NATS "
     "(default: that of the runs' evaluations, and the largest KL)",
   )
-  parser.add_argument(
-    "--bootstrap",
-    type=arguments.positive,
-    default=1000,
-    metavar="N",
-    help="resamplings of prompts and seeds (default: 1000)",
-  )
-  parser.add_argument(
-    "--seed", type=int, default=0, help="of the resampling (default: 0)"
-  )
+  help = "resamplings of prompts and seeds"
+  arguments.add_count(parser, "--bootstrap", help, 1000)
+  arguments.add_seed(parser, "the resampling")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,22 +10,12 @@ EXAMPLE = "clp evaluate --workdir runs/demo --grid 11 --prompts 256"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
   arguments.add_workdir(parser)
-  parser.add_argument(
-    "--step", type=int, help="a checkpoint (default: the newest)"
-  )
-  parser.add_argument(
-    "--grid",
-    type=arguments.positive,
-    help="points an edge of the simplex (default: the config's eval.grid)",
-  )
-  parser.add_argument(
-    "--prompts",
-    type=arguments.positive,
-    help="held-out prompts (default: the config's eval.prompts)",
-  )
-  parser.add_argument(
-    "--seed", type=int, default=0, help="of the sampling (default: 0)"
-  )
+  arguments.add_step(parser)
+  help = "points an edge of the simplex (default: the config's eval.grid)"
+  arguments.add_count(parser, "--grid", help)
+  help = "held-out prompts (default: the config's eval.prompts)"
+  arguments.add_count(parser, "--prompts", help)
+  arguments.add_seed(parser, "the sampling")
 
 
 def run(args: argparse.Namespace) -> None:

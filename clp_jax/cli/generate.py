@@ -19,17 +19,8 @@ CHUNK = 64  # lines decoded together
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
   arguments.add_workdir(parser)
-  parser.add_argument(
-    "--weights",
-    type=arguments.parse_weights,
-    metavar="NAME=W,...",
-    help='the weighting of lines without "weights" of their own',
-  )
-  parser.add_argument(
-    "--alpha",
-    type=float,
-    help="KL weight, where the run was trained on a range of it",
-  )
+  help = 'the weighting of lines without "weights" of their own'
+  arguments.add_weighting(parser, help)
   parser.add_argument(
     "--input",
     default="-",
@@ -37,10 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='JSONL with the run\'s data.document_field or "document", and '
     'optional "weights" and "alpha" (default: -, standard input)',
   )
-  parser.add_argument(
-    "--temperature", type=float, default=1.0, help="0 is greedy (default: 1)"
-  )
-  parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+  arguments.add_temperature(parser)
+  arguments.add_seed(parser, "the sampling")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -53,15 +53,13 @@ def parse_mesh(text: str) -> dict[str, int]:
   Raises:
     argparse.ArgumentTypeError: for anything else.
   """
-  sizes = {}
-  for part in text.split(","):
-    name, _, value = part.partition("=")
-    if name not in ("replica", "data", "model") or name in sizes:
-      raise argparse.ArgumentTypeError(
-        f"expected data=D,model=M (and replica=R), got {text!r}"
-      )
-    sizes[name] = arguments.positive(value)
-  return sizes
+  pairs = [part.partition("=") for part in text.split(",")]
+  names = {name for name, _, _ in pairs}
+  if len(names) < len(pairs) or not names <= {"replica", "data", "model"}:
+    raise argparse.ArgumentTypeError(
+      f"expected data=D,model=M (and replica=R), got {text!r}"
+    )
+  return {name: arguments.positive(value) for name, _, value in pairs}
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ from jax.sharding import Mesh
 from clp_jax import sharding
 from clp_jax.errors import RewardError
 
-Score = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
+Texts = Sequence[str]
+Score = Callable[[Texts, Texts, Texts], Any]
 
 # Rewards that have a short name.
 BUILT_IN = {

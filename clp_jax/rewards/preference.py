@@ -9,7 +9,6 @@ use normalise="fixed", or "running", to weigh them against other rewards.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from clp_jax import run_folder, saved_params, sharding
 from clp_jax.models import families
 from clp_jax.models.model import Model
 from clp_jax.rewards import model as models
-from clp_jax.rewards.base import Score
+from clp_jax.rewards.base import Score, Texts
 
 Params = Any
 TEMPLATE = "document: {document} summary: {response}"
@@ -168,14 +167,7 @@ def build(
         f"{model} was not trained by `clp train-reward`; set .token to the "
         "answer whose logit is the score."
       )
-    judge = models.load(
-      model,
-      mesh,
-      vocabulary=vocabulary,
-      dtype=dtype,
-      scan_layers=scan_layers,
-      fsdp=fsdp,
-    )
+    judge = models.load(model, mesh, vocabulary, dtype, scan_layers, fsdp)
     judge = judge._replace(params={"t5": judge.params})
   inputs = models.Inputs(
     judge.vocabulary,
@@ -192,9 +184,7 @@ def build(
   )
 
   def preference(
-    documents: Sequence[str],
-    references: Sequence[str],
-    responses: Sequence[str],
+    documents: Texts, references: Texts, responses: Texts
   ) -> np.ndarray:
     del references
     tokens, _ = inputs(documents, responses)
