@@ -47,14 +47,17 @@ def model_reward(source: str, **options) -> ml_collections.ConfigDict:
   return reward(source, **(settings | options))
 
 
-def _supervised(**fields) -> ml_collections.ConfigDict:
-  """A stage of supervised training; its batch is of documents, or of pairs."""
-  c = ml_collections.ConfigDict(fields)
+def _add_supervised(
+  c: ml_collections.ConfigDict, steps: int, batch: int, learning_rate: float
+) -> None:
+  """The fields of supervised training; a batch is of documents, or of pairs."""
+  c.steps = steps
+  c.batch = batch
+  c.learning_rate = learning_rate
   c.warmup_steps = 20
   c.decay_steps = config_dict.placeholder(int)
   c.dropout = 0.0
   c.checkpoint_every = 100
-  return c
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -199,14 +202,16 @@ def get_config() -> ml_collections.ConfigDict:
 
   # Supervised finetuning before, on the task's references; its result is then
   # the reference policy. 0 steps: model.init is the reference.
-  c.sft = _supervised(steps=0, batch=64, learning_rate=1e-3)
+  c.sft = ml_collections.ConfigDict()
+  _add_supervised(c.sft, steps=0, batch=64, learning_rate=1e-3)
 
   # `clp train-reward`: a preference model from pairs. Then data.train and
   # data.eval hold lines with data.document_field, "chosen" and "rejected".
-  c.reward_model = _supervised(steps=1000, batch=32, learning_rate=1e-4)
+  c.reward_model = ml_collections.ConfigDict()
   c.reward_model.head = "linear"  # or token: the logit of `token` is the score
   c.reward_model.token = "1"
   c.reward_model.template = "document: {document} summary: {response}"
+  _add_supervised(c.reward_model, steps=1000, batch=32, learning_rate=1e-4)
 
   c.eval = ml_collections.ConfigDict()
   c.eval.grid = 11  # points an edge of the simplex

@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import ml_collections
@@ -150,8 +151,7 @@ def show_steering(workdir: str) -> None:
     workdir: of an evaluated run of two rewards.
   """
   policy = Policy.load(workdir)
-  file = epath.Path(f"{workdir}/evaluation/samples.jsonl")
-  rows = [json.loads(line) for line in file.read_text().splitlines()]
+  rows = examples.load(workdir)
   articles = examples.telling(rows, CANDIDATES)
   a, b = policy.objectives
   greedy: list[examples.Row] = [
@@ -203,21 +203,18 @@ def _save_report(
 ) -> str:
   """Writes report.html and returns its address."""
 
-  def read(path: str) -> str:
-    return epath.Path(path).read_text()
+  def read(path: str) -> Any:
+    return json.loads(epath.Path(path).read_text())
 
   samples = [
-    json.loads(line) | {"method": method}
+    row | {"method": method}
     for method, path in folders.items()
-    for line in read(f"{path}/evaluation/samples.jsonl").splitlines()
+    for row in examples.load(path)
   ]
   shown = shlex.quote(workdir)
   text = html.render(
     "One model, steered between rewards: the demo",
-    fronts=[
-      json.loads(read(f"{path}/evaluation/front.json"))
-      for path in folders.values()
-    ],
+    fronts=[read(f"{path}/evaluation/front.json") for path in folders.values()],
     tables=[
       html.Table(
         "Methods",
@@ -227,8 +224,7 @@ def _save_report(
     ],
     samples=samples,
     configs={
-      method: json.loads(read(f"{path}/config.json"))
-      for method, path in folders.items()
+      method: read(f"{path}/config.json") for method, path in folders.items()
     },
     commands=[
       f"clp demo --workdir {shown} --seed {seed}",

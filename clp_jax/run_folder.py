@@ -119,13 +119,12 @@ def _equal(old: Any, new: Any) -> bool:
 
 def load_config(workdir: str) -> ml_collections.ConfigDict:
   """The config of the run in `workdir`."""
-  file = folder(workdir) / "config.json"
-  if not file.exists():
-    raise RunError(
-      f"{workdir} holds no run (no config.json); give the --workdir of "
-      "`clp train` or `clp demo`."
-    )
-  return config_lib.from_json(_completed(_read(file)))
+  absent = (
+    f"{workdir} holds no run (no config.json); give the --workdir of "
+    "`clp train` or `clp demo`."
+  )
+  values = _read(folder(workdir) / "config.json", absent)
+  return config_lib.from_json(_completed(values))
 
 
 def _completed(values: dict) -> dict:
@@ -174,13 +173,12 @@ def has_model(workdir: str) -> bool:
 
 def load_model_config(workdir: str) -> families.Config:
   """The model of the run in `workdir`."""
-  file = folder(workdir) / "model.json"
-  if not file.exists():
-    raise RunError(
-      f"{workdir} holds no model yet (no model.json); let `clp train` run "
-      "to its first checkpoint."
-    )
-  config = families.from_json(_read(file))
+  absent = (
+    f"{workdir} holds no model yet (no model.json); let `clp train` run to its "
+    "first checkpoint."
+  )
+  values = _read(folder(workdir) / "model.json", absent)
+  config = families.from_json(values)
   if config.eos_ids:
     return config
   # Of a version that took the vocabulary's own.
@@ -222,7 +220,10 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     storage.write_json(epath.Path(path), value)
 
 
-def _read(path: epath.Path) -> dict:
+def _read(path: epath.Path, absent: str | None = None) -> dict:
+  """A JSON file; `absent` is the RunError's message where there is none."""
+  if absent is not None and not path.exists():
+    raise RunError(absent)
   try:
     return json.loads(path.read_text())
   except ValueError as error:

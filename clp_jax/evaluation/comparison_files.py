@@ -7,6 +7,7 @@ fronts.png       every method's front, mean over its runs
 report.html      all of it on one page, with samples and configs
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from clp_jax.evaluation import examples, html, plot
 from clp_jax.evaluation import front as front_lib
-from clp_jax.evaluation import html, plot
 from clp_jax.evaluation.compare import Comparison, mean_front
 from clp_jax.evaluation.intervals import Value
 from clp_jax.evaluation.metrics import in_plane
@@ -246,10 +247,9 @@ def _samples_of(found: Comparison) -> list[dict[str, Any]]:
   """Rows of samples.jsonl of each method's first run, with "method"."""
   rows = []
   for name in found.methods:
-    file = epath.Path(found.runs[name][0].path) / "evaluation/samples.jsonl"
-    if file.exists():
-      for line in file.read_text().splitlines():
-        rows.append({"method": name} | json.loads(line))
+    with contextlib.suppress(FileNotFoundError):
+      own = examples.load(found.runs[name][0].path)
+      rows += [{"method": name} | row for row in own]
   return rows
 
 

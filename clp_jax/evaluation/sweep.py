@@ -6,7 +6,7 @@ of the policies.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -100,10 +100,8 @@ def sweep(
       )
       optimised = units.of(measured.rewards)
       value = (1 - alpha) * optimised @ weights - alpha * measured.kl
-      means = {
-        name: front_lib.standard_error(optimised[:, :, i])
-        for i, name in enumerate(policy.objectives)
-      }
+      means = _estimates(policy.objectives, optimised)
+      raw = _estimates(policy.objectives, measured.rewards)
       points.append(
         front_lib.Point(
           weights=named,
@@ -111,11 +109,7 @@ def sweep(
           rewards=means,
           kl=front_lib.standard_error(measured.kl),
           value=front_lib.standard_error(value),
-          raw={
-            name: front_lib.standard_error(measured.rewards[:, :, i])
-            for i, name in enumerate(policy.objectives)
-            if name in units.names
-          },
+          raw={name: raw[name] for name in units.names},
         )
       )
       samples += _sample_rows(policy, batch, named, alpha, measured)
@@ -157,6 +151,16 @@ def sweep(
       measurements.digest(batch.documents),
     ),
   )
+
+
+def _estimates(
+  objectives: Sequence[str], scores: np.ndarray
+) -> dict[str, front_lib.Estimate]:
+  """Of scores [P, n, m], by objective."""
+  return {
+    name: front_lib.standard_error(scores[:, :, i])
+    for i, name in enumerate(objectives)
+  }
 
 
 def weightings_grid(
@@ -361,15 +365,9 @@ def _sample_rows(policy, batch, weights, alpha, measured) -> list[dict]:
       "weights": weights,
       "alpha": alpha,
       "summary": measured.responses[i * n],
-      "rewards": dict(
-        zip(
-          policy.objectives,
-          measured.rewards[i, 0].tolist(),
-          strict=True,
-        )
-      ),
+      "rewards": dict(zip(policy.objectives, rewards, strict=True)),
     }
-    for i in range(min(SHOWN_PROMPTS, len(batch.documents)))
+    for i, rewards in enumerate(measured.rewards[:SHOWN_PROMPTS, 0].tolist())
   ]
 
 

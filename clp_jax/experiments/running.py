@@ -39,6 +39,7 @@ from clp_jax.errors import ConfigError, FrontError, Preempted, RunError
 from clp_jax.evaluation import (
   compare,
   comparison_files,
+  examples,
   measurements,
   metrics,
   sweep,
@@ -529,8 +530,7 @@ def _join_oracles(
     front = front_lib.load_front(f"{directory}/front.json")
     fronts.append(front)
     measured.append(measurements.load(directory, front))
-    lines = (epath.Path(directory) / "samples.jsonl").read_text().splitlines()
-    rows += [json.loads(line) for line in lines]
+    rows += examples.load(path)
   joined = front_lib.with_points(
     fronts[0],
     [point for front in fronts for point in front.points],

@@ -159,11 +159,11 @@ def example_documents(policy: Policy) -> schema.Documents:
     chosen.
   """
   note = ""
-  file = run_folder.folder(policy.workdir) / "evaluation" / "samples.jsonl"
+  folder = run_folder.folder(policy.workdir)
   try:
-    if file.exists():
+    if (folder / "evaluation" / "samples.jsonl").exists():
       fields = [policy.config.data.document_field]
-      rows = [json.loads(line) for line in file.read_text().splitlines()]
+      rows = examples.load(folder)
       rows = [r | {"document": jsonl.document_of(r, fields)} for r in rows]
       references = {row["document"]: row["reference"] for row in rows}
       chosen = examples.telling(rows, EXAMPLES)
