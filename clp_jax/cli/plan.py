@@ -17,19 +17,12 @@ SECONDS_BETWEEN_LINES = 20.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
-  parser.add_argument(
-    "--config",
-    required=True,
-    metavar="FILE",
-    help="a training config; models may be presets, such as "
-    "--config.model.init=xl",
+  help = (
+    "a training config; models may be presets, such as --config.model.init=xl"
   )
-  parser.add_argument(
-    "--topology",
-    required=True,
-    metavar="NAME",
-    help="a slice of v4, v5e, v5p or v6e, such as v5e:8x16 or v5p:4x4x4",
-  )
+  arguments.add(parser, "--config", help, required=True, metavar="FILE")
+  help = "a slice of v4, v5e, v5p or v6e, such as v5e:8x16 or v5p:4x4x4"
+  arguments.add(parser, "--topology", help, required=True, metavar="NAME")
   parser.add_argument(
     "--mesh",
     type=parse_mesh,

@@ -350,10 +350,7 @@ def preference(
 ) -> np.ndarray:
   """Scores summaries as a reader who wants to be informed would.
 
-  Args:
-    documents: [B] articles.
-    references: [B], not used.
-    responses: [B] summaries.
+  Args: as for `entailment`.
 
   Returns:
     [B] float32 in [0, 1): sigmoid(6 (coverage - 0.55) + 1.5 words / 16 - 0.6

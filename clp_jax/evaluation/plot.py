@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -73,9 +74,7 @@ def plot_fronts(
     ax.set_xlabel("KL to the reference (nats)" if x is None else f"reward {x}")
     ax.set_ylabel(f"reward {y}")
     ax.margins(x=0.12, y=0.08)  # Room for the labels.
-    ax.grid(color="0.92")
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax)
   handles, names = axes[0].get_legend_handles_labels()
   longest = max(map(len, names))
   figure.legend(
@@ -95,8 +94,22 @@ def plot_fronts(
     x=0.01,
     ha="left",
   )
+  save(figure, path, dpi=150)
+
+
+def tidy(ax: Axes) -> None:
+  """Leaves of the frame what is needed, and draws a pale grid below all."""
+  ax.grid(color="0.92")
+  ax.set_axisbelow(True)
+  ax.spines[["top", "right"]].set_visible(False)
+
+
+def save(
+  figure: Figure, path: str | os.PathLike[str], dpi: int, **options: Any
+) -> None:
+  """Writes a PNG, whole or not at all; `options` are Matplotlib's."""
   png = io.BytesIO()
-  figure.savefig(png, format="png", dpi=150)
+  figure.savefig(png, format="png", dpi=dpi, **options)
   storage.write_whole(epath.Path(path), png.getvalue())
 
 
