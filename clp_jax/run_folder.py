@@ -19,6 +19,7 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from clp_jax import config as config_lib
@@ -106,7 +107,7 @@ def decisive(values: dict) -> dict[str, Any]:
   free = _FREE if "objectives" in values else (*_FREE, *_RATES)
   return {
     name: value
-    for name, value in _flatten(values)
+    for name, value in traverse_util.flatten_dict(values, sep=".").items()
     if name not in free and not name.startswith(_FREE_PREFIXES)
   }
 
@@ -231,11 +232,3 @@ def _read(path: epath.Path, absent: str | None = None) -> dict:
       f"{path} is not valid JSON ({error}); restore it or choose another "
       "--workdir."
     ) from error
-
-
-def _flatten(values: dict, prefix: str = ""):
-  for key, value in values.items():
-    if isinstance(value, dict):
-      yield from _flatten(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value

@@ -86,14 +86,15 @@ def get_task(name: str, vocabulary: Any = None) -> Any:
       "(seqio.TaskRegistry.add)."
     )
   task = seqio.TaskRegistry.get(name)
-  if vocabulary is None:
-    return task
-  return task.replace(
-    output_features={
-      key: dataclasses.replace(feature, vocabulary=vocabulary)
-      for key, feature in task.output_features.items()
-    }
-  )
+  return task if vocabulary is None else _tokenised_by(task, vocabulary)
+
+
+def _tokenised_by(task: Any, vocabulary: Any) -> Any:
+  features = {
+    key: dataclasses.replace(feature, vocabulary=vocabulary)
+    for key, feature in task.output_features.items()
+  }
+  return task.replace(output_features=features)
 
 
 def vocabulary_of(task: Any) -> Vocabulary:
@@ -112,12 +113,7 @@ def of_texts(task: Any) -> Any:
   """The same task, tokenised by bytes, for whom its texts are enough: its own
   vocabulary is not read."""
   _, seqio = import_seqio()
-  return task.replace(
-    output_features={
-      key: dataclasses.replace(feature, vocabulary=seqio.ByteVocabulary())
-      for key, feature in task.output_features.items()
-    }
-  )
+  return _tokenised_by(task, seqio.ByteVocabulary())
 
 
 def from_cache(task: Any, cache_dirs: Sequence[str] = ()) -> Any:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
 from clp_jax.evaluation import examples, svg, tables
 from clp_jax.evaluation import front as front_lib
@@ -352,7 +353,10 @@ def _far_apart(keys: list[tuple]) -> list[tuple]:
 
 
 def _configs(configs: Mapping[str, Mapping[str, Any]]) -> str:
-  flat = {name: dict(_flatten(config)) for name, config in configs.items()}
+  flat = {
+    name: traverse_util.flatten_dict(dict(config), sep=".")
+    for name, config in configs.items()
+  }
   fields = list(dict.fromkeys(f for values in flat.values() for f in values))
   differing, shared = [], []
   for field in fields:
@@ -374,14 +378,6 @@ def _configs(configs: Mapping[str, Mapping[str, Any]]) -> str:
     f"<details><summary>{escape(title)}, {len(shared)} fields</summary>"
     f"{_grid(shared)}</details>"
   )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = ""):
-  for key, value in values.items():
-    if isinstance(value, Mapping):
-      yield from _flatten(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value
 
 
 def _shown(value: Any) -> str:

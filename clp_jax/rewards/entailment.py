@@ -74,10 +74,7 @@ def build(
     template: of the model's input.
     positive: the answer that means entailment, one piece.
     negative: the answer that alone counts against it; None is all others.
-    vocabulary: SentencePiece model file; None takes the folder's.
-    dtype: of the computation.
-    scan_layers: compiles large models faster.
-    fsdp: cut parameters over the data axis too.
+    vocabulary, dtype, scan_layers, fsdp: as for `models.load`.
 
   Returns:
     (documents, references, responses), each [B] -> [B] float32 in [0, 1].

@@ -133,10 +133,7 @@ def build(
       or TEMPLATE.
     token: whose logit is the score, one piece; None takes what the model was
       trained with.
-    vocabulary: SentencePiece model file; None takes the folder's.
-    dtype: of the computation.
-    scan_layers: compiles large models faster; a run of clp is as it was saved.
-    fsdp: cut parameters over the data axis too.
+    vocabulary, dtype, scan_layers, fsdp: as for `models.load`.
 
   Returns:
     (documents, references, responses), each [B] -> [B] float32.
