@@ -130,7 +130,7 @@ def test_the_commands_of_the_page_run(folder, monkeypatch, capsys):
 
 
 def test_a_conversation_is_answered_as_its_chat_template_shows_it(
-  folder, monkeypatch, tmp_path, capsys
+  folder, tmp_path, capsys
 ):
   run_dir = str(folder / "runs/chat")
   if not pathlib.Path(run_dir, "model.json").exists():

@@ -670,7 +670,7 @@ class TestDryRun:
     assert len(lines) == len({line.split()[-1] for line in lines}) == 2 * 7
     assert summary.startswith("14 runs, ") and not list(tmp_path.iterdir())
 
-  def test_the_papers_config_needs_no_model(self, tmp_path):
+  def test_the_papers_config_needs_no_model(self):
     base, _ = self.rows(
       *("two-reward", "--config", "configs/xsum/base.py", "--seeds", 1),
       *("--methods", "clp-full", "--utilisation", 0.48),
@@ -696,7 +696,7 @@ class TestDryRun:
     assert hours(300) == pytest.approx(3 * once)
     assert hours(100, 0.2) == pytest.approx(2 * once)
 
-  def test_unknown_chips_are_refused(self, tmp_path):
+  def test_unknown_chips_are_refused(self):
     for arguments, message in (
       (["--topology", "v9"], "unknown TPU 'v9'"),
       (["--utilisation", "0"], "expected 0 < X <= 1"),

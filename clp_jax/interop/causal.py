@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from clp_jax.interop import leaves as leaves_lib
-from clp_jax.interop import storage, weight_files
+from clp_jax.interop import weight_files
 from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
 from clp_jax.models.causal import NO_PAD, CausalConfig, Rope
@@ -135,18 +135,7 @@ def families() -> tuple[str, ...]:
 def open_folder(
   folder: Folder, mapped: bool
 ) -> tuple[CausalConfig, dict[str, Leaf]]:
-  """What a folder holds; nothing but headers is read.
-
-  Args:
-    folder: with config.json.
-    mapped: map pytorch_model.bin into memory rather than read it whole.
-
-  Returns:
-    The config and {path: leaf}.
-
-  Raises:
-    ValueError: names what is wrong with the folder.
-  """
+  """The config and {path: leaf}; args and errors as of `huggingface`'s."""
   config = read_config(folder)
   stored = _text_tensors(weight_files.read(folder, mapped))
   expected = leaves_lib.expected_shapes(config)
@@ -448,42 +437,30 @@ def save(
 ) -> None:
   """Writes a folder that transformers' from_pretrained reads.
 
-  config.json comes last: without it the folder holds no model yet.
-
-  Args:
-    path: the folder; older weights in it are replaced.
-    config: of the model.
-    views: from `leaves.views`.
+  Args: as for `huggingface.save`, but
     tokenizer: `data.tokenizer.Tokenizer`, whose files are written beside; None
       for none.
-    max_shard_bytes: more than this goes to several files.
 
   Raises:
     ValueError: no class of transformers has such a model.
   """
   values = _config_values(config, views)
-  path.mkdir(parents=True, exist_ok=True)
-  (path / "config.json").unlink(missing_ok=True)
-  weight_files.save(
-    path,
-    {
-      tensor_name(config, p): (view, _is_turned(p)) for p, view in views.items()
-    },
-    max_shard_bytes,
-  )
   special: dict[str, Any] = {
     name: values[name]
     for name in ("eos_token_id", "pad_token_id")
     if name in values
   }
+  beside: dict[str, Any] = {}
   if tokenizer is not None:
-    for name, content in tokenizer.files().items():
-      (path / name).write_bytes(content)
+    beside |= tokenizer.files()
     bos = tokenizer.bos_id
     if bos is not None:
       special["bos_token_id"] = values["bos_token_id"] = bos
-  storage.write_json(path / weight_files.GENERATION, special)
-  storage.write_json(path / "config.json", values)
+  beside |= {weight_files.GENERATION: special, "config.json": values}
+  tensors = {
+    tensor_name(config, p): (view, _is_turned(p)) for p, view in views.items()
+  }
+  weight_files.save(path, tensors, max_shard_bytes, beside)
 
 
 def _config_values(

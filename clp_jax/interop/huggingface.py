@@ -19,7 +19,7 @@ import sentencepiece
 from etils import epath
 
 from clp_jax.interop import leaves as leaves_lib
-from clp_jax.interop import storage, weight_files
+from clp_jax.interop import weight_files
 from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
 from clp_jax.models import layers
@@ -289,8 +289,6 @@ def save(
 ) -> None:
   """Writes a folder that transformers' from_pretrained reads.
 
-  config.json comes last: without it the folder holds no model yet.
-
   Args:
     path: the folder; older weights in it are replaced.
     config: of the model.
@@ -302,29 +300,21 @@ def save(
     ValueError: when transformers has no name for the activations.
   """
   values = _config_values(config, views)
-  path.mkdir(parents=True, exist_ok=True)
-  (path / "config.json").unlink(missing_ok=True)
-  weight_files.save(
-    path,
-    {tensor_name(p): (view, p != _KEPT) for p, view in views.items()},
-    max_shard_bytes,
-  )
-  storage.write_json(
-    path / weight_files.GENERATION,
-    {
-      name: values[name]
-      for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
-    },
-  )
+  special = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+  beside: dict[str, Any] = {
+    weight_files.GENERATION: {name: values[name] for name in special}
+  }
   if vocabulary is not None:
-    (path / VOCABULARY).write_bytes(vocabulary.content)
+    beside[VOCABULARY] = vocabulary.content
     # T5Tokenizer would append 100 sentinels to the pieces of the model.
-    storage.write_json(
-      path / "tokenizer_config.json",
-      {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "legacy": False}
-      | vocabulary.special,
-    )
-  storage.write_json(path / "config.json", values)
+    beside["tokenizer_config.json"] = {
+      "tokenizer_class": "T5Tokenizer",
+      "extra_ids": 0,
+      "legacy": False,
+    } | vocabulary.special
+  beside["config.json"] = values
+  tensors = {tensor_name(p): (view, p != _KEPT) for p, view in views.items()}
+  weight_files.save(path, tensors, max_shard_bytes, beside)
 
 
 def _config_values(

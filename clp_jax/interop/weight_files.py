@@ -148,14 +148,33 @@ def save(
   path: epath.Path,
   tensors: Mapping[str, tuple[View, bool]],
   max_shard_bytes: int,
+  beside: Mapping[str, Any],
 ) -> None:
-  """Writes safetensors, one tensor in memory at a time.
+  """Writes a folder of safetensors, one tensor in memory at a time.
+
+  config.json, the last of the files, says that it is complete.
 
   Args:
     path: the folder; older weights in it are removed.
     tensors: name -> (array, whether it is a matrix to be transposed).
     max_shard_bytes: more than this goes to several files.
+    beside: name -> bytes, or JSON, of the other files.
   """
+  path.mkdir(parents=True, exist_ok=True)
+  (path / "config.json").unlink(missing_ok=True)
+  _save_tensors(path, tensors, max_shard_bytes)
+  for name, content in beside.items():
+    if isinstance(content, bytes):
+      (path / name).write_bytes(content)
+    else:
+      storage.write_json(path / name, content)
+
+
+def _save_tensors(
+  path: epath.Path,
+  tensors: Mapping[str, tuple[View, bool]],
+  max_shard_bytes: int,
+) -> None:
   for pattern in _WRITTEN:
     for old in path.glob(pattern):
       old.unlink()
