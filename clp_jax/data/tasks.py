@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from clp_jax.data import corpora, newsroom
-from clp_jax.data.reader import Batch, check_lengths, check_sizes
+from clp_jax.data.reader import Batch, Numbering, check_lengths
 from clp_jax.data.tokenizer import DOCUMENT
 from clp_jax.data.vocabulary import (
   Vocabulary,
@@ -233,14 +233,10 @@ def with_template(task: Any, template: str) -> Any:
 def train_batches(
   task: Any,
   split: str,
+  numbering: Numbering,
   *,
-  batch_size: int,
   source_length: int,
   target_length: int,
-  seed: int,
-  start: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
   tokenise: Tokenise | None = None,
 ) -> Iterator[Batch]:
   """Yields the rows of one process of global batches start, start + 1, ...
@@ -253,43 +249,38 @@ def train_batches(
   Args:
     task: a seqio.Task whose preprocessors make one example of each.
     split: its split.
-    batch_size: B, rows of a global batch.
+    numbering: of the batches.
     source_length: S, tokens; longer inputs are cut.
     target_length: T, tokens; longer targets are cut.
-    seed: of the order of examples, >= 0.
-    start: number of the first batch.
-    process_index: p, which rows to take: [p B / P, (p + 1) B / P).
-    process_count: P; divides batch_size.
     tokenise: makes the batches of the task's texts; None takes its tokens.
 
   Returns:
     An iterator over batches of b = B / P rows.
 
   Raises:
-    ValueError: the split is absent or empty, the sizes don't fit, or the task
-      can't be used.
+    ValueError: the split is absent or empty, or the task can't be used.
   """
-  check_sizes(batch_size, process_index, process_count, start, seed)
   tf, _ = import_seqio()
   raw, count = _raw(task, split)
-  rows = batch_size // process_count
-  first_epoch, skip = divmod(start * batch_size, count)
+  batch_size, rows = numbering.batch_size, numbering.rows
+  first_epoch, skip = divmod(numbering.start * batch_size, count)
   texts = any(spec.dtype == tf.string for spec in raw.element_spec.values())
   buffer = _SHUFFLE_BUFFER if texts else _SHUFFLE_BUFFER_NUMBERS
 
   def epoch(number):
     return raw.shuffle(
       min(count, buffer),
-      seed=number * 1_000_003 + seed,  # distinct for seeds below a million
+      seed=number * 1_000_003
+      + numbering.seed,  # distinct for seeds below a million
       reshuffle_each_iteration=False,
     )
 
   def is_mine(number, _):
-    return number % batch_size // rows == process_index
+    return number % batch_size // rows == numbering.process_index
 
   epochs = tf.data.Dataset.range(first_epoch, 2**31)
   examples = epochs.flat_map(epoch).skip(skip)
-  if process_count > 1:
+  if numbering.process_count > 1:
     examples = examples.enumerate().filter(is_mine).map(lambda _, own: own)
   return _batches(task, examples, rows, source_length, target_length, tokenise)
 
