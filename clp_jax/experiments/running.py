@@ -209,13 +209,27 @@ class Stage(NamedTuple):
   """One training run of a plan: of a method, or of its supervised model."""
 
   label: str  # of the first method that needs it
-  seed: int
   folder: str
-  steps: int
-  samples: int  # responses; of a supervised run its documents
   supervised: bool
-  finished: bool
   config: ml_collections.ConfigDict  # model.init is the plan's own
+
+  @property
+  def steps(self) -> int:
+    """That it trains."""
+    section = self.config.sft if self.supervised else self.config.train
+    return section.steps
+
+  @property
+  def samples(self) -> int:
+    """Responses; of a supervised run its documents."""
+    if self.supervised:
+      return self.steps * self.config.sft.batch
+    return _samples(self.config)
+
+  @property
+  def finished(self) -> bool:
+    """Whether its last checkpoint is there."""
+    return _has_step(self.folder, self.steps)
 
 
 def stages(plan: Plan) -> Iterator[Stage]:
@@ -226,31 +240,13 @@ def stages(plan: Plan) -> Iterator[Stage]:
     if plan.config.sft.steps and _supervised(plan, cell) not in seen:
       folder, config = _supervised(plan, cell), _supervised_config(plan, cell)
       seen.add(folder)
-      yield Stage(
-        f"supervised, for {label}",
-        config.seed,
-        folder,
-        config.sft.steps,
-        config.sft.steps * config.sft.batch,
-        True,
-        _has_step(folder, config.sft.steps),
-        config,
-      )
+      yield Stage(f"supervised, for {label}", folder, True, config)
     for config, folder in _trained(plan, cell):
       if folder not in seen:
         seen.add(folder)
         own = config.copy_and_resolve_references()
         own.model.init = init
-        yield Stage(
-          label,
-          cell.seed,
-          folder,
-          config.train.steps,
-          _samples(config),
-          False,
-          _has_step(folder, config.train.steps),
-          own,
-        )
+        yield Stage(label, folder, False, own)
 
 
 def supervised_curve(
