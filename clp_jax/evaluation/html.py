@@ -25,9 +25,10 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from clp_jax.evaluation import examples, svg, tables
+from clp_jax.evaluation import examples, svg
 from clp_jax.evaluation import front as front_lib
 from clp_jax.evaluation.svg import escape
+from clp_jax.evaluation.tables import units_note
 from clp_jax.interop import storage
 
 SHOWN_DOCUMENTS = 5
@@ -192,7 +193,7 @@ def _points(front: front_lib.Front) -> str:
     row |= {f"{o}, raw": svg.shown(raw) for o, raw in point.raw.items()}
     row |= {"KL (nats)": svg.shown(point.kl), "value": svg.shown(point.value)}
     rows.append(row)
-  note = f"Step {front.step}. {_decoding(front)}{tables.units_note(front)}"
+  note = f"Step {front.step}. {_decoding(front)}{units_note(front)}"
   return (
     f"<details><summary>{escape(front.method)}, {len(rows)} points</summary>"
     f"{_grid(rows)}<p class=note>{escape(note)}</p></details>"

@@ -286,9 +286,7 @@ def supervised_curve(
   run_folder.write_json(
     directory / RECORD,
     {
-      "command": command,
-      "date": datetime.date.today().isoformat(),
-      "machine": machine(),
+      **origin(command),
       "split": config.data.eval_split,
       "documents": config.eval.prompts,
       "rows": rows,
@@ -346,9 +344,7 @@ def write(plan: Plan, failures: list[str]) -> compare.Comparison:
     {
       "experiment": plan.name,
       "question": plan.experiment.question,
-      "command": plan.command,
-      "date": datetime.date.today().isoformat(),
-      "machine": machine(),
+      **origin(plan.command),
       "seeds": sorted({run.seed for runs in methods.values() for run in runs}),
       "planned_seeds": list(plan.seeds),
       "checkpoints": plan.checkpoints,
@@ -446,6 +442,12 @@ def _trained(
   if method.kind == "oracle":
     return _oracles(plan, cell, config)
   return list(_singles(plan, cell, config, method).values())
+
+
+def origin(command: str) -> dict[str, str]:
+  """What the record of a measurement says of how it was made."""
+  today = datetime.date.today().isoformat()
+  return {"command": command, "date": today, "machine": machine()}
 
 
 def machine() -> str:
