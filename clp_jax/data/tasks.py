@@ -38,6 +38,7 @@ from clp_jax.data.vocabulary import (
   import_seqio,
   loaded,
 )
+from clp_jax.errors import importing
 
 # Examples shuffled together. Memory bounds it: article texts are kilobytes, the
 # row numbers that stand for the rows of a file are not.
@@ -69,14 +70,9 @@ def get_task(name: str, vocabulary: Any = None) -> Any:
     corpora.register_task(name)
   elif name not in seqio.TaskRegistry.names() and ":" in name:
     module, _, name = name.partition(":")
-    try:
+    what = f"{module!r}, which should register the seqio task {name!r}"
+    with importing(f"can't import {what}", "add its folder to PYTHONPATH"):
       importlib.import_module(module)
-    except Exception as error:  # importing runs the user's code: all can happen
-      raise ValueError(
-        f"can't import {module!r}, which should register the seqio task "
-        f"{name!r}: {type(error).__name__}: {error}; correct the path, or add "
-        "its folder to PYTHONPATH."
-      ) from error
   names = seqio.TaskRegistry.names()
   if name not in names:
     raise ValueError(
