@@ -19,7 +19,8 @@ import numpy as np
 from clp_jax import demo
 from clp_jax.baselines import soups
 from clp_jax.cli import setup
-from clp_jax.evaluation import fronts, report, sweep
+from clp_jax.evaluation import front as front_lib
+from clp_jax.evaluation import fronts, sweep
 from clp_jax.train import moft
 
 FRONTS = {
@@ -48,19 +49,19 @@ def train_soups_at_m_times(workdir: str, seed: int) -> None:
   )
 
 
-def finish_seed(workdir: str, seed: int) -> dict[str, report.Front]:
+def finish_seed(workdir: str, seed: int) -> dict[str, front_lib.Front]:
   """The fronts of a seed, computed where they are missing."""
   if not (pathlib.Path(workdir) / "soups" / "evaluation").exists():
     demo.run(workdir, seed)
   if not (pathlib.Path(workdir) / "soups_mx" / "evaluation").exists():
     train_soups_at_m_times(workdir, seed)
   return {
-    method: report.load_front(f"{workdir}/{path}/evaluation/front.json")
+    method: front_lib.load_front(f"{workdir}/{path}/evaluation/front.json")
     for method, path in FRONTS.items()
   }
 
 
-def row(seed: int, full: report.Front, front: report.Front) -> str:
+def row(seed: int, full: front_lib.Front, front: front_lib.Front) -> str:
   """One row of the table."""
   correlations = " ".join(f"{v:.2f}" for v in front.monotonicity.values())
   stderr = np.mean(

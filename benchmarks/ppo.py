@@ -15,7 +15,8 @@ import pathlib
 import numpy as np
 
 from clp_jax import demo
-from clp_jax.evaluation import report, sweep
+from clp_jax.evaluation import front as front_lib
+from clp_jax.evaluation import sweep
 from clp_jax.train import moft
 
 VARIANTS: dict[str, dict] = {
@@ -26,7 +27,7 @@ VARIANTS: dict[str, dict] = {
 }
 
 
-def finish(workdir: str, sft: str, seed: int, name: str) -> report.Front:
+def finish(workdir: str, sft: str, seed: int, name: str) -> front_lib.Front:
   """The front of a run, computed where it is missing."""
   file = pathlib.Path(workdir) / "evaluation" / "front.json"
   if not file.exists():
@@ -37,7 +38,7 @@ def finish(workdir: str, sft: str, seed: int, name: str) -> report.Front:
     config.update_from_flattened_dict(VARIANTS[name])
     moft.train(config, workdir)
     sweep.evaluate_run(workdir, method=name)
-  return report.load_front(str(file))
+  return front_lib.load_front(str(file))
 
 
 def steps_per_second(workdir: str) -> float:

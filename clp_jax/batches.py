@@ -136,27 +136,21 @@ def train_batches(
     ConfigError: when the data can't be had or is empty.
   """
   index, count = sharding.process_share(mesh, batch_size)
-  options: dict[str, Any] = {
-    "batch_size": batch_size,
-    "seed": config.seed,
-    "start": start,
-    "process_index": index,
-    "process_count": count,
-  }
   data = config.data
   by_number = _reader(config, tokenizer, training=True)
   with as_config_error():
+    numbering = reader.Numbering(batch_size, config.seed, start, index, count)
     if by_number is not None:
-      batches = reader.train_batches(by_number, **options)
+      batches = reader.train_batches(by_number, numbering)
     else:
       task, tokenise = _task(config, tokenizer)
       batches = tasks.train_batches(
         task,
         data.train_split,
+        numbering,
         source_length=data.source_length,
         target_length=data.target_length,
         tokenise=tokenise,
-        **options,
       )
   return _logged(batches, data.source_length)
 

@@ -1,5 +1,6 @@
 """Makes the objects that a config describes, and checks it: `validate`."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -84,6 +85,9 @@ def bank(
     model_config: of the reference.
   """
   own, steering = config.conditioning, config.steering
+  _one_of("conditioning.kl_set", own.kl_set, bank_lib.KL_SETS)
+  if own.shared is not None:
+    _one_of("conditioning.shared", own.shared, bank_lib.SHARED)
   frozen_kl = (
     own.kl_set == "frozen" and config.weightings.alpha_range is not None
   )
@@ -206,47 +210,108 @@ def load_rewards(
     ]
 
 
+# What a field by itself must be.
+_ONE_OF = {
+  "algorithm": ALGORITHMS,
+  "steering": bank_lib.STEERING,
+  "prompting.style": prompting.STYLES,
+  "mixing": MIXINGS,
+  "reinforce.baseline": BASELINES,
+  "optimizer.name": OPTIMIZERS,
+  "reward_model.head": HEADS,
+}
+_POSITIVE = (
+  "data.source_length data.target_length rollout.prompts rollout.samples "
+  "rollout.weightings optimizer.learning_rate optimizer.clip_norm "
+  "prompting.levels train.microbatches train.checkpoint_every train.keep "
+  "train.log_samples_every train.normalisation_batches sft.batch "
+  "sft.learning_rate sft.checkpoint_every rollout.temperature "
+  "reward_model.batch reward_model.learning_rate "
+  "reward_model.checkpoint_every eval.prompts eval.samples eval.batch "
+  "mesh.replica mesh.model critic.hidden critic.learning_rate"
+).split()
+_NOT_NEGATIVE = (
+  "train.steps sft.steps sft.warmup_steps reward_model.steps "
+  "reward_model.warmup_steps adapters.orthogonality"
+).split()
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
-  """Checks facts that span fields, before anything is loaded or written.
+  """Checks a config before anything is loaded or written.
 
   Raises:
     ConfigError: says what was found and what to change.
   """
-  _one_of("algorithm", config.algorithm, ALGORITHMS)
-  _one_of("steering", config.steering, bank_lib.STEERING)
-  own = config.conditioning
-  _one_of("conditioning.kl_set", own.kl_set, bank_lib.KL_SETS)
-  if own.shared is not None:
-    _one_of("conditioning.shared", own.shared, bank_lib.SHARED)
-  if own.kl_set == "frozen" and config.weightings.alpha_range is None:
+  _check_fields(config)
+  _check_model_and_data(config)
+  _check_objectives(config)
+  try:
+    distribution(config)
+  except (TypeError, ValueError) as error:
+    raise ConfigError(f"weightings: {error}") from error
+  with as_config_error():
+    bank(config, PRESETS["tiny"])  # whatever the model, its checks are the same
+    adapted, scalar = adaptation(config), scalarisation(config)
+    ppo.Settings(**config.ppo)  # whether or not the algorithm reads them
+  if (
+    config.conditioning.kl_set == "frozen"
+    and config.weightings.alpha_range is None
+  ):
     raise ConfigError(
       "conditioning.kl_set = frozen, but with one alpha there is no set for "
       "the KL term; give weightings.alpha_range, or leave kl_set=trained."
     )
-  _one_of("prompting.style", config.prompting.style, prompting.STYLES)
+  if adapted is not None and config.weightings.weights is not None:
+    raise ConfigError(
+      "weightings.adapt needs weights to draw, but weightings.weights fixes "
+      "them; leave one of the two out."
+    )
   share = config.prompting.sft_share
-  if not 0 <= share <= 1:
-    raise ConfigError(f"prompting.sft_share must be in [0, 1], got {share}.")
   if share and config.prompting.style == "none":
     raise ConfigError(
       f"prompting.sft_share = {share}, but prompting.style = none writes no "
       "prompts; choose a style, or leave sft_share=0."
     )
-  _one_of("mixing", config.mixing, MIXINGS)
+  for path, values in (
+    ("scalarisation.utopia", scalar.utopia),
+    ("eval.reference_point", config.eval.reference_point),
+  ):
+    if values is not None and len(values) != len(config.objectives):
+      raise ConfigError(
+        f"{path} has {len(values)} values for {len(config.objectives)} "
+        "objectives; give one each"
+        + (", or None for the default." if path.startswith("eval") else ".")
+      )
+  _check_rollout(config)
+
+
+def _check_fields(config: ml_collections.ConfigDict) -> None:
+  """Rules of one field each, of sections that no dataclass checks."""
+  for path, allowed in _ONE_OF.items():
+    _one_of(path, _get(config, path), allowed)
   if config.mixing != "parameters":
     raise ConfigError(
       "mixing = 'logits' combines policies that are trained already; train "
       "with 'parameters', or make a mixture as docs/experiments.md says."
     )
-  _one_of("reinforce.baseline", config.reinforce.baseline, BASELINES)
-  _one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
-  _one_of("reward_model.head", config.reward_model.head, HEADS)
-  _validate_data(config.data)
-  if config.model.init is None:
-    raise ConfigError(
-      "model.init is not set; give the folder of a T5, or the name of a preset "
-      "to start from random parameters."
-    )
+  soft = config.soft_tokens.length
+  optional = () if soft is None else ("soft_tokens.length",)
+  for path in (*_POSITIVE, *optional):
+    value = _get(config, path)
+    if value is None or not value > 0:  # also false for NaN
+      raise ConfigError(f"{path} must be > 0, got {value}.")
+  for path in _NOT_NEGATIVE:
+    value = _get(config, path)
+    if value is None or not value >= 0:
+      raise ConfigError(f"{path} must be >= 0, got {value}.")
+  share = config.prompting.sft_share
+  if not 0 <= share <= 1:
+    raise ConfigError(f"prompting.sft_share must be in [0, 1], got {share}.")
+  if config.eval.grid < 2:
+    raise ConfigError(f"eval.grid must be at least 2, got {config.eval.grid}.")
+
+
+def _check_objectives(config: ml_collections.ConfigDict) -> None:
   objectives = tuple(config.objectives)
   if not objectives:
     raise ConfigError("objectives is empty; name at least one reward.")
@@ -263,128 +328,54 @@ def validate(config: ml_collections.ConfigDict) -> None:
       config.rewards[name].normalise,
       NORMALISATIONS,
     )
-  try:
-    distribution(config)
-  except (TypeError, ValueError) as error:
-    raise ConfigError(f"weightings: {error}") from error
-  with as_config_error():
-    bank(config, PRESETS["tiny"])  # whatever the model, its checks are the same
-  _validate_q_and_scalarisation(config)
-  _validate_ppo(config)
 
-  positive = (
-    "data.source_length data.target_length rollout.prompts rollout.samples "
-    "rollout.weightings optimizer.learning_rate optimizer.clip_norm "
-    "prompting.levels "
-    "train.microbatches train.checkpoint_every train.keep "
-    "train.log_samples_every train.normalisation_batches sft.batch "
-    "sft.learning_rate sft.checkpoint_every rollout.temperature "
-    "reward_model.batch reward_model.learning_rate "
-    "reward_model.checkpoint_every eval.prompts eval.samples eval.batch "
-    "mesh.replica mesh.model ppo.epochs ppo.minibatches critic.hidden "
-    "critic.learning_rate"
-  )
-  if config.soft_tokens.length is not None:
-    positive += " soft_tokens.length"
-  for path in positive.split():
-    value = _get(config, path)
-    if value is None or not value > 0:  # also false for NaN
-      raise ConfigError(f"{path} must be > 0, got {value}.")
-  not_negative = (
-    "train.steps sft.steps sft.warmup_steps reward_model.steps "
-    "reward_model.warmup_steps adapters.orthogonality"
-  )
-  for path in not_negative.split():
-    value = _get(config, path)
-    if value is None or not value >= 0:
-      raise ConfigError(f"{path} must be >= 0, got {value}.")
-  if config.eval.grid < 2:
-    raise ConfigError(f"eval.grid must be at least 2, got {config.eval.grid}.")
-  rollout, train = config.rollout, config.train
+
+def _check_rollout(config: ml_collections.ConfigDict) -> None:
+  """Whether a step's prompts can be divided, and baselines have enough."""
+  rollout = config.rollout
   groups = rollout.weightings
-  if rollout.prompts % (groups * train.microbatches):
-    raise ConfigError(
-      f"rollout.prompts = {rollout.prompts} is not a multiple of "
-      f"rollout.weightings x train.microbatches = {groups} x "
-      f"{train.microbatches}; change one of them."
-    )
-  minibatches = ppo_settings(config).minibatches
-  if rollout.prompts % (groups * train.microbatches * minibatches):
-    raise ConfigError(
-      f"rollout.prompts = {rollout.prompts} is not a multiple of "
-      "rollout.weightings x ppo.minibatches x train.microbatches = "
-      f"{groups} x {minibatches} x {train.microbatches}; change one of them."
-    )
-  if (
-    config.algorithm == "ppo"
-    and config.ppo.leave_one_out
-    and rollout.samples < 2
+  for minibatches in (
+    {},
+    {"ppo.minibatches": ppo_settings(config).minibatches},
   ):
+    parts = {"rollout.weightings": groups, **minibatches}
+    parts["train.microbatches"] = config.train.microbatches
+    if rollout.prompts % math.prod(parts.values()):
+      raise ConfigError(
+        f"rollout.prompts = {rollout.prompts} is not a multiple of "
+        f"{' x '.join(parts)} = {' x '.join(map(str, parts.values()))}; change "
+        "one of them."
+      )
+  name = config.scalarisation.name
+  if name != "linear" and rollout.prompts < 2 * groups:
     raise ConfigError(
-      "ppo.leave_one_out needs rollout.samples >= 2, got "
-      f"{rollout.samples}; raise it or set ppo.leave_one_out=False."
+      f"scalarisation {name} needs at least 2 prompts a weighting, got "
+      f"rollout.prompts = {rollout.prompts} for rollout.weightings = {groups}; "
+      "change one of them."
     )
-  if (
-    config.algorithm == "reinforce"
-    and config.reinforce.baseline == "leave_one_out"
-    and rollout.samples < 2
-  ):
+  if config.algorithm == "ppo":
+    if config.ppo.leave_one_out and rollout.samples < 2:
+      raise ConfigError(
+        "ppo.leave_one_out needs rollout.samples >= 2, got "
+        f"{rollout.samples}; raise it or set ppo.leave_one_out=False."
+      )
+    return
+  baseline = config.reinforce.baseline
+  if baseline == "leave_one_out" and rollout.samples < 2:
     raise ConfigError(
       "reinforce.baseline leave_one_out needs rollout.samples >= 2, got "
       f"{rollout.samples}; raise it or choose group_mean."
     )
-  if (
-    config.algorithm == "reinforce"
-    and config.reinforce.baseline == "group_mean"
-    and rollout.prompts * rollout.samples == groups
-  ):
+  if baseline == "group_mean" and rollout.prompts * rollout.samples == groups:
     raise ConfigError(
       "reinforce.baseline group_mean needs at least 2 responses a weighting, "
       f"got rollout.prompts x rollout.samples = {groups} for "
       f"rollout.weightings = {groups}; raise rollout.samples or choose none."
     )
-  point = config.eval.reference_point
-  if point is not None and len(point) != len(objectives):
-    raise ConfigError(
-      f"eval.reference_point has {len(point)} values for {len(objectives)} "
-      "objectives; give one each, or None for the default."
-    )
 
 
-def _validate_q_and_scalarisation(config: ml_collections.ConfigDict) -> None:
-  with as_config_error():
-    adapted = adaptation(config)
-    scalar = scalarisation(config)
-  if adapted is not None and config.weightings.weights is not None:
-    raise ConfigError(
-      "weightings.adapt needs weights to draw, but weightings.weights fixes "
-      "them; leave one of the two out."
-    )
-  if scalar.utopia is not None and len(scalar.utopia) != len(config.objectives):
-    raise ConfigError(
-      f"scalarisation.utopia has {len(scalar.utopia)} values for "
-      f"{len(config.objectives)} objectives; give one each."
-    )
-  rollout = config.rollout
-  if scalar.name != "linear" and rollout.prompts < 2 * rollout.weightings:
-    raise ConfigError(
-      f"scalarisation {scalar.name} needs at least 2 prompts a weighting, got "
-      f"rollout.prompts = {rollout.prompts} for rollout.weightings = "
-      f"{rollout.weightings}; change one of them."
-    )
-
-
-def _validate_ppo(config: ml_collections.ConfigDict) -> None:
-  for path in ("ppo.clip", "ppo.value_clip", "ppo.target_kl"):
-    value = _get(config, path)
-    if value is not None and not value > 0:
-      raise ConfigError(f"{path} must be > 0, or None for off, got {value}.")
-  for path in ("ppo.discount", "ppo.gae_lambda"):
-    if not 0 <= _get(config, path) <= 1:
-      raise ConfigError(f"{path} must be in [0, 1], got {_get(config, path)}.")
-
-
-def _validate_data(data: ml_collections.ConfigDict) -> None:
+def _check_model_and_data(config: ml_collections.ConfigDict) -> None:
+  data = config.data
   if (data.task is None) == (data.train is None):
     raise ConfigError(
       f"set exactly one of data.task and data.train, got {data.task!r} and "
@@ -407,6 +398,11 @@ def _validate_data(data: ml_collections.ConfigDict) -> None:
   if data.template is not None:
     with as_config_error():
       parse_template(data.template)
+  if config.model.init is None:
+    raise ConfigError(
+      "model.init is not set; give the folder of a T5, or the name of a preset "
+      "to start from random parameters."
+    )
 
 
 def _one_of(path, value, allowed):

@@ -11,28 +11,21 @@ before. All numbers are ours, of a size for slices of TPUs. What to change:
     --config.data.template=None               the chat template as they are
 """
 
-from typing import NamedTuple
+import functools
 
 import ml_collections
 
 from clp_jax import config as config_lib
+from clp_jax.paper import Size, large_reward, set_size
 
-
-class Size(NamedTuple):
-  """What a model's size changes."""
-
-  model_axis: int  # devices that share each matrix; divides the heads of keys
-  prompts: int  # of a step
-  weightings: int  # of a step
-
-
+JUDGE = "qwen3-0.6b"  # preset of the reward models, in plans
 SIZES = {
-  "qwen3-0.6b": Size(model_axis=1, prompts=64, weightings=8),
-  "qwen3-4b": Size(model_axis=4, prompts=64, weightings=8),
-  "qwen3-8b": Size(model_axis=8, prompts=64, weightings=16),
-  "gemma3-1b": Size(model_axis=1, prompts=64, weightings=8),
-  "gemma3-4b": Size(model_axis=4, prompts=64, weightings=8),
-  "gemma3-12b": Size(model_axis=8, prompts=64, weightings=16),
+  "qwen3-0.6b": Size(1, 64, 8, JUDGE),
+  "qwen3-4b": Size(4, 64, 8, JUDGE),
+  "qwen3-8b": Size(8, 64, 16, JUDGE),
+  "gemma3-1b": Size(1, 64, 8, JUDGE),
+  "gemma3-4b": Size(4, 64, 8, JUDGE),
+  "gemma3-12b": Size(8, 64, 16, JUDGE),
 }
 
 
@@ -47,17 +40,9 @@ def get_config(size: str) -> ml_collections.ConfigDict:
   """
   config = config_lib.get_config()
   config.objectives = ("helpful", "brief")
-
-  def preference():
-    return config_lib.model_reward(
-      "preference",
-      normalise="fixed",
-      batch=64,
-      dtype="bfloat16",
-      scan_layers=True,
-      fsdp=True,
-    )
-
+  preference = functools.partial(
+    large_reward, "preference", normalise="fixed", batch=64
+  )
   config.rewards = ml_collections.ConfigDict(
     {
       "helpful": preference(),
@@ -73,20 +58,10 @@ def get_config(size: str) -> ml_collections.ConfigDict:
   config.data.source_length = 512
   config.data.target_length = 256
 
-  settings = SIZES[size]
-  config.model.init = None
-  config.model.dtype = "bfloat16"
-  config.model.scan_layers = True
+  set_size(config, size, SIZES[size])
   config.model.remat = "full"
-  config.plan.model, config.plan.reward_model = size, "qwen3-0.6b"
-  config.mesh.model = settings.model_axis
-  config.mesh.fsdp = True
 
   config.weightings.alpha = 0.05
-  config.rollout.prompts = settings.prompts
-  config.rollout.samples = 4
-  config.rollout.weightings = settings.weightings
-  config.optimizer.name = "adafactor"
   config.optimizer.learning_rate = 3e-5
   config.optimizer.warmup_steps = 50
   config.adapters.rank = 16
@@ -95,5 +70,4 @@ def get_config(size: str) -> ml_collections.ConfigDict:
   config.train.normalisation_batches = 16
 
   config.eval.prompts = 512
-  config.eval.samples = 1
   return config

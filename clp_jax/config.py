@@ -47,6 +47,19 @@ def model_reward(source: str, **options) -> ml_collections.ConfigDict:
   return reward(source, **(settings | options))
 
 
+def _add_supervised(
+  c: ml_collections.ConfigDict, steps: int, batch: int, learning_rate: float
+) -> None:
+  """The fields of supervised training; a batch is of documents, or of pairs."""
+  c.steps = steps
+  c.batch = batch
+  c.learning_rate = learning_rate
+  c.warmup_steps = 20
+  c.decay_steps = config_dict.placeholder(int)
+  c.dropout = 0.0
+  c.checkpoint_every = 100
+
+
 def get_config() -> ml_collections.ConfigDict:
   """The defaults. None means off; a placeholder is what may be None."""
   c = ml_collections.ConfigDict()
@@ -190,13 +203,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Supervised finetuning before, on the task's references; its result is then
   # the reference policy. 0 steps: model.init is the reference.
   c.sft = ml_collections.ConfigDict()
-  c.sft.steps = 0
-  c.sft.batch = 64
-  c.sft.learning_rate = 1e-3
-  c.sft.warmup_steps = 20
-  c.sft.decay_steps = config_dict.placeholder(int)
-  c.sft.dropout = 0.0
-  c.sft.checkpoint_every = 100
+  _add_supervised(c.sft, steps=0, batch=64, learning_rate=1e-3)
 
   # `clp train-reward`: a preference model from pairs. Then data.train and
   # data.eval hold lines with data.document_field, "chosen" and "rejected".
@@ -204,13 +211,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.reward_model.head = "linear"  # or token: the logit of `token` is the score
   c.reward_model.token = "1"
   c.reward_model.template = "document: {document} summary: {response}"
-  c.reward_model.steps = 1000
-  c.reward_model.batch = 32  # pairs
-  c.reward_model.learning_rate = 1e-4
-  c.reward_model.warmup_steps = 20
-  c.reward_model.decay_steps = config_dict.placeholder(int)
-  c.reward_model.dropout = 0.0
-  c.reward_model.checkpoint_every = 100
+  _add_supervised(c.reward_model, steps=1000, batch=32, learning_rate=1e-4)
 
   c.eval = ml_collections.ConfigDict()
   c.eval.grid = 11  # points an edge of the simplex

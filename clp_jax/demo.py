@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import ml_collections
@@ -26,7 +27,8 @@ from etils import epath
 from clp_jax import config as config_lib
 from clp_jax.baselines import soups
 from clp_jax.data import newsroom
-from clp_jax.evaluation import examples, html, report, sweep
+from clp_jax.evaluation import examples, html, plot, sweep, tables
+from clp_jax.evaluation import front as front_lib
 from clp_jax.policy import Policy
 from clp_jax.train import moft
 
@@ -58,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
   return config
 
 
-def run(workdir: str, seed: int) -> list[report.Front]:
+def run(workdir: str, seed: int) -> list[front_lib.Front]:
   """Runs all stages, or those that are not finished yet.
 
   Args:
@@ -88,11 +90,11 @@ def run(workdir: str, seed: int) -> list[report.Front]:
     for method, path in folders.items():
       fronts.append(sweep.evaluate_run(path, method=method, seed=seed))
   picture = f"{workdir}/evaluation/fronts.png"
-  report.plot_fronts(fronts, picture)
+  plot.plot_fronts(fronts, picture)
 
   show_steering(workdir)
   print()
-  report.print_table(fronts)
+  tables.print_table(fronts)
   costs = _costs(seconds)
   for name, text in costs.items():
     print(f"{name:<10} {text}")
@@ -149,8 +151,7 @@ def show_steering(workdir: str) -> None:
     workdir: of an evaluated run of two rewards.
   """
   policy = Policy.load(workdir)
-  file = epath.Path(f"{workdir}/evaluation/samples.jsonl")
-  rows = [json.loads(line) for line in file.read_text().splitlines()]
+  rows = examples.load(workdir)
   articles = examples.telling(rows, CANDIDATES)
   a, b = policy.objectives
   greedy: list[examples.Row] = [
@@ -197,37 +198,33 @@ def _save_report(
   workdir: str,
   seed: int,
   folders: Mapping[str, str],
-  fronts: list[report.Front],
+  fronts: list[front_lib.Front],
   costs: Mapping[str, str],
 ) -> str:
   """Writes report.html and returns its address."""
 
-  def read(path: str) -> str:
-    return epath.Path(path).read_text()
+  def read(path: str) -> Any:
+    return json.loads(epath.Path(path).read_text())
 
   samples = [
-    json.loads(line) | {"method": method}
+    row | {"method": method}
     for method, path in folders.items()
-    for line in read(f"{path}/evaluation/samples.jsonl").splitlines()
+    for row in examples.load(path)
   ]
   shown = shlex.quote(workdir)
   text = html.render(
     "One model, steered between rewards: the demo",
-    fronts=[
-      json.loads(read(f"{path}/evaluation/front.json"))
-      for path in folders.values()
-    ],
+    fronts=[read(f"{path}/evaluation/front.json") for path in folders.values()],
     tables=[
       html.Table(
         "Methods",
-        report.methods_rows(fronts),
-        report.methods_caption(fronts),
+        tables.methods_rows(fronts),
+        tables.methods_caption(fronts),
       )
     ],
     samples=samples,
     configs={
-      method: json.loads(read(f"{path}/config.json"))
-      for method, path in folders.items()
+      method: read(f"{path}/config.json") for method, path in folders.items()
     },
     commands=[
       f"clp demo --workdir {shown} --seed {seed}",

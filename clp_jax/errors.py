@@ -39,3 +39,19 @@ def as_config_error() -> Iterator[None]:
     yield
   except ValueError as error:
     raise ConfigError(str(error)) from error
+
+
+@contextlib.contextmanager
+def importing(what: str, remedy: str) -> Iterator[None]:
+  """Turns what importing a user's code raises into a ValueError.
+
+  Args:
+    what: could not be imported, for the message.
+    remedy: beside correcting the path.
+  """
+  try:
+    yield
+  except Exception as error:  # it runs that code: all can happen
+    raise ValueError(
+      f"{what}: {type(error).__name__}: {error}; correct the path, or {remedy}."
+    ) from error

@@ -19,7 +19,7 @@ from clp_jax import config as config_lib
 class Size(NamedTuple):
   """What a model's size changes."""
 
-  model_axis: int  # devices that share each matrix
+  model_axis: int  # devices that share each matrix; divides the heads of keys
   prompts: int  # of a step
   weightings: int  # of a step
   judge: str  # preset of the reward models, in plans
@@ -40,6 +40,33 @@ SIZES = {
 SOURCE_LENGTHS = {"xsum": 1024, "tldr": 512}
 
 
+def large_reward(source: str, **options) -> ml_collections.ConfigDict:
+  """`config.model_reward` of a model that needs several devices."""
+  placed = {"dtype": "bfloat16", "scan_layers": True, "fsdp": True}
+  return config_lib.model_reward(source, **placed, **options)
+
+
+def set_size(config: ml_collections.ConfigDict, name: str, size: Size) -> None:
+  """What runs of large models have in common.
+
+  Args:
+    config: is changed.
+    name: preset of the policy, in plans; model.init is left to be given.
+    size: of the model.
+  """
+  config.model.init = None
+  config.model.dtype = "bfloat16"
+  config.model.scan_layers = True
+  config.plan.model, config.plan.reward_model = name, size.judge
+  config.mesh.model = size.model_axis
+  config.mesh.fsdp = True
+  config.rollout.prompts = size.prompts
+  config.rollout.samples = 4
+  config.rollout.weightings = size.weightings
+  config.optimizer.name = "adafactor"
+  config.eval.samples = 1
+
+
 def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   """Two rewards, NLI and ROUGE, at one KL weight (full-CLP).
 
@@ -54,23 +81,10 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.objectives = ("nli", "rouge")
   config.rewards = ml_collections.ConfigDict(
     {
-      "nli": config_lib.model_reward(
-        "entailment",
-        batch=256,
-        dtype="bfloat16",
-        scan_layers=True,
-        fsdp=True,
-      ),
+      "nli": large_reward("entailment", batch=256),
       "rouge": config_lib.reward("rouge"),
       # Its scale is arbitrary; the others are in [0, 1].
-      "tldr": config_lib.model_reward(
-        "preference",
-        normalise="fixed",
-        batch=256,
-        dtype="bfloat16",
-        scan_layers=True,
-        fsdp=True,
-      ),
+      "tldr": large_reward("preference", normalise="fixed", batch=256),
     }
   )
   config.data.task = task
@@ -78,15 +92,9 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.data.source_length = SOURCE_LENGTHS[task]
   config.data.target_length = 64
 
-  settings = SIZES[size]
-  config.model.init = None
-  config.model.dtype = "bfloat16"
-  config.model.scan_layers = True
+  set_size(config, size, SIZES[size])
   # "full" would compute again what the devices must send one another for it.
   config.model.remat = "minimal"
-  config.plan.model, config.plan.reward_model = size, settings.judge
-  config.mesh.model = settings.model_axis
-  config.mesh.fsdp = True
 
   config.sft.steps = 10_000
   config.sft.batch = 128
@@ -96,10 +104,6 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.sft.checkpoint_every = 1000
 
   config.weightings.alpha = 0.01
-  config.rollout.prompts = settings.prompts
-  config.rollout.samples = 4
-  config.rollout.weightings = settings.weightings
-  config.optimizer.name = "adafactor"
   config.optimizer.learning_rate = 1e-4
   config.optimizer.warmup_steps = 200
   config.train.steps = 10_000
@@ -107,5 +111,4 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.train.normalisation_batches = 32
 
   config.eval.prompts = 1024
-  config.eval.samples = 1
   return config

@@ -19,6 +19,7 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from clp_jax import config as config_lib
@@ -106,7 +107,7 @@ def decisive(values: dict) -> dict[str, Any]:
   free = _FREE if "objectives" in values else (*_FREE, *_RATES)
   return {
     name: value
-    for name, value in _flatten(values)
+    for name, value in traverse_util.flatten_dict(values, sep=".").items()
     if name not in free and not name.startswith(_FREE_PREFIXES)
   }
 
@@ -119,13 +120,12 @@ def _equal(old: Any, new: Any) -> bool:
 
 def load_config(workdir: str) -> ml_collections.ConfigDict:
   """The config of the run in `workdir`."""
-  file = folder(workdir) / "config.json"
-  if not file.exists():
-    raise RunError(
-      f"{workdir} holds no run (no config.json); give the --workdir of "
-      "`clp train` or `clp demo`."
-    )
-  return config_lib.from_json(_completed(_read(file)))
+  absent = (
+    f"{workdir} holds no run (no config.json); give the --workdir of "
+    "`clp train` or `clp demo`."
+  )
+  values = _read(folder(workdir) / "config.json", absent)
+  return config_lib.from_json(_completed(values))
 
 
 def _completed(values: dict) -> dict:
@@ -157,8 +157,9 @@ def save_model(
     reference: parameters of an ordinary model, [..] arrays.
   """
   path = folder(workdir)
-  for name, content in tokenizer.files().items():
-    _write(path / name, content)
+  if jax.process_index() == 0:
+    for name, content in tokenizer.files().items():
+      storage.write_whole(path / name, content)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path / "reference", reference, force=True)
   # Last: its presence says that all three are complete.
@@ -173,13 +174,12 @@ def has_model(workdir: str) -> bool:
 
 def load_model_config(workdir: str) -> families.Config:
   """The model of the run in `workdir`."""
-  file = folder(workdir) / "model.json"
-  if not file.exists():
-    raise RunError(
-      f"{workdir} holds no model yet (no model.json); let `clp train` run "
-      "to its first checkpoint."
-    )
-  config = families.from_json(_read(file))
+  absent = (
+    f"{workdir} holds no model yet (no model.json); let `clp train` run to its "
+    "first checkpoint."
+  )
+  values = _read(folder(workdir) / "model.json", absent)
+  config = families.from_json(values)
   if config.eos_ids:
     return config
   # Of a version that took the vocabulary's own.
@@ -217,18 +217,14 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
   Only process 0 writes.
   """
-  _write(epath.Path(path), (json.dumps(value, indent=2) + "\n").encode())
+  if jax.process_index() == 0:
+    storage.write_json(epath.Path(path), value)
 
 
-def _write(path: epath.Path, content: bytes) -> None:
-  if jax.process_index() != 0:
-    return
-  temporary = path.parent / f".{path.name}.partial"
-  temporary.write_bytes(content)
-  temporary.replace(path)
-
-
-def _read(path: epath.Path) -> dict:
+def _read(path: epath.Path, absent: str | None = None) -> dict:
+  """A JSON file; `absent` is the RunError's message where there is none."""
+  if absent is not None and not path.exists():
+    raise RunError(absent)
   try:
     return json.loads(path.read_text())
   except ValueError as error:
@@ -236,11 +232,3 @@ def _read(path: epath.Path) -> dict:
       f"{path} is not valid JSON ({error}); restore it or choose another "
       "--workdir."
     ) from error
-
-
-def _flatten(values: dict, prefix: str = ""):
-  for key, value in values.items():
-    if isinstance(value, dict):
-      yield from _flatten(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value

@@ -145,7 +145,7 @@ def test_a_sweep_may_sample_the_token_of_id_zero(folder, monkeypatch):
 
 
 def test_a_conversation_is_answered_as_its_chat_template_shows_it(
-  folder, monkeypatch, tmp_path, capsys
+  folder, tmp_path, capsys
 ):
   run_dir = str(folder / "runs/chat")
   if not pathlib.Path(run_dir, "model.json").exists():

@@ -12,13 +12,13 @@ import runs
 from clp_jax.errors import FrontError
 from clp_jax.evaluation import (
   compare,
-  comparison,
+  comparison_files,
   measurements,
   metrics,
-  report,
   sweep,
 )
-from clp_jax.evaluation.report import Estimate
+from clp_jax.evaluation import front as front_lib
+from clp_jax.evaluation.front import Estimate
 from clp_jax.weightings import Distribution
 
 PROMPTS = 40
@@ -53,20 +53,20 @@ def write_run(
       weights = dict(zip(objectives, (w, 1 - w), strict=False))
       value = (1 - alpha) * seen @ np.array([*weights.values()]) - alpha * kl
       points.append(
-        report.Point(
+        front_lib.Point(
           weights=weights,
           alpha=alpha,
           rewards={
-            o: report.standard_error(seen[:, :, i])
+            o: front_lib.standard_error(seen[:, :, i])
             for i, o in enumerate(objectives)
           },
-          kl=report.standard_error(kl),
-          value=report.standard_error(value),
+          kl=front_lib.standard_error(kl),
+          value=front_lib.standard_error(value),
         )
       )
       rewards.append(seen)
       kls.append(kl)
-  front = report.front_from_points(
+  front = front_lib.front_from_points(
     points,
     **{
       "method": method,
@@ -263,8 +263,8 @@ def test_igd_is_to_the_best_points_of_all_mean_fronts(tmp_path):
   np.testing.assert_allclose(both.best_points, mean, atol=1e-6)
   value = both.values["seeds"]["IGD+"]
   assert value.mean == 0 and value.stderr is None
-  assert "IGD+: mean distance" in comparison.note(found)
-  assert comparison.to_json(found)["best_points"] == found.best_points
+  assert "IGD+: mean distance" in comparison_files.note(found)
+  assert comparison_files.to_json(found)["best_points"] == found.best_points
 
 
 def test_a_point_alone_has_no_utility(tmp_path):
@@ -273,7 +273,7 @@ def test_a_point_alone_has_no_utility(tmp_path):
   alone = write_run(
     tmp_path / "b", objectives=("rouge", "nli"), method="one point"
   )
-  part = report.front_from_points(
+  part = front_lib.front_from_points(
     alone.front.points[2:3],
     method="one point",
     objectives=alone.front.objectives,
@@ -289,7 +289,7 @@ def test_a_point_alone_has_no_utility(tmp_path):
   values = found.values["one"]
   assert np.isnan(values["utility"].mean) and values["spread"].mean == 0
   assert np.isfinite(values["hypervolume"].low)
-  assert "nan" not in comparison.markdown(found)
+  assert "nan" not in comparison_files.markdown(found)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,14 @@ import pathlib
 import numpy as np
 import pytest
 
-from clp_jax.data import corpora, newsroom, newsroom_text, tasks, tokenizer
+from clp_jax.data import (
+  corpora,
+  newsroom,
+  newsroom_text,
+  reader,
+  tasks,
+  tokenizer,
+)
 from clp_jax.data.vocabulary import import_seqio
 
 S, T = newsroom.SOURCE_LENGTH, newsroom.TARGET_LENGTH
@@ -108,10 +115,11 @@ def test_their_batches_are_numbered(tfds_data, vocabulary):
   task = tasks.with_template(
     tasks.get_task("xsum", vocabulary), "museum {document}"
   )
-  settings = {"source_length": S, "target_length": T, "seed": 1}
-  stream = tasks.train_batches(task, "train", batch_size=3, **settings)
+  lengths = {"source_length": S, "target_length": T}
+  first, fifth = (reader.Numbering(3, seed=1, start=n) for n in (0, 4))
+  stream = tasks.train_batches(task, "train", first, **lengths)
   whole = [next(stream) for _ in range(5)]
-  later = tasks.train_batches(task, "train", batch_size=3, start=4, **settings)
+  later = tasks.train_batches(task, "train", fifth, **lengths)
   assert next(later).documents == whole[4].documents
   museum = vocabulary.encode("museum")[0]
   assert (whole[4].encoder_input_tokens[:, 0] == museum).all()
@@ -217,11 +225,9 @@ class TestCache:
     stream = tasks.train_batches(
       tasks.with_template(cached, "museum {document}"),
       "train",
-      batch_size=4,
+      reader.Numbering(4, seed=0, start=2),
       source_length=S,
       target_length=T,
-      seed=0,
-      start=2,
     )
     batch = next(stream)
     expected = tokenizer.inputs(words, batch.documents, S, "museum {document}")

@@ -13,7 +13,7 @@ import runs
 from clp_jax import build, demo, run_folder, weightings
 from clp_jax import config as config_lib
 from clp_jax.errors import ConfigError, FrontError, RunError
-from clp_jax.evaluation import report
+from clp_jax.evaluation import front as front_lib
 from clp_jax.experiments import (
   costs,
   dry_run,
@@ -528,6 +528,10 @@ def test_the_command_refuses_what_does_not_fit(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def count(params):
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 def test_parameters_are_counted_per_method():
   config = t5.T5Config(
     vocab_size=48,
@@ -538,7 +542,7 @@ def test_parameters_are_counted_per_method():
     num_decoder_layers=2,
     mlp_dim=20,
   )
-  one = costs.count(t5.abstract_params(config))
+  one = count(t5.abstract_params(config))
   found = {p.method: p for p in costs.parameters(config, 3)}
   # 5 attention layers of 4 kernels, 12 x 16.
   assert found["attn-CLP"].trained == one + 2 * 5 * 4 * 12 * 16
@@ -554,7 +558,7 @@ def test_parameters_are_counted_per_method():
 def test_attention_is_a_third_of_the_parameters_or_so():
   # By hand for base: 12 + 2 x 12 layers of 4 kernels, 768 x 768, over all.
   share = costs.attention_share("base", 2)
-  one = costs.count(t5.abstract_params(PRESETS["base"]))
+  one = count(t5.abstract_params(PRESETS["base"]))
   assert share == pytest.approx(36 * 4 * 768 * 768 / one)
 
 
@@ -643,7 +647,7 @@ def test_a_small_experiment_from_nothing_to_its_table(tmp_path):
   found = json.loads((folder / "comparison.json").read_text())
   assert {len(m["runs"]) for m in found["methods"].values()} == {2}
   for file in tmp_path.glob("runs/*/evaluation/front.json"):
-    front = report.load_front(file)
+    front = front_lib.load_front(file)
     assert front.decoding["samples"] == 2 and front.reference_point == (0.2,)
   for file, time in before.items():
     if file.parent.name == "checkpoints":
@@ -666,7 +670,7 @@ class TestDryRun:
     assert len(lines) == len({line.split()[-1] for line in lines}) == 2 * 7
     assert summary.startswith("14 runs, ") and not list(tmp_path.iterdir())
 
-  def test_the_papers_config_needs_no_model(self, tmp_path):
+  def test_the_papers_config_needs_no_model(self):
     base, _ = self.rows(
       *("two-reward", "--config", "configs/xsum/base.py", "--seeds", 1),
       *("--methods", "clp-full", "--utilisation", 0.48),
@@ -692,7 +696,7 @@ class TestDryRun:
     assert hours(300) == pytest.approx(3 * once)
     assert hours(100, 0.2) == pytest.approx(2 * once)
 
-  def test_unknown_chips_are_refused(self, tmp_path):
+  def test_unknown_chips_are_refused(self):
     for arguments, message in (
       (["--topology", "v9"], "unknown TPU 'v9'"),
       (["--utilisation", "0"], "expected 0 < X <= 1"),

@@ -324,7 +324,7 @@ class TestExport:
     )
 
 
-def test_the_warning_about_a_logit_layer_is_one_line(initial, tmp_path, caplog):
+def test_the_warning_about_a_logit_layer_is_one_line(tmp_path, caplog):
   interop.save_t5(tmp_path, V1_1, small_t5.random_params(V1_1), "hf")
   small_t5.edit_json(
     tmp_path / "config.json",

@@ -60,11 +60,6 @@ def user(content):
   return [{"role": "user", "content": content}]
 
 
-def rendered(tokenizer, ids):
-  """The text of tokens, control tokens as they are called."""
-  return "".join(tokenizer.name(i) or tokenizer.decode([i]) for i in ids)
-
-
 def between(tokenizer, ids):
   """[text, control token, text, ..., text]."""
   found, held = [], []

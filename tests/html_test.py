@@ -9,8 +9,8 @@ import pytest
 
 from clp_jax.data import newsroom, tasks
 from clp_jax.errors import FrontError
+from clp_jax.evaluation import front as front_lib
 from clp_jax.evaluation import html as page
-from clp_jax.evaluation import report
 
 HOSTILE = "</p><script src='http://x/y.js'>alert(1)</script>&amp;\"'\udc80"
 DOCUMENT = (
@@ -37,18 +37,18 @@ def front(
       weights[-1] += 1 - at
       rewards = [0.412 + shift + 0.3 * w**0.5 - alpha for w in weights]
       rows.append(
-        report.Point(
+        front_lib.Point(
           weights=dict(zip(objectives, weights, strict=True)),
           alpha=alpha,
           rewards={
-            o: report.Estimate(r, 0.0123)
+            o: front_lib.Estimate(r, 0.0123)
             for o, r in zip(objectives, rewards, strict=True)
           },
-          kl=report.Estimate(7.25 + at - alpha, 0.5),
-          value=report.Estimate(0.5678, 0.0034),
+          kl=front_lib.Estimate(7.25 + at - alpha, 0.5),
+          value=front_lib.Estimate(0.5678, 0.0034),
         )
       )
-  made = report.front_from_points(
+  made = front_lib.front_from_points(
     rows,
     method=method,
     objectives=objectives,
@@ -57,7 +57,7 @@ def front(
     decoding={"temperature": 0.7},
     reference_point=[0.0] * m,
   )
-  return report.to_json(made)
+  return front_lib.to_json(made)
 
 
 def samples(document=DOCUMENT, method=None, points=11):

@@ -359,7 +359,7 @@ class TestBadFolders:
     save(tmp_path)
     return tmp_path
 
-  def test_what_is_no_t5(self, folder, tmp_path):
+  def test_what_is_no_t5(self, folder):
     fails(folder / "nowhere", "is no folder")
     fails(folder / "config.json", "is no folder")
     (folder / "empty").mkdir()

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from clp_jax import weightings
-from clp_jax.evaluation import compare, metrics, report
-from clp_jax.evaluation.report import Estimate
+from clp_jax.evaluation import compare, metrics
+from clp_jax.evaluation import front as front_lib
+from clp_jax.evaluation.front import Estimate
 from clp_jax.weightings import Distribution
 
 PROMPTS = 200
@@ -101,9 +102,9 @@ def make_run(case, points, seed, per_prompt):
   """A run whose prompts answered so, per_prompt [P, prompts, m + 1]."""
   objectives = tuple(f"r{i}" for i in range(case.weights.shape[1]))
   means = per_prompt.mean(axis=1)
-  front = report.front_from_points(
+  front = front_lib.front_from_points(
     [
-      report.Point(
+      front_lib.Point(
         weights=dict(zip(objectives, w, strict=True)),
         alpha=float(alpha),
         rewards={

@@ -55,7 +55,8 @@ def make_reader(vocabulary, path, template=None, source_length=S):
 
 def batches(rows, count, **kwargs):
   kwargs = {"batch_size": 4, "seed": 3} | kwargs
-  return list(itertools.islice(reader.train_batches(rows, **kwargs), count))
+  made = reader.train_batches(rows, reader.Numbering(**kwargs))
+  return list(itertools.islice(made, count))
 
 
 def config_of(train, evaluation=None):

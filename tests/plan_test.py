@@ -13,7 +13,7 @@ from clp_jax import config as config_lib
 from clp_jax import sharding
 from clp_jax.errors import ConfigError
 from clp_jax.models import families, t5
-from clp_jax.plan import chips, hlo, programs, report
+from clp_jax.plan import chips, hlo, programs, roofline
 
 MODEL = t5.T5Config(
   vocab_size=48,
@@ -275,7 +275,7 @@ def example_report(needed=None, **changes):
   compiled = programs.Compiled(
     job, None if needed else costs, 5 * 10**9, 10**6, needed, 1.0
   )
-  return report.make_report(config, slice_, Mesh, [compiled])
+  return roofline.make_report(config, slice_, Mesh, [compiled])
 
 
 def test_the_report_draws_a_roofline_and_names_the_bottleneck():
@@ -292,7 +292,7 @@ def test_the_report_draws_a_roofline_and_names_the_bottleneck():
     4e12 / (8 * 197e12 * time["step"])
   )
   assert program["total_bytes"] == 8 * 10**9 + 10**6 and result["fits"]
-  text = report.to_text(result)
+  text = roofline.to_text(result)
   assert "It fits." in text and "interconnect" in text
   json.dumps(result)
 
@@ -312,7 +312,7 @@ def test_what_does_not_fit_is_told_what_to_change():
     30e9, **{"model.remat": "full", "optimizer.name": "adafactor"}
   )
   assert "remat" not in "\n".join(done["advice"])
-  assert "It does not fit" in report.to_text(result)
+  assert "It does not fit" in roofline.to_text(result)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def world(count=None, split="train", source_length=S, target_length=T):
 
 def batches(rows, count, **kwargs):
   kwargs = {"batch_size": 4, "seed": 0} | kwargs
-  return list(itertools.islice(reader.train_batches(rows, **kwargs), count))
+  made = reader.train_batches(rows, reader.Numbering(**kwargs))
+  return list(itertools.islice(made, count))
 
 
 def assert_same(left, right):

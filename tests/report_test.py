@@ -1,4 +1,4 @@
-"""Tests of clp_jax.evaluation.report."""
+"""A front as data, as files, as a picture and as a row of a table."""
 
 import csv
 import dataclasses
@@ -12,13 +12,14 @@ from matplotlib import image
 from rich.console import Console
 
 from clp_jax.errors import FrontError
-from clp_jax.evaluation import report
-from clp_jax.evaluation.report import Estimate
+from clp_jax.evaluation import front as front_lib
+from clp_jax.evaluation import plot, tables
+from clp_jax.evaluation.front import Estimate
 
 
 def _point(weights, rewards, kl=2.125, alpha=0.01):
   names = ("nli", "rouge", "tldr")[: len(weights)]
-  return report.Point(
+  return front_lib.Point(
     weights=dict(zip(names, weights, strict=True)),
     alpha=alpha,
     rewards={
@@ -48,33 +49,33 @@ def _front(points=_PLANE, method="full-CLP", **changes):
     "decoding": {"temperature": 1.0, "samples": 2},
     "reference_point": [0.1] * len(objectives),
   }
-  return report.front_from_points(points, **(fields | changes))
+  return front_lib.front_from_points(points, **(fields | changes))
 
 
 def _rendered(fronts, width=80):
   out = io.StringIO()
-  Console(file=out, width=width).print(report.methods_table(fronts))
+  Console(file=out, width=width).print(tables.methods_table(fronts))
   return out.getvalue()
 
 
 class TestStandardError:
   def test_is_taken_over_prompt_means(self):
     # Prompt means 1.5, 3.5, 7: deviation sqrt(7.75) over sqrt(3).
-    mean, stderr = report.standard_error([[1, 2], [3, 4], [6, 8]])
+    mean, stderr = front_lib.standard_error([[1, 2], [3, 4], [6, 8]])
     assert mean == pytest.approx(4.0)
     assert stderr == pytest.approx(np.sqrt(7.75 / 3))
 
   def test_repeating_a_sample_adds_no_certainty(self):
     samples = np.array([[0.1], [0.7], [0.45]])
-    assert report.standard_error(np.repeat(samples, 9, axis=1)) == (
-      pytest.approx(report.standard_error(samples))
+    assert front_lib.standard_error(np.repeat(samples, 9, axis=1)) == (
+      pytest.approx(front_lib.standard_error(samples))
     )
 
   def test_covers_the_spread_of_repeated_measurements(self):
     rng = np.random.default_rng(0)
     prompts = rng.normal(0.5, 0.3, (400, 200, 1))  # 400 measurements
     samples = prompts + rng.normal(0, 0.2, (400, 200, 4))
-    estimates = np.array([report.standard_error(s) for s in samples])
+    estimates = np.array([front_lib.standard_error(s) for s in samples])
     assert estimates[:, 1].mean() == (
       pytest.approx(estimates[:, 0].std(), rel=0.1)
     )
@@ -82,11 +83,11 @@ class TestStandardError:
   @pytest.mark.parametrize("shape", [(1, 8), (8,), (8, 0), (2, 2, 2)])
   def test_wrong_shapes_are_named(self, shape):
     with pytest.raises(ValueError, match=str(shape)[1:-1]):
-      report.standard_error(np.ones(shape))
+      front_lib.standard_error(np.ones(shape))
 
   def test_nan_is_located(self):
     with pytest.raises(ValueError, match="Sample 1 of prompt 2 is nan"):
-      report.standard_error([[1, 2], [3, 4], [5, np.nan]])
+      front_lib.standard_error([[1, 2], [3, 4], [5, np.nan]])
 
 
 class TestFrontFromPoints:
@@ -119,7 +120,7 @@ class TestFrontFromPoints:
   def test_parts_that_do_not_fit_are_named(self, change, message):
     arguments = {"points": _PLANE, **change}
     with pytest.raises(FrontError, match=message):
-      report.front_from_points(
+      front_lib.front_from_points(
         arguments.pop("points"),
         **{
           "method": "x",
@@ -143,16 +144,16 @@ class TestFiles:
     front = dataclasses.replace(
       _front(training_samples=25600), hypervolume_stderr=0.003
     )
-    report.save_front(tmp_path / "evaluation", front)
+    front_lib.save_front(tmp_path / "evaluation", front)
     path = tmp_path / "evaluation" / "front.json"
-    assert report.load_front(path) == front
+    assert front_lib.load_front(path) == front
     assert sorted(p.name for p in path.parent.iterdir()) == [
       "front.csv",
       "front.json",
     ]
 
   def test_json_has_the_promised_fields(self, tmp_path):
-    report.save_front(tmp_path, _front())
+    front_lib.save_front(tmp_path, _front())
     content = json.loads((tmp_path / "front.json").read_text())
     assert content["objectives"] == ["nli", "rouge"]
     assert content["reference_point"] == [0.1, 0.1]
@@ -166,7 +167,7 @@ class TestFiles:
 
   def test_numpy_numbers_are_written(self, tmp_path):
     points = [
-      report.Point(
+      front_lib.Point(
         weights={"nli": np.float32(1)},
         alpha=np.float32(0.5),
         rewards={"nli": Estimate(np.float32(0.25), np.float64(0.5))},
@@ -175,11 +176,11 @@ class TestFiles:
       )
     ]
     front = _front(points, step=np.int64(3), prompts=np.int32(4))
-    report.save_front(tmp_path, front)
-    assert report.load_front(tmp_path / "front.json") == front
+    front_lib.save_front(tmp_path, front)
+    assert front_lib.load_front(tmp_path / "front.json") == front
 
   def test_csv_has_a_row_a_point(self, tmp_path):
-    report.save_front(tmp_path, _front())
+    front_lib.save_front(tmp_path, _front())
     rows = list(csv.DictReader((tmp_path / "front.csv").open()))
     assert [row["non_dominated"] for row in rows] == ["1", "1", "0", "1"]
     assert float(rows[1]["weight_rouge"]) == 0.75
@@ -187,7 +188,7 @@ class TestFiles:
     assert float(rows[1]["kl_stderr"]) == 0.07
 
   def test_a_write_that_fails_keeps_the_old_file(self, tmp_path, monkeypatch):
-    report.save_front(tmp_path, _front())
+    front_lib.save_front(tmp_path, _front())
     before = (tmp_path / "front.json").read_text()
 
     def fail(source, target):
@@ -195,20 +196,20 @@ class TestFiles:
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-      report.save_front(tmp_path, _front(method="other"))
+      front_lib.save_front(tmp_path, _front(method="other"))
     assert (tmp_path / "front.json").read_text() == before
 
   def test_unknown_fields_are_ignored(self, tmp_path):
-    report.save_front(tmp_path, _front())
+    front_lib.save_front(tmp_path, _front())
     path = tmp_path / "front.json"
     path.write_text(
       json.dumps({**json.loads(path.read_text()), "note": "from elsewhere"})
     )
-    assert report.load_front(path) == _front()
+    assert front_lib.load_front(path) == _front()
 
   def test_no_file(self, tmp_path):
     with pytest.raises(FrontError, match="clp evaluate"):
-      report.load_front(tmp_path / "front.json")
+      front_lib.load_front(tmp_path / "front.json")
 
   @pytest.mark.parametrize(
     ("edit", "message"),
@@ -228,20 +229,20 @@ class TestFiles:
   def test_a_malformed_file_is_an_error_that_names_it(
     self, tmp_path, edit, message
   ):
-    report.save_front(tmp_path, _front())
+    front_lib.save_front(tmp_path, _front())
     path = tmp_path / "front.json"
     content = json.loads(path.read_text())
     edit(content)
     path.write_text(json.dumps(content))
     with pytest.raises(FrontError, match=f"front.json.*{message}"):
-      report.load_front(path)
+      front_lib.load_front(path)
 
   @pytest.mark.parametrize("text", ['{"method": ', "[1, 2]", "", "null"])
   def test_a_file_of_something_else(self, tmp_path, text):
     path = tmp_path / "front.json"
     path.write_text(text)
     with pytest.raises(FrontError, match=r"front.json is no"):
-      report.load_front(path)
+      front_lib.load_front(path)
 
 
 class TestPlot:
@@ -252,7 +253,7 @@ class TestPlot:
     fronts = []
     for method in ("full-CLP", "soups"):
       points = [
-        report.Point(
+        front_lib.Point(
           weights=dict(zip(names, w, strict=True)),
           alpha=0.01 * (k + 1),
           rewards={n: Estimate(rng.uniform(), 0.02) for n in names},
@@ -262,7 +263,7 @@ class TestPlot:
         for k, w in enumerate(np.eye(m))
       ]
       fronts.append(
-        report.front_from_points(
+        front_lib.front_from_points(
           points,
           method=method,
           objectives=names,
@@ -272,7 +273,7 @@ class TestPlot:
           reference_point=[0.0] * m,
         )
       )
-    report.plot_fronts(fronts, tmp_path / "pareto.png")
+    plot.plot_fronts(fronts, tmp_path / "pareto.png")
     pixels = image.imread(tmp_path / "pareto.png")[..., :3]
     # Both methods' colours are on the page.
     for colour in ("0072B2", "D55E00"):
@@ -281,28 +282,28 @@ class TestPlot:
 
   def test_dominated_points_are_hollow(self, tmp_path, monkeypatch):
     faces = []
-    scatter = report.Axes.scatter
+    scatter = plot.Axes.scatter
 
     def record(self, *args, **kwargs):
       faces.extend(kwargs["c"])
       return scatter(self, *args, **kwargs)
 
-    monkeypatch.setattr(report.Axes, "scatter", record)
-    report.plot_fronts([_front()], tmp_path / "plane.png")
+    monkeypatch.setattr(plot.Axes, "scatter", record)
+    plot.plot_fronts([_front()], tmp_path / "plane.png")
     assert [face == "white" for face in faces] == [False, False, True, False]
     faces.clear()
     # With one reward: the least KL for its reward is not dominated.
     measured = ((0.3, 1.0), (0.8, 4.0), (0.75, 4.5))
     points = [_point((1.0,), (r,), kl=kl) for r, kl in measured]
-    report.plot_fronts([_front(points)], tmp_path / "kl.png")
+    plot.plot_fronts([_front(points)], tmp_path / "kl.png")
     assert [face == "white" for face in faces] == [False, False, True]
 
   def test_other_objectives_and_no_fronts_are_errors(self, tmp_path):
     one = _front([_point((1.0,), (0.5,))], method="one")
     with pytest.raises(FrontError, match="nli, rouge and one of nli;"):
-      report.plot_fronts([_front(), one], tmp_path / "x.png")
+      plot.plot_fronts([_front(), one], tmp_path / "x.png")
     with pytest.raises(FrontError, match="no front"):
-      report.plot_fronts([], tmp_path / "x.png")
+      plot.plot_fronts([], tmp_path / "x.png")
 
 
 class TestMethodsTable:
@@ -325,11 +326,11 @@ class TestMethodsTable:
     point = _point((1.0,), (0.5,))
     name = next(iter(point.rewards))
     wider = dataclasses.replace(
-      point, rewards={name: report.Estimate(0.25, 0.0521)}
+      point, rewards={name: front_lib.Estimate(0.25, 0.0521)}
     )
     fronts = [_front([point]), _front([wider])]
     mean = (point.rewards[name].stderr + 0.0521) / 2
-    caption = report.methods_caption(fronts)
+    caption = tables.methods_caption(fronts)
     assert caption.endswith(f"error of a point: {mean:.3f} ({name}).")
 
   def test_leaves_out_what_nobody_has(self):
@@ -349,13 +350,13 @@ class TestMethodsTable:
       assert figure in text
 
   def test_print_table_prints_it_to_stdout(self, capsys):
-    report.print_table([_front(), _front(method="soups")])
+    tables.print_table([_front(), _front(method="soups")])
     assert capsys.readouterr().out == (
       _rendered([_front(), _front(method="soups")])
     )
 
   def test_other_reference_points_are_an_error(self):
     with pytest.raises(FrontError, match="soups from"):
-      report.methods_table(
+      tables.methods_table(
         [_front(), _front(method="soups", reference_point=[0.0, 0.1])]
       )

@@ -14,7 +14,7 @@ from processes_test import start_training
 
 from clp_jax import config as config_lib
 from clp_jax import interop, run_folder, saved_params, sharding
-from clp_jax.data import jsonl, vocabulary
+from clp_jax.data import jsonl, reader, vocabulary
 from clp_jax.errors import RunError
 from clp_jax.models import families, t5
 from clp_jax.rewards import entailment, model, preference
@@ -366,7 +366,7 @@ class TestPairs:
 
     def batches(count, start=0, seed=5, share=(0, 1)):
       stream = reward_model.pair_batches(
-        rows, inputs, batch_size=3, seed=seed, start=start, share=share
+        rows, inputs, reader.Numbering(3, seed, start, *share)
       )
       return [next(stream) for _ in range(count)]
 

@@ -25,7 +25,7 @@ import runs
 import clp_jax
 from clp_jax.data import vocabulary
 from clp_jax.errors import ConfigError
-from clp_jax.evaluation import report
+from clp_jax.evaluation import front as front_lib
 from clp_jax.serving import protection, server, text
 from clp_jax.serving.decoder import Decoder, Row
 
@@ -387,13 +387,13 @@ class TestNumbers:
     workdir = tmp_path / "run"
     shutil.copytree(policy.workdir, workdir)
     (workdir / "evaluation").mkdir(exist_ok=True)
-    zero = report.Estimate(0.0, 0.0)
-    front = report.front_from_points(
+    zero = front_lib.Estimate(0.0, 0.0)
+    front = front_lib.front_from_points(
       [
-        report.Point(
+        front_lib.Point(
           weights={"rouge": w, "nli": 1 - w},
           alpha=0.1,
-          rewards={"rouge": report.Estimate(w, 0.0), "nli": zero},
+          rewards={"rouge": front_lib.Estimate(w, 0.0), "nli": zero},
           kl=zero,
           value=zero,
         )
@@ -406,7 +406,7 @@ class TestNumbers:
       decoding={"temperature": float("nan")},
       reference_point=(0.0, 0.0),
     )
-    content = report.to_json(front) | {"other": float("-inf")}
+    content = front_lib.to_json(front) | {"other": float("-inf")}
     file = workdir / "evaluation" / "front.json"
     file.write_text(json.dumps(content))
     other = dataclasses.replace(policy, workdir=str(workdir))

@@ -81,15 +81,13 @@ def make_task(task):
 
 
 def batches(task, count, split="train", **kwargs):
-  kwargs = {
-    "batch_size": 4,
-    "source_length": S,
-    "target_length": T,
-    "seed": 0,
-  } | kwargs
-  return list(
-    itertools.islice(tasks.train_batches(task, split, **kwargs), count)
-  )
+  lengths = {
+    name: kwargs.pop(name, length)
+    for name, length in (("source_length", S), ("target_length", T))
+  }
+  numbering = reader.Numbering(**{"batch_size": 4, "seed": 0} | kwargs)
+  made = tasks.train_batches(task, split, numbering, **lengths)
+  return list(itertools.islice(made, count))
 
 
 def assert_same(left, right):
@@ -587,9 +585,10 @@ def test_importing_the_package_does_not_import_tensorflow():
 @pytest.mark.slow
 def test_another_process_makes_the_same_batches_and_says_nothing(task):
   program = (
-    "from clp_jax.data import tasks\n"
+    "from clp_jax.data import reader, tasks\n"
     "batches = tasks.train_batches(tasks.get_task('newsroom'), 'train',"
-    " batch_size=4, source_length=56, target_length=18, seed=3, start=7)\n"
+    " reader.Numbering(4, seed=3, start=7), source_length=56,"
+    " target_length=18)\n"
     "print(next(batches).encoder_input_tokens.tolist())\n"
   )
   done = run(program)

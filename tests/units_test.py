@@ -1,6 +1,7 @@
 """Fronts are in the units that were optimised, raw scores beside them."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -13,7 +14,8 @@ from clp_jax import config as config_lib
 from clp_jax import run_folder, saved_params
 from clp_jax.baselines import soups
 from clp_jax.errors import ConfigError, FrontError
-from clp_jax.evaluation import compare, html, report, sweep, units
+from clp_jax.evaluation import compare, html, sweep, units
+from clp_jax.evaluation import front as front_lib
 from clp_jax.weightings import Distribution
 
 NORMALISED = {"rewards.rouge.normalise": "fixed"}
@@ -63,8 +65,8 @@ def test_a_normalised_reward_is_measured_as_it_was_optimised(trained):
 
 
 def test_files_and_pages_show_both(trained):
-  front = report.load_front(trained / "evaluation" / "front.json")
-  assert report.to_json(front) == front_of(trained)
+  front = front_lib.load_front(trained / "evaluation" / "front.json")
+  assert front_lib.to_json(front) == front_of(trained)
   with open(trained / "evaluation" / "front.csv") as file:
     row = next(csv.DictReader(file))
   assert {"reward_rouge_mean", "raw_rouge_mean", "raw_rouge_stderr"} <= set(row)
@@ -121,27 +123,27 @@ def test_fronts_of_other_moments_are_compared_in_the_firsts_units(trained):
   points = []
   for point in first.front.points:
     raw = point.raw["rouge"]
-    rouge = report.Estimate(
+    rouge = front_lib.Estimate(
       (raw.mean - moments[0]) / moments[1], raw.stderr / moments[1]
     )
     moved = rouge.mean - point.rewards["rouge"].mean
     value = point.value.mean + 0.99 * point.weights["rouge"] * moved
     points.append(
-      report.dataclasses.replace(
+      dataclasses.replace(
         point,
         rewards=point.rewards | {"rouge": rouge},
-        value=report.Estimate(value, point.value.stderr),
+        value=front_lib.Estimate(value, point.value.stderr),
       )
     )
   rewards = first.rewards.copy()
   rewards[..., 0] = (rewards[..., 0] * deviation + mean - moments[0]) / moments[
     1
   ]
-  other = compare.dataclasses.replace(
+  other = dataclasses.replace(
     first,
     path="other",
     rewards=rewards,
-    front=report.dataclasses.replace(
+    front=dataclasses.replace(
       first.front, points=tuple(points), units={"rouge": moments}
     ),
   )
@@ -158,8 +160,8 @@ def test_fronts_of_other_moments_are_compared_in_the_firsts_units(trained):
 
 def test_one_normalised_and_one_not_are_not_compared(trained):
   first = compare.load_run(str(trained), 0)
-  other = compare.dataclasses.replace(
-    first, front=report.dataclasses.replace(first.front, units={})
+  other = dataclasses.replace(
+    first, front=dataclasses.replace(first.front, units={})
   )
   with pytest.raises(FrontError, match="differ in what is normalised"):
     compare.in_one_unit({"a": [first], "b": [other]})

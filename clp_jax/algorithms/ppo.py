@@ -54,6 +54,23 @@ class Settings:
   whiten: bool
   target_kl: float | None
 
+  def __post_init__(self):
+    for name in ("epochs", "minibatches"):
+      value = getattr(self, name)
+      if value is None or not value > 0:
+        raise ValueError(f"ppo.{name} must be > 0, got {value}.")
+    for name in ("clip", "value_clip", "target_kl"):
+      value = getattr(self, name)
+      if value is not None and not value > 0:  # also false for NaN
+        raise ValueError(
+          f"ppo.{name} must be > 0, or None for off, got {value}."
+        )
+    for name in ("discount", "gae_lambda"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ValueError(
+          f"ppo.{name} must be in [0, 1], got {getattr(self, name)}."
+        )
+
 
 # One step on the sampled returns less the critic's values.
 REINFORCE = Settings(

@@ -1,7 +1,9 @@
 """Arguments that several commands share, and how they are read."""
 
 import argparse
+import contextlib
 import os
+from typing import Any
 
 from clp_jax.errors import ConfigError
 
@@ -14,43 +16,37 @@ def parse_weights(text: str) -> dict[str, float]:
   """
   weights = {}
   for part in text.split(","):
-    name, equals, value = part.partition("=")
+    name, _, value = part.partition("=")
     name = name.strip()
     try:
-      number = float(value)
+      weight = float(value)  # of "" where there is no "="
     except ValueError:
-      number = None
-    if not name or not equals or number is None:
+      name = ""
+    if not name:
       raise argparse.ArgumentTypeError(
         f"expected name=weight,name=weight such as nli=0.7,rouge=0.3, got "
         f"{text!r}"
       )
     if name in weights:
       raise argparse.ArgumentTypeError(f"{name} is given twice in {text!r}")
-    weights[name] = number
+    weights[name] = weight
   return weights
 
 
 def positive(text: str) -> int:
   """An integer of at least 1."""
-  try:
-    value = int(text)
-  except ValueError:
-    value = 0
-  if value < 1:
-    raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
-  return value
+  with contextlib.suppress(ValueError):
+    if int(text) >= 1:
+      return int(text)
+  raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
 
 
 def share(text: str) -> float:
   """A number above 0 and at most 1."""
-  try:
-    value = float(text)
-  except ValueError:
-    value = 0.0
-  if not 0 < value <= 1:
-    raise argparse.ArgumentTypeError(f"expected 0 < X <= 1, got {text!r}")
-  return value
+  with contextlib.suppress(ValueError):
+    if 0 < float(text) <= 1:
+      return float(text)
+  raise argparse.ArgumentTypeError(f"expected 0 < X <= 1, got {text!r}")
 
 
 def add_workdir(parser: argparse.ArgumentParser, default=None) -> None:
@@ -62,6 +58,53 @@ def add_workdir(parser: argparse.ArgumentParser, default=None) -> None:
     metavar="DIR",
     help="the run's folder" + (f" (default: {default})" if default else ""),
   )
+
+
+def add(
+  parser, name: str, help: str, default: Any = None, **options: Any
+) -> None:
+  """An option whose help says its default, where it has one.
+
+  Args:
+    parser: or a group of one.
+    name: "--name".
+    help: what it is.
+    default: None for none.
+    **options: argparse's.
+  """
+  if default is not None:
+    help += f" (default: {default})"
+  parser.add_argument(name, default=default, help=help, **options)
+
+
+def add_count(
+  parser, name: str, help: str, default: int | None = None, metavar: str = "N"
+) -> None:
+  """An option that takes an integer of at least 1; see `add`."""
+  add(parser, name, help, default, type=positive, metavar=metavar)
+
+
+def add_weighting(parser, help: str) -> None:
+  """--weights and --alpha; `help` says which weighting it is."""
+  add(parser, "--weights", help, type=parse_weights, metavar="NAME=W,...")
+  help = "KL weight, where the run was trained on a range of it"
+  add(parser, "--alpha", help, type=float)
+
+
+def add_seed(parser, of: str) -> None:
+  """--seed, 0 by default."""
+  add(parser, "--seed", f"of {of}", 0, type=int)
+
+
+def add_step(parser) -> None:
+  """--step, of a run."""
+  add(parser, "--step", "a checkpoint (default: the newest)", type=int)
+
+
+def add_temperature(parser) -> None:
+  """--temperature, 1 by default."""
+  help = "0 is greedy (default: 1)"
+  parser.add_argument("--temperature", type=float, default=1.0, help=help)
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
@@ -78,40 +121,17 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     "several processes",
     "the same command on every host; launch/tpu.sh does so on a TPU slice",
   )
-  processes.add_argument(
-    "--distributed",
-    action="store_true",
-    help="find the others out: on a TPU slice, GKE, Slurm or Open MPI",
-  )
-  processes.add_argument(
-    "--coordinator",
-    metavar="HOST:PORT",
-    help="elsewhere: the address of process 0",
-  )
-  processes.add_argument(
-    "--num-processes",
-    type=positive,
-    metavar="N",
-    help="of the job; with --distributed, checked",
-  )
-  processes.add_argument(
-    "--process-id", type=int, metavar="I", help="of this one, from 0"
-  )
-  processes.add_argument(
-    "--join-timeout",
-    type=positive,
-    default=300,
-    metavar="SECONDS",
-    help="how long to wait for the others (default: 300)",
-  )
-  processes.add_argument(
-    "--heartbeat-timeout",
-    type=positive,
-    default=100,
-    metavar="SECONDS",
-    help="how long one may be silent before all end, to be started again "
-    "(default: 100)",
-  )
+  help = "find the others out: on a TPU slice, GKE, Slurm or Open MPI"
+  processes.add_argument("--distributed", action="store_true", help=help)
+  help = "elsewhere: the address of process 0"
+  add(processes, "--coordinator", help, metavar="HOST:PORT")
+  help = "of the job; with --distributed, checked"
+  add_count(processes, "--num-processes", help)
+  add(processes, "--process-id", "of this one, from 0", type=int, metavar="I")
+  help = "how long to wait for the others"
+  add_count(processes, "--join-timeout", help, 300, "SECONDS")
+  help = "how long one may be silent before all end, to be started again"
+  add_count(processes, "--heartbeat-timeout", help, 100, "SECONDS")
 
 
 def start_training(args: argparse.Namespace):

@@ -28,16 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="of the hypervolume, a value a reward, with one reward also kl=NATS "
     "(default: that of the runs' evaluations, and the largest KL)",
   )
-  parser.add_argument(
-    "--bootstrap",
-    type=arguments.positive,
-    default=1000,
-    metavar="N",
-    help="resamplings of prompts and seeds (default: 1000)",
-  )
-  parser.add_argument(
-    "--seed", type=int, default=0, help="of the resampling (default: 0)"
-  )
+  help = "resamplings of prompts and seeds"
+  arguments.add_count(parser, "--bootstrap", help, 1000)
+  arguments.add_seed(parser, "the resampling")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
   import shlex
 
   from clp_jax.data.tasks import fact_checker
-  from clp_jax.evaluation import compare, comparison
+  from clp_jax.evaluation import compare, comparison_files
 
   named = [_split(text) for text in args.runs]
   paths = [path for _, path in named]
@@ -65,18 +58,16 @@ def run(args: argparse.Namespace) -> None:
     values = [f"{k}={v:g}" for k, v in args.reference_point.items()]
     command += ["--reference-point", ",".join(values)]
   command += ["--bootstrap", str(args.bootstrap), "--seed", str(args.seed)]
-  address = comparison.save(
+  address = comparison_files.save(
     args.output,
     found,
     title=" and ".join((", ".join(found.methods[:-1]), found.methods[-1]))
     if len(found.methods) > 1
     else found.methods[0],
     commands=[shlex.join(command)],
-    configs=comparison.configs_of(found),
-    samples=comparison.samples_of(found),
     unsupported=fact_checker(None if config is None else config.data.task),
   )
-  comparison.print_tables(found)
+  comparison_files.print_tables(found)
   print(f"{args.output}/comparison.md")
   print(f"{args.output}/fronts.png")
   print(address)

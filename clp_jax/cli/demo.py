@@ -10,9 +10,7 @@ EXAMPLE = "clp demo --workdir runs/demo --seed 0"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
   arguments.add_workdir(parser, default="runs/demo")
-  parser.add_argument(
-    "--seed", type=int, default=0, help="of everything (default: 0)"
-  )
+  arguments.add_seed(parser, "everything")
 
 
 def run(args: argparse.Namespace) -> None:

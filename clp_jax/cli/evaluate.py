@@ -10,27 +10,17 @@ EXAMPLE = "clp evaluate --workdir runs/demo --grid 11 --prompts 256"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
   arguments.add_workdir(parser)
-  parser.add_argument(
-    "--step", type=int, help="a checkpoint (default: the newest)"
-  )
-  parser.add_argument(
-    "--grid",
-    type=arguments.positive,
-    help="points an edge of the simplex (default: the config's eval.grid)",
-  )
-  parser.add_argument(
-    "--prompts",
-    type=arguments.positive,
-    help="held-out prompts (default: the config's eval.prompts)",
-  )
-  parser.add_argument(
-    "--seed", type=int, default=0, help="of the sampling (default: 0)"
-  )
+  arguments.add_step(parser)
+  help = "points an edge of the simplex (default: the config's eval.grid)"
+  arguments.add_count(parser, "--grid", help)
+  help = "held-out prompts (default: the config's eval.prompts)"
+  arguments.add_count(parser, "--prompts", help)
+  arguments.add_seed(parser, "the sampling")
 
 
 def run(args: argparse.Namespace) -> None:
   """Runs the command."""
-  from clp_jax.evaluation import report, sweep
+  from clp_jax.evaluation import sweep, tables
 
   front = sweep.evaluate_run(
     args.workdir,
@@ -39,6 +29,6 @@ def run(args: argparse.Namespace) -> None:
     num_prompts=args.prompts,
     seed=args.seed,
   )
-  report.print_table([front])
+  tables.print_table([front])
   print(f"{args.workdir}/evaluation/front.json")
   print(f"{args.workdir}/evaluation/pareto.png")

@@ -34,40 +34,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "of all that was run",
   )
   arguments.add_workdir(parser, default="runs/experiments")
-  parser.add_argument(
-    "--seeds",
-    type=arguments.positive,
-    metavar="N",
-    help="training seeds 0 to N - 1 (default: the experiment's, 1 to 3)",
+  help = "training seeds 0 to N - 1 (default: the experiment's, 1 to 3)"
+  arguments.add_count(parser, "--seeds", help)
+  help = (
+    "supervised checkpoints that the seeds start from in turn, where the "
+    "config finetunes"
   )
-  parser.add_argument(
-    "--checkpoints",
-    type=arguments.positive,
-    default=2,
-    metavar="N",
-    help="supervised checkpoints that the seeds start from in turn, where the "
-    "config finetunes (default: 2)",
-  )
-  parser.add_argument(
-    "--methods",
-    type=_names,
-    metavar="A,B,...",
-    help="instead of the experiment's own; the first is what the others are "
-    "compared with",
-  )
-  parser.add_argument(
-    "--values",
-    type=_names,
-    metavar="A,B,...",
-    help="of what an ablation varies, instead of its own",
-  )
+  arguments.add_count(parser, "--checkpoints", help, 2)
+  for name, help in (
+    (
+      "--methods",
+      "instead of the experiment's own; the first is what the others are "
+      "compared with",
+    ),
+    ("--values", "of what an ablation varies, instead of its own"),
+  ):
+    arguments.add(parser, name, help, type=_names, metavar="A,B,...")
   parser.add_argument(
     "--config",
     metavar="FILE",
     help="the base config (default: the built-in world's); --config.path.to."
     "field=value overrides a field of either",
   )
-  for name, text in (
+  for name, help in (
     ("--steps", "training steps of a method (default: the config's)"),
     ("--sft-steps", "supervised steps before (default: the config's)"),
     ("--prompts", "held-out prompts (default: the config's)"),
@@ -76,37 +65,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       "points an edge of the simplex (default: --config's, or its own)",
     ),
   ):
-    parser.add_argument(name, type=arguments.positive, metavar="N", help=text)
+    arguments.add_count(parser, name, help)
   parser.add_argument(
     "--dry-run",
     action="store_true",
     help="print the runs, their folders, samples and planned chip-hours, and "
     "train nothing",
   )
-  parser.add_argument(
-    "--topology",
-    default="v5e",
-    metavar="NAME",
-    help="of --dry-run: a generation of TPU, or a slice (default: v5e)",
-  )
-  parser.add_argument(
-    "--utilisation",
-    type=arguments.share,
-    default=0.4,
-    metavar="X",
-    help="of --dry-run: share of the peak FLOP/s that a step reaches "
-    "(default: 0.4)",
-  )
-  parser.add_argument(
-    "--report-only",
-    action="store_true",
-    help="train nothing: compare what is finished",
-  )
-  parser.add_argument(
-    "--output",
-    metavar="FILE",
-    help="of results (default: docs/RESULTS.md)",
-  )
+  help = "of --dry-run: a generation of TPU, or a slice"
+  arguments.add(parser, "--topology", help, "v5e", metavar="NAME")
+  help = "of --dry-run: share of the peak FLOP/s that a step reaches"
+  share = arguments.share
+  arguments.add(parser, "--utilisation", help, 0.4, type=share, metavar="X")
+  help = "train nothing: compare what is finished"
+  parser.add_argument("--report-only", action="store_true", help=help)
+  help = "of results (default: docs/RESULTS.md)"
+  arguments.add(parser, "--output", help, metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -26,20 +26,9 @@ _WRITTEN = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
   arguments.add_workdir(parser)
-  parser.add_argument(
-    "--weights",
-    type=arguments.parse_weights,
-    metavar="NAME=W,...",
-    help="the weighting of the policy; none for a supervised run",
-  )
-  parser.add_argument(
-    "--alpha",
-    type=float,
-    help="KL weight, where the run was trained on a range of it",
-  )
-  parser.add_argument(
-    "--step", type=int, help="a checkpoint (default: the newest)"
-  )
+  help = "the weighting of the policy; none for a supervised run"
+  arguments.add_weighting(parser, help)
+  arguments.add_step(parser)
   parser.add_argument(
     "--format",
     required=True,
@@ -49,12 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "orbax.checkpoint.StandardCheckpointer restores, and model.json, the "
     "fields of the T5Config. All with the SentencePiece model",
   )
-  parser.add_argument(
-    "--dtype",
-    default="float32",
-    choices=DTYPES,
-    help="of the parameters (default: float32)",
-  )
+  help = "of the parameters"
+  arguments.add(parser, "--dtype", help, "float32", choices=DTYPES)
   parser.add_argument(
     "--output",
     required=True,

@@ -1,6 +1,7 @@
 """`clp generate`: summarises documents at any weighting, JSONL in and out."""
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -19,17 +20,8 @@ CHUNK = 64  # lines decoded together
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
   arguments.add_workdir(parser)
-  parser.add_argument(
-    "--weights",
-    type=arguments.parse_weights,
-    metavar="NAME=W,...",
-    help='the weighting of lines without "weights" of their own',
-  )
-  parser.add_argument(
-    "--alpha",
-    type=float,
-    help="KL weight, where the run was trained on a range of it",
-  )
+  help = 'the weighting of lines without "weights" of their own'
+  arguments.add_weighting(parser, help)
   parser.add_argument(
     "--input",
     default="-",
@@ -37,10 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='JSONL with the run\'s data.document_field or "document", and '
     'optional "weights" and "alpha" (default: -, standard input)',
   )
-  parser.add_argument(
-    "--temperature", type=float, default=1.0, help="0 is greedy (default: 1)"
-  )
-  parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+  arguments.add_temperature(parser)
+  arguments.add_seed(parser, "the sampling")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -67,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _generate(policy, lines: TextIO, name: str, args: argparse.Namespace):
   done = 0
-  for rows in _chunks(_read(policy, lines, name, args)):
+  read = _read(policy, lines, name, args)
+  while rows := list(itertools.islice(read, CHUNK)):
     summaries = policy.generate(
       [document for _, document, _, _ in rows],
       [weights for _, _, weights, _ in rows],
@@ -91,33 +82,15 @@ def _read(
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
-    where = f"{name}, line {number}"
     try:
-      row = json.loads(line)
-    except ValueError as error:
-      raise RunError(f"{where}: not valid JSON: {error}.") from error
-    try:
+      row = jsonl.parse(line)
       fields = [policy.config.data.document_field]
       document = jsonl.document_of(row, fields, conversations=True)
       if not isinstance(document, str):
         policy.tokenize([document])  # says why it can't
-    except ValueError as error:
-      raise RunError(f"{where}: {error}") from error
-    weights = row.get("weights", args.weights)
-    alpha = row.get("alpha", args.alpha)
-    try:
+      weights = row.get("weights", args.weights)
+      alpha = row.get("alpha", args.alpha)
       policy.coefficients(weights, alpha)
     except (AttributeError, TypeError, ValueError) as error:
-      raise RunError(f"{where}: {error}") from error
+      raise RunError(f"{name}, line {number}: {error}") from error
     yield row, document, weights, alpha
-
-
-def _chunks(rows):
-  chunk = []
-  for row in rows:
-    chunk.append(row)
-    if len(chunk) == CHUNK:
-      yield chunk
-      chunk = []
-  if chunk:
-    yield chunk

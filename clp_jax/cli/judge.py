@@ -63,58 +63,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar="FILE",
     help="another question, with {data} where the texts go",
   )
-  model.add_argument(
-    "--timeout", type=float, default=60.0, help="seconds (default: 60)"
-  )
-  model.add_argument(
-    "--attempts",
-    type=arguments.positive,
-    default=6,
-    help="of a request, before the judge counts as down (default: 6)",
-  )
-  model.add_argument(
-    "--parallel",
-    type=arguments.positive,
-    default=4,
-    help="requests at a time (default: 4)",
-  )
-  model.add_argument(
-    "--max-tokens",
-    type=arguments.positive,
-    default=512,
-    help="of an answer (default: 512)",
-  )
+  help = "seconds (default: 60)"
+  model.add_argument("--timeout", type=float, default=60.0, help=help)
+  help = "of a request, before the judge counts as down"
+  arguments.add_count(model, "--attempts", help, 6)
+  arguments.add_count(model, "--parallel", "requests at a time", 4)
+  arguments.add_count(model, "--max-tokens", "of an answer", 512)
   local = parser.add_argument_group("or a local T5 entailment model")
   local.add_argument(
     "--entailment",
     metavar="DIR",
     help="its folder; it prefers the summary that the document entails more",
   )
-  local.add_argument(
-    "--margin",
-    type=float,
-    default=0.05,
-    help="probabilities no further apart tie (default: 0.05)",
-  )
+  help = "probabilities no further apart tie"
+  arguments.add(local, "--margin", help, 0.05, type=float)
   fresh = parser.add_argument_group("fresh summaries instead of samples.jsonl")
-  fresh.add_argument(
-    "--prompts", type=arguments.positive, help="held-out documents"
-  )
-  fresh.add_argument(
-    "--weights",
-    type=arguments.parse_weights,
-    metavar="NAME=W,...",
-    help="the weighting of both runs",
-  )
-  fresh.add_argument(
-    "--alpha", type=float, help="KL weight, for runs trained on a range of it"
-  )
-  fresh.add_argument(
-    "--temperature", type=float, default=1.0, help="0 is greedy (default: 1)"
-  )
-  fresh.add_argument(
-    "--seed", type=int, default=0, help="of the sampling (default: 0)"
-  )
+  arguments.add_count(fresh, "--prompts", "held-out documents")
+  arguments.add_weighting(fresh, "the weighting of both runs")
+  arguments.add_temperature(fresh)
+  arguments.add_seed(fresh, "the sampling")
 
 
 def run(args: argparse.Namespace) -> None:

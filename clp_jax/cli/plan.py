@@ -17,19 +17,12 @@ SECONDS_BETWEEN_LINES = 20.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
-  parser.add_argument(
-    "--config",
-    required=True,
-    metavar="FILE",
-    help="a training config; models may be presets, such as "
-    "--config.model.init=xl",
+  help = (
+    "a training config; models may be presets, such as --config.model.init=xl"
   )
-  parser.add_argument(
-    "--topology",
-    required=True,
-    metavar="NAME",
-    help="a slice of v4, v5e, v5p or v6e, such as v5e:8x16 or v5p:4x4x4",
-  )
+  arguments.add(parser, "--config", help, required=True, metavar="FILE")
+  help = "a slice of v4, v5e, v5p or v6e, such as v5e:8x16 or v5p:4x4x4"
+  arguments.add(parser, "--topology", help, required=True, metavar="NAME")
   parser.add_argument(
     "--mesh",
     type=parse_mesh,
@@ -53,15 +46,13 @@ def parse_mesh(text: str) -> dict[str, int]:
   Raises:
     argparse.ArgumentTypeError: for anything else.
   """
-  sizes = {}
-  for part in text.split(","):
-    name, _, value = part.partition("=")
-    if name not in ("replica", "data", "model") or name in sizes:
-      raise argparse.ArgumentTypeError(
-        f"expected data=D,model=M (and replica=R), got {text!r}"
-      )
-    sizes[name] = arguments.positive(value)
-  return sizes
+  pairs = [part.partition("=") for part in text.split(",")]
+  names = {name for name, _, _ in pairs}
+  if len(names) < len(pairs) or not names <= {"replica", "data", "model"}:
+    raise argparse.ArgumentTypeError(
+      f"expected data=D,model=M (and replica=R), got {text!r}"
+    )
+  return {name: arguments.positive(value) for name, _, value in pairs}
 
 
 @contextlib.contextmanager
@@ -90,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
   import jax
 
   from clp_jax import build
-  from clp_jax.plan import chips, programs, report
+  from clp_jax.plan import chips, programs, roofline
 
   if args.mesh is not None:
     config.mesh.update({"data": None, "model": 1, "replica": 1} | args.mesh)
@@ -120,5 +111,5 @@ def run(args: argparse.Namespace) -> None:
     with _elapsed(job.name):
       compiled.append(programs.compile_job(job))
   print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-  result = report.make_report(config, slice_, mesh, compiled)
-  print(json.dumps(result, indent=2) if args.json else report.to_text(result))
+  result = roofline.make_report(config, slice_, mesh, compiled)
+  print(json.dumps(result, indent=2) if args.json else roofline.to_text(result))

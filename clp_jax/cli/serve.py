@@ -17,30 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="address to listen on (default: 127.0.0.1); one that other machines "
     "reach needs a key in the environment variable CLP_API_KEY",
   )
-  parser.add_argument(
-    "--port", type=int, default=8600, help="0 takes a free one (default: 8600)"
-  )
-  parser.add_argument(
-    "--rows",
-    type=arguments.positive,
-    default=32,
-    metavar="N",
-    help="answers decoded together (default: 32)",
-  )
-  parser.add_argument(
-    "--max-waiting",
-    type=arguments.positive,
-    default=512,
-    metavar="N",
-    help="answers that may wait; requests beyond get status 429 (default: 512)",
-  )
-  parser.add_argument(
-    "--timeout",
-    type=arguments.positive,
-    default=60,
-    metavar="SECONDS",
-    help="from a request to its answer (default: 60)",
-  )
+  arguments.add(parser, "--port", "0 takes a free one", 8600, type=int)
+  arguments.add_count(parser, "--rows", "answers decoded together", 32)
+  help = "answers that may wait; requests beyond get status 429"
+  arguments.add_count(parser, "--max-waiting", help, 512)
+  help = "from a request to its answer"
+  arguments.add_count(parser, "--timeout", help, 60, "SECONDS")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -16,9 +16,7 @@ EXAMPLE = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
-  arguments.add_training(parser)
+add_arguments = arguments.add_training
 
 
 def run(args: argparse.Namespace) -> None:

@@ -48,7 +48,8 @@ class HFTokenizer:
   Attributes:
     path: of the folder.
     pad_id: of the model.
-    eos_ids: tokens any of which ends a response; the first ends targets.
+    eos_ids: tokens any of which ends a response.
+    eos_id: the first one, which ends targets.
     chat_template: its source, or None.
   """
 
@@ -93,6 +94,7 @@ class HFTokenizer:
         f"nothing ends a response: set eos_token_id in {path}/config.json, or "
         f"eos_token in {path}/{_CONFIG}."
       )
+    self.eos_id = self.eos_ids[0]
     for one in (self._tokenizer, self._of_text):
       one.no_truncation()
       one.no_padding()
@@ -162,11 +164,6 @@ class HFTokenizer:
     return template
 
   ends_prompts = False
-
-  @property
-  def eos_id(self) -> int:
-    """The token that ends a target."""
-    return self.eos_ids[0]
 
   @property
   def unk_id(self) -> int:

@@ -92,6 +92,14 @@ def read_rows(
   return rows
 
 
+def parse(line: str | bytes) -> Any:
+  """The content of a line; ValueError where it is not JSON."""
+  try:
+    return json.loads(line)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"not valid JSON: {error}.") from error
+
+
 def document_of(
   row: Any, fields: Sequence[str], conversations: bool = False
 ) -> Any:
@@ -201,9 +209,9 @@ def _check(
 ) -> None:
   """Raises a ValueError unless the line is a row."""
   try:
-    row = json.loads(line)
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{where}: not valid JSON: {error}.") from error
+    row = parse(line)
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
   if not isinstance(row, dict):
     raise ValueError(
       f"{where}: expected an object with {_names(fields)}, got "

@@ -55,7 +55,7 @@ import math
 import pathlib
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,6 +93,8 @@ STATED = {
 # Of the usual role, country or cause: spread evenly between these.
 PREDICTABILITY = (0.30, 0.97)
 UNSUPPORTED_FACTOR = 0.85
+
+Texts = Sequence[str]
 
 
 class Item(NamedTuple):
@@ -140,6 +142,45 @@ def make_world(seed: int = 0) -> World:
 _DRAWS = 64  # random numbers an item owns; a multiple of Philox's block of 4
 
 
+class _Draws:
+  """Random numbers of n items, one after the other: [n] each.
+
+  Every item owns _DRAWS of the numbers of (seed, split), so that none depends
+  on which items are made together.
+  """
+
+  def __init__(self, split: str, start: int, stop: int, seed: int):
+    bits = np.random.Philox(key=[seed, list(SPLITS).index(split)])
+    bits.advance(start * _DRAWS // 4)  # one step of the counter is 4 numbers
+    n = stop - start
+    uniforms = (bits.random_raw(n * _DRAWS) >> 11) * 2.0**-53
+    self._columns = iter(uniforms.reshape(n, _DRAWS).T)
+
+  def uniform(self) -> np.ndarray:
+    """In [0, 1)."""
+    return next(self._columns)
+
+  def flip(self, p: float | np.ndarray) -> np.ndarray:
+    """True with probability p."""
+    return self.uniform() < p
+
+  def pick(self, count: int) -> np.ndarray:
+    """Of 0 to count - 1."""
+    return (self.uniform() * count).astype(int)
+
+  def other(self, value: np.ndarray, count: int) -> np.ndarray:
+    """Of 0 to count - 1, but for `value`."""
+    return (value + 1 + self.pick(count - 1)) % count
+
+  def given(
+    self, value: np.ndarray, usual: np.ndarray, p: np.ndarray, kind: str
+  ) -> np.ndarray:
+    """What is usual for `value` with probability p, else another word."""
+    is_usual = self.flip(p[value])
+    unusual = self.other(usual[value], len(WORDS[kind]))
+    return np.where(is_usual, usual[value], unusual)
+
+
 def make_items(
   split: str, start: int, stop: int, *, seed: int = 0
 ) -> list[Item]:
@@ -167,25 +208,8 @@ def make_items(
     )
   n = stop - start
   world = make_world(seed)
-  bits = np.random.Philox(key=[seed, list(SPLITS).index(split)])
-  bits.advance(start * _DRAWS // 4)  # one step of the counter is 4 numbers
-  uniforms = (bits.random_raw(n * _DRAWS) >> 11) * 2.0**-53
-  columns = iter(uniforms.reshape(n, _DRAWS).T)
-
-  def flip(p):
-    return next(columns) < p
-
-  def pick(count):
-    return (next(columns) * count).astype(int)
-
-  def other(value, count):
-    return (value + 1 + pick(count - 1)) % count
-
-  def given(value, usual, p, kind):
-    is_usual = flip(p[value])
-    unusual = other(usual[value], len(WORDS[kind]))
-    return np.where(is_usual, usual[value], unusual)
-
+  draws = _Draws(split, start, stop, seed)
+  flip, pick, other, given = draws.flip, draws.pick, draws.other, draws.given
   size = {kind: len(words) for kind, words in WORDS.items()}
   fact = {
     kind: pick(size[kind])
@@ -215,8 +239,8 @@ def make_items(
   second = other(first, len(DISTRACTORS))
   # The event comes before its details; distractors stand anywhere.
   event = 0.15
-  order = [np.full(n, event), *(event + next(columns) for _ in DETAILS)]
-  order += [next(columns) for _ in range(3)]
+  order = [np.full(n, event), *(event + draws.uniform() for _ in DETAILS)]
+  order += [draws.uniform() for _ in range(3)]
 
   own, others = _words(fact), _words(decoy)
   parts = [_fill(MAIN, own)]
@@ -300,9 +324,7 @@ def oracle(document: str, threshold: float, *, seed: int = 0) -> str:
 
 
 def entailment(
-  documents: Sequence[str],
-  references: Sequence[str],
-  responses: Sequence[str],
+  documents: Texts, references: Texts, responses: Texts
 ) -> np.ndarray:
   """Scores how faithful summaries are to their articles.
 
@@ -316,27 +338,19 @@ def entailment(
     does not have); 0 where the summary is not grammatical.
   """
   del references
-  scores = np.zeros(len(responses), np.float32)
-  for i, (document, response) in enumerate(
-    zip(documents, responses, strict=True)
-  ):
-    if stated := parse(response):
-      _, unsupported = _supported(facts_of(document), stated)
-      scores[i] = UNSUPPORTED_FACTOR**unsupported
-  return scores
+
+  def score(facts: Facts, stated: Facts, _: str) -> float:
+    return UNSUPPORTED_FACTOR ** _supported(facts, stated)[1]
+
+  return _score(documents, responses, score)
 
 
 def preference(
-  documents: Sequence[str],
-  references: Sequence[str],
-  responses: Sequence[str],
+  documents: Texts, references: Texts, responses: Texts
 ) -> np.ndarray:
   """Scores summaries as a reader who wants to be informed would.
 
-  Args:
-    documents: [B] articles.
-    references: [B], not used.
-    responses: [B] summaries.
+  Args: as for `entailment`.
 
   Returns:
     [B] float32 in [0, 1): sigmoid(6 (coverage - 0.55) + 1.5 words / 16 - 0.6
@@ -344,17 +358,30 @@ def preference(
     the summary states; 0 where it is not grammatical.
   """
   del references
+
+  def score(facts: Facts, stated: Facts, response: str) -> float:
+    supported, unsupported = _supported(facts, stated)
+    coverage = supported / max(1, len(facts) - facts.count(None))
+    length = (response.count(" ") + 1) / 16
+    logit = 6 * (coverage - 0.55) + 1.5 * length - 0.6 * unsupported
+    return 1 / (1 + math.exp(-logit))
+
+  return _score(documents, responses, score)
+
+
+def _score(
+  documents: Texts,
+  responses: Texts,
+  score: Callable[[Facts, Facts, str], float],
+) -> np.ndarray:
+  """[B] float32: score(the article's facts, the stated ones, the response); 0
+  of what is not grammatical."""
   scores = np.zeros(len(responses), np.float32)
   for i, (document, response) in enumerate(
     zip(documents, responses, strict=True)
   ):
     if stated := parse(response):
-      facts = facts_of(document)
-      supported, unsupported = _supported(facts, stated)
-      coverage = supported / max(1, len(facts) - facts.count(None))
-      length = (response.count(" ") + 1) / 16
-      logit = 6 * (coverage - 0.55) + 1.5 * length - 0.6 * unsupported
-      scores[i] = 1 / (1 + math.exp(-logit))
+      scores[i] = score(facts_of(document), stated, response)
   return scores
 
 
@@ -392,13 +419,9 @@ def rows(split: str) -> tuple[tuple[str, str], ...]:
   Raises:
     ValueError: there is no such split.
   """
-  if split not in SPLITS:
-    raise ValueError(
-      f"newsroom has no split {split!r}; it has {', '.join(SPLITS)}."
-    )
   return tuple(
     (item.document, item.reference)
-    for item in make_items(split, 0, SPLITS[split])
+    for item in make_items(split, 0, SPLITS.get(split, 0))
   )
 
 

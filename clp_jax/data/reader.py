@@ -9,6 +9,7 @@ What seqio reads, which knows no row numbers, is in tasks.py.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -97,35 +98,48 @@ def check_lengths(source_length: int, target_length: int) -> None:
       )
 
 
-def check_sizes(
-  batch_size: int, process_index: int, process_count: int, start: int, seed: int
-) -> None:
-  """Raises a ValueError unless a batch can be cut over processes."""
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f"batch_size = {batch_size} is not a positive multiple of the number of "
-      f"processes, {process_count}; change the batch size."
-    )
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-      f"expected 0 <= process_index < process_count, got {process_index} and "
-      f"{process_count}."
-    )
-  if start < 0 or seed < 0:
-    raise ValueError(
-      f"expected start and seed >= 0, got start={start}, seed={seed}."
-    )
+@dataclasses.dataclass(frozen=True)
+class Numbering:
+  """Which rows of which batches: one process's of start, start + 1, ...
+
+  Attributes:
+    batch_size: B, rows of a global batch.
+    seed: of the order of rows, >= 0.
+    start: number of the first batch.
+    process_index: p, which rows to take: [p B / P, (p + 1) B / P).
+    process_count: P; divides batch_size.
+  """
+
+  batch_size: int
+  seed: int
+  start: int = 0
+  process_index: int = 0
+  process_count: int = 1
+
+  def __post_init__(self):
+    if self.batch_size < 1 or self.batch_size % self.process_count:
+      raise ValueError(
+        f"batch_size = {self.batch_size} is not a positive multiple of the "
+        f"number of processes, {self.process_count}; change the batch size."
+      )
+    if not 0 <= self.process_index < self.process_count:
+      raise ValueError(
+        "expected 0 <= process_index < process_count, got "
+        f"{self.process_index} and {self.process_count}."
+      )
+    if self.start < 0 or self.seed < 0:
+      raise ValueError(
+        f"expected start and seed >= 0, got start={self.start}, "
+        f"seed={self.seed}."
+      )
+
+  @property
+  def rows(self) -> int:
+    """B / P, rows of a process's batch."""
+    return self.batch_size // self.process_count
 
 
-def train_batches(
-  reader: Reader,
-  *,
-  batch_size: int,
-  seed: int,
-  start: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
-) -> Iterator[Batch]:
+def train_batches(reader: Reader, numbering: Numbering) -> Iterator[Batch]:
   """Yields the rows of one process of global batches start, start + 1, ...
 
   The stream has no end. Batches run on from one epoch into the next, so rows
@@ -133,39 +147,29 @@ def train_batches(
 
   Args:
     reader: of the rows.
-    batch_size: B, rows of a global batch.
-    seed: of the order of rows, >= 0.
-    start: number of the first batch.
-    process_index: p, which rows to take: [p B / P, (p + 1) B / P).
-    process_count: P; divides batch_size.
+    numbering: of the batches.
 
   Returns:
     An iterator over batches of b = B / P rows.
 
   Raises:
-    ValueError: the sizes don't fit.
+    ValueError: the reader's lengths leave no room.
   """
-  check_sizes(batch_size, process_index, process_count, start, seed)
   check_lengths(reader.source_length, reader.target_length)
-  share = process_index, process_count
-  numbers = own_numbers(len(reader.rows), batch_size, share, seed, start)
-  return _ahead(reader, numbers)
+  return _ahead(reader, own_numbers(len(reader.rows), numbering))
 
 
-def own_numbers(
-  num_rows: int, batch_size: int, share: tuple[int, int], seed: int, start: int
-) -> Iterator[list[int]]:
-  """Numbers of the rows of `train_batches`, where `share` is (p, P)."""
-  part, parts = share
-  own = batch_size // parts
+def own_numbers(num_rows: int, numbering: Numbering) -> Iterator[list[int]]:
+  """Numbers of the rows of `train_batches`."""
+  seed, own = numbering.seed, numbering.rows
   order = functools.lru_cache(maxsize=2)(
     lambda epoch: np.random.default_rng([seed, epoch]).permutation(num_rows)
   )
-  first = start * batch_size + part * own
+  first = numbering.start * numbering.batch_size + numbering.process_index * own
   while True:
     places = (divmod(i, num_rows) for i in range(first, first + own))
     yield [int(order(epoch)[place]) for epoch, place in places]
-    first += batch_size
+    first += numbering.batch_size
 
 
 def _ahead(reader: Reader, numbers: Iterator[list[int]]) -> Iterator[Batch]:

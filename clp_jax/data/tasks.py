@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from clp_jax.data import corpora, newsroom
-from clp_jax.data.reader import Batch, check_lengths, check_sizes
+from clp_jax.data.reader import Batch, Numbering, check_lengths
 from clp_jax.data.tokenizer import DOCUMENT
 from clp_jax.data.vocabulary import (
   Vocabulary,
@@ -38,6 +38,7 @@ from clp_jax.data.vocabulary import (
   import_seqio,
   loaded,
 )
+from clp_jax.errors import importing
 
 # Examples shuffled together. Memory bounds it: article texts are kilobytes, the
 # row numbers that stand for the rows of a file are not.
@@ -69,14 +70,9 @@ def get_task(name: str, vocabulary: Any = None) -> Any:
     corpora.register_task(name)
   elif name not in seqio.TaskRegistry.names() and ":" in name:
     module, _, name = name.partition(":")
-    try:
+    what = f"{module!r}, which should register the seqio task {name!r}"
+    with importing(f"can't import {what}", "add its folder to PYTHONPATH"):
       importlib.import_module(module)
-    except Exception as error:  # importing runs the user's code: all can happen
-      raise ValueError(
-        f"can't import {module!r}, which should register the seqio task "
-        f"{name!r}: {type(error).__name__}: {error}; correct the path, or add "
-        "its folder to PYTHONPATH."
-      ) from error
   names = seqio.TaskRegistry.names()
   if name not in names:
     raise ValueError(
@@ -86,14 +82,15 @@ def get_task(name: str, vocabulary: Any = None) -> Any:
       "(seqio.TaskRegistry.add)."
     )
   task = seqio.TaskRegistry.get(name)
-  if vocabulary is None:
-    return task
-  return task.replace(
-    output_features={
-      key: dataclasses.replace(feature, vocabulary=vocabulary)
-      for key, feature in task.output_features.items()
-    }
-  )
+  return task if vocabulary is None else _tokenised_by(task, vocabulary)
+
+
+def _tokenised_by(task: Any, vocabulary: Any) -> Any:
+  features = {
+    key: dataclasses.replace(feature, vocabulary=vocabulary)
+    for key, feature in task.output_features.items()
+  }
+  return task.replace(output_features=features)
 
 
 def vocabulary_of(task: Any) -> Vocabulary:
@@ -112,12 +109,7 @@ def of_texts(task: Any) -> Any:
   """The same task, tokenised by bytes, for whom its texts are enough: its own
   vocabulary is not read."""
   _, seqio = import_seqio()
-  return task.replace(
-    output_features={
-      key: dataclasses.replace(feature, vocabulary=seqio.ByteVocabulary())
-      for key, feature in task.output_features.items()
-    }
-  )
+  return _tokenised_by(task, seqio.ByteVocabulary())
 
 
 def from_cache(task: Any, cache_dirs: Sequence[str] = ()) -> Any:
@@ -237,14 +229,10 @@ def with_template(task: Any, template: str) -> Any:
 def train_batches(
   task: Any,
   split: str,
+  numbering: Numbering,
   *,
-  batch_size: int,
   source_length: int,
   target_length: int,
-  seed: int,
-  start: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
   tokenise: Tokenise | None = None,
 ) -> Iterator[Batch]:
   """Yields the rows of one process of global batches start, start + 1, ...
@@ -257,43 +245,38 @@ def train_batches(
   Args:
     task: a seqio.Task whose preprocessors make one example of each.
     split: its split.
-    batch_size: B, rows of a global batch.
+    numbering: of the batches.
     source_length: S, tokens; longer inputs are cut.
     target_length: T, tokens; longer targets are cut.
-    seed: of the order of examples, >= 0.
-    start: number of the first batch.
-    process_index: p, which rows to take: [p B / P, (p + 1) B / P).
-    process_count: P; divides batch_size.
     tokenise: makes the batches of the task's texts; None takes its tokens.
 
   Returns:
     An iterator over batches of b = B / P rows.
 
   Raises:
-    ValueError: the split is absent or empty, the sizes don't fit, or the task
-      can't be used.
+    ValueError: the split is absent or empty, or the task can't be used.
   """
-  check_sizes(batch_size, process_index, process_count, start, seed)
   tf, _ = import_seqio()
   raw, count = _raw(task, split)
-  rows = batch_size // process_count
-  first_epoch, skip = divmod(start * batch_size, count)
+  batch_size, rows = numbering.batch_size, numbering.rows
+  first_epoch, skip = divmod(numbering.start * batch_size, count)
   texts = any(spec.dtype == tf.string for spec in raw.element_spec.values())
   buffer = _SHUFFLE_BUFFER if texts else _SHUFFLE_BUFFER_NUMBERS
 
   def epoch(number):
     return raw.shuffle(
       min(count, buffer),
-      seed=number * 1_000_003 + seed,  # distinct for seeds below a million
+      seed=number * 1_000_003
+      + numbering.seed,  # distinct for seeds below a million
       reshuffle_each_iteration=False,
     )
 
   def is_mine(number, _):
-    return number % batch_size // rows == process_index
+    return number % batch_size // rows == numbering.process_index
 
   epochs = tf.data.Dataset.range(first_epoch, 2**31)
   examples = epochs.flat_map(epoch).skip(skip)
-  if process_count > 1:
+  if numbering.process_count > 1:
     examples = examples.enumerate().filter(is_mine).map(lambda _, own: own)
   return _batches(task, examples, rows, source_length, target_length, tokenise)
 

@@ -154,8 +154,8 @@ class Vocabulary:
     path: of the file.
     pad_id: PAD.
     tokenizer: a sentencepiece.SentencePieceProcessor.
-    eos_ids: tokens any of which ends a response; the first one, the file's own,
-      ends inputs and targets.
+    eos_ids: tokens any of which ends a response.
+    eos_id: the first one, the file's own, which ends inputs and targets.
   """
 
   def __init__(self, path: str, content: bytes, eos_ids: Sequence[int] = ()):
@@ -177,13 +177,9 @@ class Vocabulary:
     except Exception as error:  # SentencePiece's own, undocumented
       raise _no_model(path, error) from error
     self.eos_ids = _checked_eos_ids(self.tokenizer, path, eos_ids)
+    self.eos_id = self.eos_ids[0]
 
   ends_prompts = True
-
-  @property
-  def eos_id(self) -> int:
-    """The token that ends an input or a target."""
-    return self.eos_ids[0]
 
   @property
   def unk_id(self) -> int:

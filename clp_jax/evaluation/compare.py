@@ -24,16 +24,16 @@ from clp_jax import config as config_lib
 from clp_jax.errors import FrontError
 from clp_jax.evaluation import fronts as fronts_lib
 from clp_jax.evaluation import intervals, measurements
+from clp_jax.evaluation.front import (
+  Estimate,
+  Front,
+  load_front,
+  with_points,
+)
 from clp_jax.evaluation.intervals import Sample, Value
 from clp_jax.evaluation.metrics import (
   Measure,
   in_plane,
-)
-from clp_jax.evaluation.report import (
-  Estimate,
-  Front,
-  front_from_points,
-  load_front,
 )
 from clp_jax.weightings import Distribution
 
@@ -358,17 +358,7 @@ def mean_front(runs: Sequence[Run], method: str) -> Front:
         value=estimate([p.value.mean for p in same]),
       )
     )
-  return front_from_points(
-    points,
-    method=method,
-    objectives=first.objectives,
-    step=first.step,
-    prompts=first.prompts,
-    decoding=first.decoding,
-    reference_point=first.reference_point,
-    training_samples=first.training_samples,
-    units=first.units,
-  )
+  return with_points(first, points, method=method)
 
 
 def _same_seeds(a: Sequence[Run], b: Sequence[Run]) -> bool:

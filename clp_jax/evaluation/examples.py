@@ -5,8 +5,11 @@ reference says no more than the document. Who looks at a run for the first time
 should see one on which the weighting matters, and be told that it was chosen.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from etils import epath
 
 CHOSEN = (
   "chosen for it, of {documents} held-out documents those whose summaries "
@@ -14,6 +17,12 @@ CHOSEN = (
 )
 
 Row = Mapping[str, Any]
+
+
+def load(workdir: epath.PathLike) -> list[dict[str, Any]]:
+  """The rows of samples.jsonl of an evaluated run."""
+  file = epath.Path(workdir) / "evaluation" / "samples.jsonl"
+  return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def telling(rows: Sequence[Row], count: int) -> list[str]:

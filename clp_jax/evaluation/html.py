@@ -23,9 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
-from clp_jax.evaluation import examples, report, svg
+from clp_jax.evaluation import examples, svg
+from clp_jax.evaluation import front as front_lib
 from clp_jax.evaluation.svg import escape
+from clp_jax.evaluation.tables import units_note
+from clp_jax.interop import storage
 
 SHOWN_DOCUMENTS = 5
 SHOWN_WEIGHTINGS = 5  # of a document's samples
@@ -81,12 +85,12 @@ def render(
     FrontError: a front is malformed, or they differ in their objectives.
   """
   loaded = [
-    report.front_from_json(front, f"fronts[{i}]")
+    front_lib.front_from_json(front, f"fronts[{i}]")
     for i, front in enumerate(fronts)
   ]
   sections: list[tuple[str, str]] = []
   if loaded:
-    report.shared_objectives(loaded)
+    front_lib.shared_objectives(loaded)
     sections.append(("Fronts", _fronts(loaded)))
   if tables:
     sections.append(("Tables", "".join(_table(table) for table in tables)))
@@ -136,12 +140,12 @@ def save(path: str | os.PathLike[str], text: str) -> str:
   Returns:
     Its address, which a browser opens: file://... for a local path.
   """
-  report.write(epath.Path(path), text.encode())
+  storage.write_whole(epath.Path(path), text.encode())
   name = os.fspath(path)
   return name if "://" in name else epath.Path(name).absolute().as_uri()
 
 
-def _fronts(fronts: Sequence[report.Front]) -> str:
+def _fronts(fronts: Sequence[front_lib.Front]) -> str:
   legend = "".join(
     f'<label><input type="checkbox" id="show-{i}" checked>{svg.marker(i)}'
     f"{escape(front.method)}</label>"
@@ -163,7 +167,7 @@ def _fronts(fronts: Sequence[report.Front]) -> str:
   )
 
 
-def _measured(fronts: Sequence[report.Front]) -> str:
+def _measured(fronts: Sequence[front_lib.Front]) -> str:
   """How the points were measured, where all fronts agree on it."""
   first = fronts[0]
   if any(
@@ -173,12 +177,12 @@ def _measured(fronts: Sequence[report.Front]) -> str:
   return _decoding(first)
 
 
-def _decoding(front: report.Front) -> str:
+def _decoding(front: front_lib.Front) -> str:
   settings = ", ".join(f"{k} {v}" for k, v in front.decoding.items())
   return f"{front.prompts} prompts; decoding: {settings}."
 
 
-def _points(front: report.Front) -> str:
+def _points(front: front_lib.Front) -> str:
   rows = []
   for point in front.points:
     row: dict[str, Any] = {
@@ -189,7 +193,7 @@ def _points(front: report.Front) -> str:
     row |= {f"{o}, raw": svg.shown(raw) for o, raw in point.raw.items()}
     row |= {"KL (nats)": svg.shown(point.kl), "value": svg.shown(point.value)}
     rows.append(row)
-  note = f"Step {front.step}. {_decoding(front)}{report.units_note(front)}"
+  note = f"Step {front.step}. {_decoding(front)}{units_note(front)}"
   return (
     f"<details><summary>{escape(front.method)}, {len(rows)} points</summary>"
     f"{_grid(rows)}<p class=note>{escape(note)}</p></details>"
@@ -350,7 +354,10 @@ def _far_apart(keys: list[tuple]) -> list[tuple]:
 
 
 def _configs(configs: Mapping[str, Mapping[str, Any]]) -> str:
-  flat = {name: dict(_flatten(config)) for name, config in configs.items()}
+  flat = {
+    name: traverse_util.flatten_dict(dict(config), sep=".")
+    for name, config in configs.items()
+  }
   fields = list(dict.fromkeys(f for values in flat.values() for f in values))
   differing, shared = [], []
   for field in fields:
@@ -372,14 +379,6 @@ def _configs(configs: Mapping[str, Mapping[str, Any]]) -> str:
     f"<details><summary>{escape(title)}, {len(shared)} fields</summary>"
     f"{_grid(shared)}</details>"
   )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = ""):
-  for key, value in values.items():
-    if isinstance(value, Mapping):
-      yield from _flatten(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value
 
 
 def _shown(value: Any) -> str:
@@ -413,7 +412,7 @@ def _toggles(fronts: int) -> str:
   )
 
 
-# Okabe and Ito's colours as in report.py, and lighter ones for dark screens.
+# Okabe and Ito's colours as in plot.py, and lighter ones for dark screens.
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#59636e;
 --line:#d5dae0;--box:#f5f7f9;--link:#0b5cad;--mark:#ffdf9e;--mark-fg:#5a2600;

@@ -27,13 +27,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import rich.box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from clp_jax import progress
 from clp_jax.errors import JudgeError
+from clp_jax.evaluation import tables
 
 # {data} is a JSON object, so that no text can pass for a part of the question.
 PROMPT = """\
@@ -317,9 +316,7 @@ def print_result(runs: Sequence[str], result: Mapping[str, Any]) -> None:
     interval = f"{rate['low']:.3f} to {rate['high']:.3f}"
     return f"{rate['mean']:.3f}", interval, str(rate["n"])
 
-  table = Table(
-    box=rich.box.SIMPLE_HEAD,
-    pad_edge=False,
+  table = tables.bare(
     caption=(
       f"{result['wins']} wins, {result['ties']} ties "
       f"({result['identical']} of equal summaries) and {result['losses']} "

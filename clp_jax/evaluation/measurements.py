@@ -16,7 +16,8 @@ from etils import epath
 from numpy.typing import NDArray
 
 from clp_jax.errors import FrontError
-from clp_jax.evaluation.report import Front, write
+from clp_jax.evaluation.front import Front
+from clp_jax.interop import storage
 
 FILE = "rewards.npz"
 
@@ -39,7 +40,7 @@ def save(directory: str | os.PathLike[str], measured: Measurements) -> None:
   """Writes rewards.npz, whole or not at all."""
   content = io.BytesIO()
   np.savez_compressed(content, **measured._asdict())
-  write(epath.Path(directory) / FILE, content.getvalue())
+  storage.write_whole(epath.Path(directory) / FILE, content.getvalue())
 
 
 def load(directory: str | os.PathLike[str], front: Front) -> Measurements:

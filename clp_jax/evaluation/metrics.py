@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from clp_jax.evaluation import fronts as fronts_lib
 from clp_jax.evaluation import intervals
-from clp_jax.evaluation.report import Front
+from clp_jax.evaluation.front import Front
 from clp_jax.weightings import Distribution
 
 Array = NDArray[np.float64]

@@ -8,16 +8,12 @@ fronts, `c0` to `c6` their colours.
 """
 
 import html
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from clp_jax.evaluation import fronts as fronts_lib
-from clp_jax.evaluation.report import Estimate, Front, Point
+from clp_jax.evaluation import front as front_lib
+from clp_jax.evaluation.front import Estimate, Front, Point, dominated, labels
 
 COLOURS = 7
 MARKERS = 6  # against seven colours: 42 styles
@@ -37,14 +33,9 @@ def panels(fronts: Sequence[Front]) -> list[tuple[str, str]]:
     A point that another of its front dominates (in all rewards; with one
     reward, in reward and KL) has the class "hollow".
   """
-  objectives = fronts[0].objectives
-  if len(objectives) == 1:
-    return [
-      (f"{objectives[0]} against KL", _panel(fronts, None, objectives[0]))
-    ]
   return [
-    (f"{y} against {x}", _panel(fronts, x, y))
-    for x, y in itertools.combinations(objectives, 2)
+    (f"{y} against {'KL' if x is None else x}", _panel(fronts, x, y))
+    for x, y in front_lib.panels(fronts[0].objectives)
   ]
 
 
@@ -136,7 +127,7 @@ def _panel(fronts: Sequence[Front], x: str | None, y: str) -> str:
   )
   points = []
   for series, front in enumerate(fronts):
-    hollow = _dominated(front, x)
+    hollow = dominated(front)
     places = [
       (x_scale(_of(p, x).mean), y_scale(_of(p, y).mean)) for p in front.points
     ]
@@ -207,21 +198,8 @@ def _labels(
   front: Front, x: str | None, y: str, x_scale: _Scale, y_scale: _Scale
 ) -> str:
   """Names the ends and the middle of a sweep, or a simplex's corners."""
-  last = len(front.points) - 1
-  labels = {}  # by point
-  if x is None:
-    for i in (0, last // 2, last):
-      labels[i] = f"\u03b1 {front.points[i].alpha:.2g}"
-  elif len(front.objectives) == 2:
-    for i in (0, last // 2, last):
-      labels[i] = f"w({x}) {front.points[i].weights[x]:.2g}"
-  else:
-    for i, point in enumerate(front.points):
-      name = max(point.weights, key=lambda o: point.weights[o])
-      if point.weights[name] > 1 - 1e-6:
-        labels[i] = f"w({name}) 1"
   parts = []
-  for i, label in labels.items():
+  for i, label in labels(front, x, " ").items():
     at_x = x_scale(_of(front.points[i], x).mean)
     at_y = y_scale(_of(front.points[i], y).mean)
     to_left = at_x > _WIDTH * 0.72
@@ -250,14 +228,6 @@ def _scale(
   # A front of one point, or one that does not move, needs some width as well.
   room = 0.08 * (high - low) or 0.05 * abs(low) or 0.5
   return _Scale(low - room, high + room, start, stop)
-
-
-def _dominated(front: Front, x: str | None) -> NDArray[np.bool_]:
-  """[P] bool, as in panels."""
-  if x is not None:
-    return ~fronts_lib.non_dominated(front.rewards)
-  kl = np.array([[-p.kl.mean] for p in front.points])
-  return ~fronts_lib.non_dominated(np.hstack([kl, front.rewards]))
 
 
 def _of(point: Point, name: str | None) -> Estimate:

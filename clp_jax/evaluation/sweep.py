@@ -6,7 +6,7 @@ of the policies.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,8 @@ from clp_jax.batches import eval_batch
 from clp_jax.data import tokenizer
 from clp_jax.data.reader import Batch
 from clp_jax.errors import ConfigError, as_config_error
-from clp_jax.evaluation import measurements, report
+from clp_jax.evaluation import front as front_lib
+from clp_jax.evaluation import measurements, plot
 from clp_jax.evaluation import units as units_lib
 from clp_jax.models import decoding, families
 from clp_jax.policy import Policy
@@ -50,7 +51,7 @@ class Measured(NamedTuple):
 class Sweep(NamedTuple):
   """What a sweep found; P points."""
 
-  front: report.Front
+  front: front_lib.Front
   samples: list[dict[str, Any]]  # rows of samples.jsonl
   measured: measurements.Measurements
 
@@ -100,29 +101,23 @@ def sweep(
       )
       optimised = units.of(measured.rewards)
       value = (1 - alpha) * optimised @ weights - alpha * measured.kl
-      means = {
-        name: report.standard_error(optimised[:, :, i])
-        for i, name in enumerate(policy.objectives)
-      }
+      means = _estimates(policy.objectives, optimised)
+      raw = _estimates(policy.objectives, measured.rewards)
       points.append(
-        report.Point(
+        front_lib.Point(
           weights=named,
           alpha=alpha,
           rewards=means,
-          kl=report.standard_error(measured.kl),
-          value=report.standard_error(value),
-          raw={
-            name: report.standard_error(measured.rewards[:, :, i])
-            for i, name in enumerate(policy.objectives)
-            if name in units.names
-          },
+          kl=front_lib.standard_error(measured.kl),
+          value=front_lib.standard_error(value),
+          raw={name: raw[name] for name in units.names},
         )
       )
       samples += _sample_rows(policy, batch, named, alpha, measured)
       rewards_seen.append(optimised)
       kl_seen.append(measured.kl)
       advance(1, {name: mean.mean for name, mean in means.items()})
-  front = report.front_from_points(
+  front = front_lib.front_from_points(
     points,
     method=method,
     objectives=policy.objectives,
@@ -157,6 +152,16 @@ def sweep(
       measurements.digest(batch.documents),
     ),
   )
+
+
+def _estimates(
+  objectives: Sequence[str], scores: np.ndarray
+) -> dict[str, front_lib.Estimate]:
+  """Of scores [P, n, m], by objective."""
+  return {
+    name: front_lib.standard_error(scores[:, :, i])
+    for i, name in enumerate(objectives)
+  }
 
 
 def weightings_grid(
@@ -309,7 +314,7 @@ def evaluate_run(
   seed: int = 0,
   method: str | None = None,
   training_samples: int | None = None,
-) -> report.Front:
+) -> front_lib.Front:
   """Sweeps a run and writes DIR/evaluation.
 
   Args:
@@ -364,15 +369,9 @@ def _sample_rows(policy, batch, weights, alpha, measured) -> list[dict]:
       "weights": weights,
       "alpha": alpha,
       "summary": measured.responses[i * n],
-      "rewards": dict(
-        zip(
-          policy.objectives,
-          measured.rewards[i, 0].tolist(),
-          strict=True,
-        )
-      ),
+      "rewards": dict(zip(policy.objectives, rewards, strict=True)),
     }
-    for i in range(min(SHOWN_PROMPTS, len(batch.documents)))
+    for i, rewards in enumerate(measured.rewards[:SHOWN_PROMPTS, 0].tolist())
   ]
 
 
@@ -384,6 +383,6 @@ def save(directory: str, found: Sweep) -> None:
   (path / "samples.jsonl").write_text(
     "".join(json.dumps(row) + "\n" for row in found.samples)
   )
-  report.plot_fronts([found.front], path / "pareto.png")
+  plot.plot_fronts([found.front], path / "pareto.png")
   # Last: its presence says that the sweep is complete.
-  report.save_front(directory, found.front)
+  front_lib.save_front(directory, found.front)

@@ -10,7 +10,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,6 @@ from clp_jax.models.mixture import Mixture
 from clp_jax.models.presets import PRESETS
 from clp_jax.rollout import row_keys
 from clp_jax.sampling import Sampling
-
-Params = Any
 
 
 class Parameters(NamedTuple):
@@ -48,25 +46,26 @@ class Time(NamedTuple):
   over_first: float
 
 
-def count(params: Params) -> int:
-  """Numbers in a tree of arrays or their shapes."""
-  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+def _trained(
+  config: families.Config, steering: str = "none", num_sets: int = 1
+) -> int:
+  """Parameters of a bank, or of one model."""
+  return Bank(config, steering, num_sets).counts().trained
 
 
 def parameters(config: families.Config, num_rewards: int) -> list[Parameters]:
   """Of every method that is made of whole models or their parts."""
-  one = count(families.build(config).abstract())
-  m = num_rewards
-  rows = []
-  for label, steering in (
-    ("full-CLP", "full"),
-    ("attn-CLP", "attention"),
-    ("logit-CLP", "logits"),
-  ):
-    own = Bank(config, steering, m).counts().trained
-    rows.append(Parameters(label, own, own, 1))
+  one, m = _trained(config), num_rewards
+  banks = {
+    label: _trained(config, steering, m)
+    for label, steering in (
+      ("full-CLP", "full"),
+      ("attn-CLP", "attention"),
+      ("logit-CLP", "logits"),
+    )
+  }
   return [
-    *rows,
+    *(Parameters(label, own, own, 1) for label, own in banks.items()),
     Parameters("prompting", one, one, 1),
     Parameters("Rewarded Soups", m * one, m * one, 1),
     Parameters("MOD", m * one, m * one, m),
@@ -78,8 +77,8 @@ def parameters(config: families.Config, num_rewards: int) -> list[Parameters]:
 def attention_share(size: str, num_rewards: int) -> float:
   """attn-CLP's parameters beyond one model's, over those of full-CLP."""
   config = dataclasses.replace(PRESETS[size], scan_layers=True)
-  one = count(families.build(config).abstract())
-  extra = Bank(config, "attention", num_rewards).counts().trained - one
+  one = _trained(config)
+  extra = _trained(config, "attention", num_rewards) - one
   return extra / ((num_rewards - 1) * one)
 
 

@@ -102,7 +102,7 @@ def text(plan: running.Plan, topology: str, utilisation: float) -> str:
   lines += [
     (
       row.stage.label,
-      str(row.stage.seed),
+      str(row.stage.config.seed),
       f"{row.stage.steps:,}",
       f"{row.stage.samples:,}",
       _hours(row.chip_hours),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clp_jax.evaluation.comparison import markdown_table
+from clp_jax.evaluation.tables import markdown_table
 from clp_jax.experiments import pictures, plans, protocol
 from clp_jax.experiments.verdicts import verdicts
 

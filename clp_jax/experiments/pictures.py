@@ -4,7 +4,6 @@ A reader should see the point of a picture in ten seconds: at most five methods
 in the large panel, the others one by one beside the first in small ones.
 """
 
-import io
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from clp_jax.evaluation import fronts as fronts_lib
-from clp_jax.evaluation.report import COLOURS, MARKERS
+from clp_jax.evaluation.plot import COLOURS, MARKERS, save, tidy
 
 Json = dict[str, Any]
 Array = NDArray[np.float64]
@@ -69,7 +68,7 @@ def fronts(content: Json, path: pathlib.Path) -> None:
       ax.set_xlim(limits[0])
       ax.set_ylim(limits[1])
       ax.tick_params(labelsize="x-small")
-      _tidy(ax)
+      tidy(ax)
   _save(figure, path)
 
 
@@ -140,7 +139,7 @@ def curve(content: Json, methods: Sequence[str], path: pathlib.Path) -> None:
     ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
     ax.minorticks_off()
     ax.set_xlabel("training steps of CLP")
-    _tidy(ax)
+    tidy(ax)
   figure.legend(
     *left.get_legend_handles_labels(),
     loc="outside upper left",
@@ -257,7 +256,7 @@ def _label(ax: Axes, content: Json, pair: tuple[int, int]) -> None:
   else:
     ax.set_xlabel(f"reward {objectives[pair[0]]}")
   ax.set_ylabel(f"reward {objectives[pair[1]]}")
-  _tidy(ax)
+  tidy(ax)
 
 
 def _name_ends(
@@ -310,15 +309,7 @@ def _band(
     ax.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
-def _tidy(ax: Axes) -> None:
-  ax.grid(color="0.92")
-  ax.set_axisbelow(True)
-  ax.spines[["top", "right"]].set_visible(False)
-
-
 def _save(figure: Figure, path: pathlib.Path) -> None:
-  png = io.BytesIO()
-  # The same numbers give the same file.
-  figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(png.getvalue())
+  # The same numbers give the same file.
+  save(figure, path, dpi=110, metadata={"Software": None})

@@ -81,7 +81,18 @@ _KL = Experiment(
   ),
   near={"nli": 0.65, "kl": 10.0},
 )
-_RATE = Axis("learning rate", float, (3e-4, 1e-3, 3e-3))
+
+
+def _choose_rate(base: Experiment, what: str) -> Experiment:
+  return base._replace(
+    question=f"Which learning rate is each method's best, {what}.",
+    methods=tuple(m for m in base.methods if m != "oracle"),
+    axis=Axis("learning rate", float, (3e-4, 1e-3, 3e-3)),
+    split="test",
+    seeds=1,
+    steps=1000,
+  )
+
 
 EXPERIMENTS: dict[str, Experiment] = {
   "single-reward-multi-kl": _KL,
@@ -119,22 +130,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     split="test",
     seeds=1,
   ),
-  "choose-rate": _TWO._replace(
-    question="Which learning rate is each method's best, two rewards.",
-    methods=tuple(m for m in _TWO.methods if m != "oracle"),
-    axis=_RATE,
-    split="test",
-    seeds=1,
-    steps=1000,
-  ),
-  "choose-rate-kl": _KL._replace(
-    question="Which learning rate is each method's best, one reward and KL.",
-    methods=tuple(m for m in _KL.methods if m != "oracle"),
-    axis=_RATE,
-    split="test",
-    seeds=1,
-    steps=1000,
-  ),
+  "choose-rate": _choose_rate(_TWO, "two rewards"),
+  "choose-rate-kl": _choose_rate(_KL, "one reward and KL"),
 }
 
 

@@ -18,14 +18,14 @@ choices below rest on; the page shows the tables, and a test holds the choices
 against them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
 import numpy as np
 
 from clp_jax import demo
-from clp_jax.evaluation.comparison import markdown_table
+from clp_jax.evaluation.tables import markdown_table
 from clp_jax.experiments import pictures
 
 Json = dict[str, Any]
@@ -111,37 +111,34 @@ def text(contents: Mapping[str, Json]) -> str:
       "they are to choose is provisional.\n"
     )
   if (content := contents.get(SUPERVISED)) is not None:
-    rows = []
-    before = None
-    for row in content["rows"]:
-      gain = "" if before is None else f"{1 - row['loss'] / before:+.1%}"
-      before = row["loss"]
-      rows.append(
-        {
-          "supervised steps": f"{row['steps']:,}",
-          "held-out loss, nats a token": f"{row['loss']:.4f}",
-          "gain": gain,
-        }
-      )
-    parts += [f"`{content['command']}`:\n", markdown_table(rows)]
+    losses = {row["steps"]: row["loss"] for row in content["rows"]}
+    named = ("supervised steps", "held-out loss, nats a token")
+    table = _gains(losses, named, lambda old, new: f"{1 - new / old:+.1%}")
+    parts += [f"`{content['command']}`:\n", table]
   if (content := contents.get("choose-steps")) is not None:
-    rows = []
-    before = None
-    for steps, volume in sorted(step_volumes(content).items()):
-      gain = "" if before is None else f"{volume - before:+.4f}"
-      before = volume
-      rows.append(
-        {
-          "steps": f"{steps:,}",
-          "full-CLP's hypervolume": f"{volume:.4f}",
-          "gain": gain,
-        }
-      )
-    parts += [f"`{content['command']}`:\n", markdown_table(rows)]
+    volumes = dict(sorted(step_volumes(content).items()))
+    named = ("steps", "full-CLP's hypervolume")
+    table = _gains(volumes, named, lambda old, new: f"{new - old:+.4f}")
+    parts += [f"`{content['command']}`:\n", table]
   for name in ("choose-rate", "choose-rate-kl"):
     if (content := contents.get(name)) is not None:
       parts += [f"`{content['command']}`:\n", _rate_table(content)]
   return "\n".join(parts)
+
+
+def _gains(
+  values: Mapping[int, float],
+  named: tuple[str, str],
+  gain: Callable[[float, float], str],
+) -> str:
+  """Steps and values as a table, with what each gains on the one before."""
+  rows = []
+  before = None
+  for steps, value in values.items():
+    row = dict(zip(named, (f"{steps:,}", f"{value:.4f}"), strict=True))
+    rows.append(row | {"gain": "" if before is None else gain(before, value)})
+    before = value
+  return markdown_table(rows)
 
 
 def step_volumes(content: Json) -> dict[int, float]:

@@ -5,7 +5,6 @@ from them alone, so that figures can be drawn again without training.
 """
 
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
@@ -17,6 +16,7 @@ from clp_jax.models.presets import PRESETS
 
 Json = dict[str, Any]
 SIZES = ("base", "large", "xl")
+NAMES = (*plans.EXPERIMENTS, protocol.SUPERVISED, "costs")
 VOCABULARY = 256  # of the built-in world's T5, for counting
 
 
@@ -27,9 +27,7 @@ def measure_costs(workdir: str, command: str, repeats: int = 30) -> None:
     tiny, prompts=64, source_length=56, target_length=18, repeats=repeats
   )
   content = {
-    "command": command,
-    "machine": running.machine(),
-    "date": datetime.date.today().isoformat(),
+    **running.origin(command),
     "repeats": repeats,
     "load": os.getloadavg()[0],  # processes that wanted to run besides
     "times": [time._asdict() for time in times],
@@ -58,7 +56,7 @@ def collect(workdir: str, folder: pathlib.Path) -> None:
     folder: of the numbers; files of experiments that WORKDIR lacks stay.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  for name in (*plans.EXPERIMENTS, protocol.SUPERVISED, "costs"):
+  for name in NAMES:
     directory = pathlib.Path(workdir) / name
     file = "costs.json" if name == "costs" else running.RECORD
     if not (directory / file).exists():
@@ -78,7 +76,7 @@ def page_of(folder: pathlib.Path, commands: Mapping[str, str]) -> str:
     commands: see `page.write`.
   """
   contents = {}
-  for name in (*plans.EXPERIMENTS, protocol.SUPERVISED, "costs"):
+  for name in NAMES:
     if (folder / f"{name}.json").exists():
       contents[name] = json.loads((folder / f"{name}.json").read_text())
   cost = contents.pop("costs", None)

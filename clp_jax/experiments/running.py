@@ -38,13 +38,14 @@ from clp_jax.data.tasks import fact_checker
 from clp_jax.errors import ConfigError, FrontError, Preempted, RunError
 from clp_jax.evaluation import (
   compare,
-  comparison,
+  comparison_files,
+  examples,
   measurements,
   metrics,
-  report,
   sweep,
   units,
 )
+from clp_jax.evaluation import front as front_lib
 from clp_jax.experiments import methods as methods_lib
 from clp_jax.experiments import plans, protocol
 from clp_jax.experiments.methods import METHODS, Method
@@ -208,13 +209,27 @@ class Stage(NamedTuple):
   """One training run of a plan: of a method, or of its supervised model."""
 
   label: str  # of the first method that needs it
-  seed: int
   folder: str
-  steps: int
-  samples: int  # responses; of a supervised run its documents
   supervised: bool
-  finished: bool
   config: ml_collections.ConfigDict  # model.init is the plan's own
+
+  @property
+  def steps(self) -> int:
+    """That it trains."""
+    section = self.config.sft if self.supervised else self.config.train
+    return section.steps
+
+  @property
+  def samples(self) -> int:
+    """Responses; of a supervised run its documents."""
+    if self.supervised:
+      return self.steps * self.config.sft.batch
+    return _samples(self.config)
+
+  @property
+  def finished(self) -> bool:
+    """Whether its last checkpoint is there."""
+    return _has_step(self.folder, self.steps)
 
 
 def stages(plan: Plan) -> Iterator[Stage]:
@@ -225,31 +240,13 @@ def stages(plan: Plan) -> Iterator[Stage]:
     if plan.config.sft.steps and _supervised(plan, cell) not in seen:
       folder, config = _supervised(plan, cell), _supervised_config(plan, cell)
       seen.add(folder)
-      yield Stage(
-        f"supervised, for {label}",
-        config.seed,
-        folder,
-        config.sft.steps,
-        config.sft.steps * config.sft.batch,
-        True,
-        _has_step(folder, config.sft.steps),
-        config,
-      )
+      yield Stage(f"supervised, for {label}", folder, True, config)
     for config, folder in _trained(plan, cell):
       if folder not in seen:
         seen.add(folder)
         own = config.copy_and_resolve_references()
         own.model.init = init
-        yield Stage(
-          label,
-          cell.seed,
-          folder,
-          config.train.steps,
-          _samples(config),
-          False,
-          _has_step(folder, config.train.steps),
-          own,
-        )
+        yield Stage(label, folder, False, own)
 
 
 def supervised_curve(
@@ -289,9 +286,7 @@ def supervised_curve(
   run_folder.write_json(
     directory / RECORD,
     {
-      "command": command,
-      "date": datetime.date.today().isoformat(),
-      "machine": machine(),
+      **origin(command),
       "split": config.data.eval_split,
       "documents": config.eval.prompts,
       "rows": rows,
@@ -337,13 +332,11 @@ def write(plan: Plan, failures: list[str]) -> compare.Comparison:
     seed=0,
   )
   directory = f"{plan.workdir}/{plan.name}"
-  comparison.save(
+  comparison_files.save(
     directory,
     found,
     title=f"{plan.name}: {plan.experiment.question}",
     commands=[plan.command],
-    configs=comparison.configs_of(found),
-    samples=comparison.samples_of(found),
     unsupported=fact_checker(plan.config.data.task),
   )
   run_folder.write_json(
@@ -351,9 +344,7 @@ def write(plan: Plan, failures: list[str]) -> compare.Comparison:
     {
       "experiment": plan.name,
       "question": plan.experiment.question,
-      "command": plan.command,
-      "date": datetime.date.today().isoformat(),
-      "machine": machine(),
+      **origin(plan.command),
       "seeds": sorted({run.seed for runs in methods.values() for run in runs}),
       "planned_seeds": list(plan.seeds),
       "checkpoints": plan.checkpoints,
@@ -373,8 +364,8 @@ def write(plan: Plan, failures: list[str]) -> compare.Comparison:
       "shown": [METHODS[name].label for name in plan.experiment.shown],
       "reference_point": list(found.reference_points["hypervolume"].values()),
       "fronts": _fronts(plan),
-      "tables": comparison.tables(found),
-      "note": comparison.note(found),
+      "tables": comparison_files.tables(found),
+      "note": comparison_files.note(found),
       "oracles": _against_oracles(found, plan),
       "config": config_lib.to_json(plan.config),
     },
@@ -393,7 +384,7 @@ def _fronts(plan: Plan) -> dict[str, Any]:
     if not _is_finished(plan, cell):
       continue
     folder = _folder(plan, cell)
-    front = report.load_front(f"{folder}/evaluation/front.json")
+    front = front_lib.load_front(f"{folder}/evaluation/front.json")
     found = fronts.setdefault(
       _label(plan, cell),
       {
@@ -451,6 +442,12 @@ def _trained(
   if method.kind == "oracle":
     return _oracles(plan, cell, config)
   return list(_singles(plan, cell, config, method).values())
+
+
+def origin(command: str) -> dict[str, str]:
+  """What the record of a measurement says of how it was made."""
+  today = datetime.date.today().isoformat()
+  return {"command": command, "date": today, "machine": machine()}
 
 
 def machine() -> str:
@@ -528,22 +525,15 @@ def _join_oracles(
     if not _is_evaluated(plan, path, own.train.steps):
       _evaluate(path, METHODS["oracle"].label, _samples(own))
     directory = f"{path}/evaluation"
-    front = report.load_front(f"{directory}/front.json")
+    front = front_lib.load_front(f"{directory}/front.json")
     fronts.append(front)
     measured.append(measurements.load(directory, front))
-    lines = (epath.Path(directory) / "samples.jsonl").read_text().splitlines()
-    rows += [json.loads(line) for line in lines]
-  first = fronts[0]
-  joined = report.front_from_points(
+    rows += examples.load(path)
+  joined = front_lib.with_points(
+    fronts[0],
     [point for front in fronts for point in front.points],
     method=METHODS["oracle"].label,
-    objectives=first.objectives,
-    step=first.step,
-    prompts=first.prompts,
-    decoding=first.decoding,
-    reference_point=first.reference_point,
     training_samples=sum(front.training_samples or 0 for front in fronts),
-    units=first.units,
   )
   sweep.save(
     f"{folder}/evaluation",
@@ -697,7 +687,7 @@ def _is_evaluated(plan: Plan, folder: str, steps: int) -> bool:
   directory = f"{folder}/evaluation"
   if not (epath.Path(directory) / "front.json").exists():
     return False
-  front = report.load_front(f"{directory}/front.json")
+  front = front_lib.load_front(f"{directory}/front.json")
   asked = config_lib.to_json(plan.config)["eval"] | {"seed": EVALUATION_SEED}
   del asked["batch"]  # changes nothing
   asked["reference_point"] = list(units.reference_point(plan.config))

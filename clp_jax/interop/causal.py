@@ -135,18 +135,7 @@ def families() -> tuple[str, ...]:
 def open_folder(
   folder: Folder, mapped: bool
 ) -> tuple[CausalConfig, dict[str, Leaf]]:
-  """What a folder holds; nothing but headers is read.
-
-  Args:
-    folder: with config.json.
-    mapped: map pytorch_model.bin into memory rather than read it whole.
-
-  Returns:
-    The config and {path: leaf}.
-
-  Raises:
-    ValueError: names what is wrong with the folder.
-  """
+  """The config and {path: leaf}; args and errors as of `huggingface`'s."""
   config = read_config(folder)
   stored = _text_tensors(weight_files.read(folder, mapped))
   head, _ = _tensor(config, _HEAD)
@@ -433,13 +422,9 @@ def save(
 ) -> None:
   """Writes a folder that transformers' from_pretrained reads.
 
-  Args:
-    path: the folder; see `weight_files.save`.
-    config: of the model.
-    views: from `leaves.views`.
+  Args: as for `huggingface.save`, but
     tokenizer: `data.tokenizer.Tokenizer`, whose files are written beside; None
       for none.
-    max_shard_bytes: more than this goes to several files.
 
   Raises:
     ValueError: no class of transformers has such a model.

@@ -279,14 +279,12 @@ def save(
     ValueError: when transformers has no name for the activations.
   """
   values = _config_values(config, views)
-  files = {}
+  files: dict[str, Any] = {}
   if vocabulary is not None:
     # T5Tokenizer would append 100 sentinels to the pieces of the model.
     own = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "legacy": False}
     files[VOCABULARY] = vocabulary.content
-    files["tokenizer_config.json"] = weight_files.json_bytes(
-      own | vocabulary.special
-    )
+    files["tokenizer_config.json"] = own | vocabulary.special
   weight_files.save(path, values, views, _tensor, max_shard_bytes, files)
 
 

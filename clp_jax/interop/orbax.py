@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import orbax.checkpoint as ocp
 from etils import epath
 
-from clp_jax.interop import leaves, storage, weight_files
+from clp_jax.interop import leaves, storage
 from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
 from clp_jax.models import families
@@ -95,7 +95,7 @@ def save(
   )
   if vocabulary is not None:
     (path / VOCABULARY).write_bytes(vocabulary)
-  weight_files.write_json(path / "model.json", families.to_json(config))
+  storage.write_json(path / "model.json", families.to_json(config))
 
 
 def save_tree(path: str, arrays: Mapping[str, object]) -> None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from clp_jax.interop import storage
 from clp_jax.interop.leaves import Index, Leaf
 from clp_jax.interop.storage import Folder
 
@@ -150,12 +151,10 @@ def write(
     offset = end
   encoded = json.dumps(header, separators=(",", ":")).encode()
   encoded += b" " * (-len(encoded) % 8)  # so that the tensors are aligned
-  partial = path.parent / f".{path.name}.partial"
-  with partial.open("wb") as file:
+  with storage.whole(path) as partial, partial.open("wb") as file:
     file.write(len(encoded).to_bytes(8, "little") + encoded)
     for part in _parts(tensors, read_tensor):
       file.write(part)
-  partial.replace(path)
 
 
 def _parts(

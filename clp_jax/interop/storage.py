@@ -3,10 +3,13 @@
 tensorstore reads gs:// by itself: no TensorFlow, and nothing is copied to disk.
 """
 
+import contextlib
 import dataclasses
 import functools
+import json
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -137,6 +140,26 @@ class Folder:
 def write(folder: Folder, name: str, content: bytes) -> None:
   """Writes a file into a folder, which is made where it is absent."""
   ts.KvStore.open(folder.kvstore).result().write(name, content).result()
+
+
+@contextlib.contextmanager
+def whole(path: epath.Path) -> Iterator[epath.Path]:
+  """Where to write what then takes the place of `path`, so that no reader sees
+  half of it; what an error interrupts leaves `path` as it was."""
+  partial = path.parent / f".{path.name}.partial"
+  yield partial
+  partial.replace(path)
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+  """Writes a file, which is the old one or the new one, never half."""
+  with whole(path) as partial:
+    partial.write_bytes(content)
+
+
+def write_json(path: epath.Path, values: Any) -> None:
+  """`write_whole` of JSON."""
+  write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def array_names(where: str, kvstore: dict[str, Any], prefix: str) -> list[str]:

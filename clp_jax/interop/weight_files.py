@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from clp_jax.interop import leaves, safetensors_file
+from clp_jax.interop import leaves, safetensors_file, storage
 from clp_jax.interop.leaves import Index, Leaf, View
 from clp_jax.interop.storage import Folder
 from clp_jax.models.families import Config
@@ -190,7 +190,7 @@ def save(
   views: Mapping[str, View],
   tensor: Tensor,
   max_shard_bytes: int,
-  files: Mapping[str, bytes],
+  files: Mapping[str, Any],
 ) -> None:
   """Writes a folder that transformers' from_pretrained reads.
 
@@ -203,17 +203,20 @@ def save(
     views: from `leaves.views`.
     tensor: what becomes of each.
     max_shard_bytes: more than this goes to several files.
-    files: written beside, a tokenizer's.
+    files: bytes, or JSON, that are written beside: a tokenizer's.
   """
   path.mkdir(parents=True, exist_ok=True)
   (path / "config.json").unlink(missing_ok=True)
   tensors = {tensor(p)[0]: (view, tensor(p)[1]) for p, view in views.items()}
   _save_tensors(path, tensors, max_shard_bytes)
   generation = {k: config[k] for k in _OF_GENERATION if k in config}
-  write_json(path / GENERATION, generation)
+  storage.write_json(path / GENERATION, generation)
   for name, content in files.items():
-    (path / name).write_bytes(content)
-  write_json(path / "config.json", config)
+    if isinstance(content, bytes):
+      (path / name).write_bytes(content)
+    else:
+      storage.write_json(path / name, content)
+  storage.write_json(path / "config.json", config)
 
 
 def _save_tensors(
@@ -245,7 +248,7 @@ def _save_tensors(
     part = {name: described[name] for name in names}
     safetensors_file.write(path / file, part, read_tensor)
     weight_map |= dict.fromkeys(names, file)
-  write_json(
+  storage.write_json(
     path / "model.safetensors.index.json",
     {
       "metadata": {"total_size": sum(sizes.values())},
@@ -265,15 +268,3 @@ def _into_files(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
     names.append(name)
     total += size
   yield names
-
-
-def write_json(path: epath.Path, values: Any) -> None:
-  """Writes a JSON file, whole or not at all."""
-  partial = path.parent / f".{path.name}.partial"
-  partial.write_bytes(json_bytes(values))
-  partial.replace(path)
-
-
-def json_bytes(values: Any) -> bytes:
-  """The content of a JSON file."""
-  return (json.dumps(values, indent=2) + "\n").encode()

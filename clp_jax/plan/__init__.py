@@ -4,5 +4,5 @@
    devices of a slice of any size.
 2. `programs.py` compiles the programs that training runs, on shapes alone.
 3. `hlo.py` counts FLOPs, bytes and collectives in what the compiler made.
-4. `report.py` puts both together: bytes by kind, a roofline, and advice.
+4. `roofline.py` puts both together: bytes by kind, a roofline, and advice.
 """

@@ -95,10 +95,6 @@ def devices(slice_: Slice) -> Sequence[jax.Device]:
     raise ConfigError(
       "compiling for a TPU needs libtpu; pip install 'clp_jax[plan]'."
     )
-  return _devices(slice_)
-
-
-def _devices(slice_: Slice) -> Sequence[jax.Device]:
   # Read when libtpu is loaded. It must not ask the cloud's metadata server for
   # a TPU, nor refuse when another process has loaded it, nor say that this
   # machine is none.

@@ -29,27 +29,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-BITS = {
-  "pred": 8,
-  "s2": 2,
-  "u2": 2,
-  "s4": 4,
-  "u4": 4,
-  "s8": 8,
-  "u8": 8,
-  "s16": 16,
-  "u16": 16,
-  "bf16": 16,
-  "f16": 16,
-  "s32": 32,
-  "u32": 32,
-  "f32": 32,
-  "s64": 64,
-  "u64": 64,
-  "f64": 64,
-  "c64": 64,
-  "c128": 128,
-}
 COLLECTIVES = (
   "all-reduce",
   "all-gather",
@@ -62,8 +41,8 @@ COLLECTIVES = (
 # These move no data of their own.
 _FREE = frozenset(
   "parameter constant tuple get-tuple-element bitcast after-all partition-id "
-  "replica-id opt-barrier copy-done domain add-dependency rng-get-and-update-"
-  "state async-update async-done send-done recv-done".replace("- ", "-").split()
+  "replica-id opt-barrier copy-done domain add-dependency "
+  "rng-get-and-update-state async-update async-done send-done recv-done".split()
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 _CALLEE = re.compile(
@@ -72,6 +51,13 @@ _CALLEE = re.compile(
 )
 _LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
+
+
+@functools.cache
+def _bits(dtype: str) -> int:
+  """Of an element: 16 for "bf16", and a byte for "pred"."""
+  named = re.search(r"\d+", dtype)
+  return int(named[0]) if named else 8
 
 
 class Leaf(NamedTuple):
@@ -83,7 +69,7 @@ class Leaf(NamedTuple):
 
   @property
   def bytes(self) -> int:
-    return math.prod(self.shape) * BITS.get(self.dtype, 8) // 8
+    return math.prod(self.shape) * _bits(self.dtype) // 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +107,10 @@ class Program(NamedTuple):
 
   computations: dict[str, Computation]
   entry: str
+
+  def inside(self, instruction: Instruction) -> Computation | None:
+    """What an instruction calls: of a fusion, what is fused."""
+    return self.computations.get(instruction.callee("calls") or "")
 
 
 class Collective(NamedTuple):
@@ -271,8 +261,9 @@ def _walk(program: Program, name: str, times: float, costs: Costs) -> None:
           _walk(program, callee, times * trips, costs)
       continue
     if opcode == "conditional":
-      # The most expensive branch.
-      _add(costs, max(_branches(program, instruction), key=_size), times)
+      branch = _most_expensive(program, instruction)
+      if branch is not None:
+        _walk(program, branch, times, costs)
       continue
     callee = instruction.callee("calls") or instruction.callee("to_apply")
     if opcode in ("call", "async-start") and callee is not None:
@@ -293,31 +284,19 @@ def _walk(program: Program, name: str, times: float, costs: Costs) -> None:
     costs.busy.append((passes, moved, times))
 
 
-def _branches(program: Program, instruction: Instruction) -> list[Costs]:
+def _most_expensive(program: Program, instruction: Instruction) -> str | None:
+  """The branch of a conditional with the most FLOPs, or else bytes."""
   names = _CALLEE.findall(instruction.attributes)
   listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
   if listed:
     names += [name.strip().lstrip("%") for name in listed[1].split(",")]
-  branches = [Costs()]
-  for name in names:
+
+  def size(name: str) -> tuple[float, float]:
     branch = Costs()
     _walk(program, name, 1.0, branch)
-    branches.append(branch)
-  return branches
+    return branch.flops, branch.bytes
 
-
-def _size(costs: Costs) -> tuple[float, float]:
-  return costs.flops, costs.bytes
-
-
-def _add(costs: Costs, part: Costs, times: float) -> None:
-  costs.flops += times * part.flops
-  costs.passes += times * part.passes
-  costs.bytes += times * part.bytes
-  costs.busy += [(p, b, n * times) for p, b, n in part.busy]
-  for collective, executions in part.collectives.items():
-    costs.collectives[collective] += times * executions
-  costs.unknown_loops += part.unknown_loops
+  return max(names, key=size, default=None)
 
 
 def _trips(program: Program, loop: Instruction) -> int | None:
@@ -349,8 +328,7 @@ def _collectives(
 ) -> Iterator[tuple[str, int, tuple[int, ...], str | None]]:
   """(kind, bytes, first group, channel) of an instruction or its fusion."""
   if instruction.opcode == "fusion":
-    callee = instruction.callee("calls")
-    inner = program.computations[callee] if callee else None
+    inner = program.inside(instruction)
     if inner is not None:
       for fused in inner.instructions.values():
         yield from _collectives(program, inner, fused)
@@ -434,8 +412,7 @@ def _flops(
 ) -> tuple[float, float]:
   """FLOPs of an instruction, or of all that are fused into it; and passes."""
   if instruction.opcode == "fusion":
-    callee = instruction.callee("calls")
-    inner = program.computations[callee] if callee else None
+    inner = program.inside(instruction)
     if inner is None:
       return 0.0, 0.0
     parts = [_flops(program, inner, i) for i in inner.instructions.values()]
@@ -520,11 +497,9 @@ def _bytes(
     for name in instruction.operands
     if name in computation.instructions
   ]
-  if opcode == "fusion":
-    callee = instruction.callee("calls")
-    if callee is None:
-      return float(instruction.bytes + sum(o.bytes for o in operands))
-    return _fusion_bytes(program, instruction, operands)
+  inner = program.inside(instruction)
+  if opcode == "fusion" and inner is not None:
+    return _fusion_bytes(program, inner, instruction, operands)
   if opcode == "dynamic-update-slice":
     return 2.0 * operands[1].bytes
   if opcode in _SLICES:
@@ -539,9 +514,11 @@ def _bytes(
 
 
 def _fusion_bytes(
-  program: Program, fusion: Instruction, operands: list[Instruction]
+  program: Program,
+  inner: Computation,
+  fusion: Instruction,
+  operands: list[Instruction],
 ) -> float:
-  inner = program.computations[fusion.callee("calls") or ""]
   total = 0.0
   for parameter in inner.instructions.values():
     if parameter.opcode == "parameter":
@@ -570,7 +547,7 @@ def _read(program: Program, inner: Computation, name: str) -> float:
   for user in inner.instructions.values():
     if name not in user.operands:
       continue
-    nested = program.computations.get(user.callee("calls") or "")
+    nested = program.inside(user)
     if user.opcode == "bitcast" and not user.root:
       total += _read(program, inner, user.name)
     elif user.opcode in _SLICES and user.operands[0] == name:
@@ -595,7 +572,7 @@ def _updated(
   """Bytes that a fusion writes in place; None when it writes all it returns."""
   while root.opcode == "bitcast" and root.operands:
     root = inner.instructions[root.operands[0]]
-  nested = program.computations.get(root.callee("calls") or "")
+  nested = program.inside(root)
   if root.opcode == "fusion" and nested is not None:
     return _updated(program, nested, nested.root)
   if root.opcode != "dynamic-update-slice":

@@ -163,39 +163,21 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
   prompts = tokens(rollout.prompts, data.source_length)
   number = jax.ShapeDtypeStruct((), jnp.int32)
   arguments = (state.params, reference, prompts, key, number, state.front)
-  yield Job(
-    "rollout",
-    programs.rollout,
-    arguments,
-    1,
-    model.flops(*sizes, *lengths),
-    held,
-    _cache_bytes(config, model, mesh),
-  )
+  forward = model.flops(*sizes, *lengths)
+  caches = _cache_bytes(config, model, mesh)
+  yield Job("rollout", programs.rollout, arguments, 1, forward, held, caches)
   sampled = jax.eval_shape(programs.rollout, *arguments)
   scored = (reference, prompts, sampled.tokens, sampled.mask)
-  yield Job(
-    "reference",
-    programs.reference,
-    scored,
-    1,
-    model.flops(*sizes, *lengths),
-    held,
-  )
+  yield Job("reference", programs.reference, scored, 1, forward, held)
   for judge in judges:
     yield judge._replace(held=held)
   sampled = dataclasses.replace(
     sampled, ref_logp=jax.eval_shape(programs.reference, *scored)
   )
   rewards = jax.ShapeDtypeStruct((rows, len(config.objectives)), jnp.float32)
-  yield Job(
-    "update",
-    programs.update,
-    (state, sampled, rewards, reference),
-    1,
-    _passes(config) * model.flops(*sizes, *lengths),
-    held,
-  )
+  trained = (state, sampled, rewards, reference)
+  work = _passes(config) * forward
+  yield Job("update", programs.update, trained, 1, work, held)
 
 
 def _passes(config: ml_collections.ConfigDict) -> int:

@@ -25,9 +25,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clp_jax import sharding
-from clp_jax.errors import RewardError
+from clp_jax.errors import RewardError, importing
 
-Score = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
+Texts = Sequence[str]
+Score = Callable[[Texts, Texts, Texts], Any]
 
 # Rewards that have a short name.
 BUILT_IN = {
@@ -120,16 +121,13 @@ def _import(name: str, path: str) -> Callable:
       f"reward {name!r} has the source {path!r}; expected one of {_names()} or "
       "an import path 'package.module:attribute'."
     )
-  try:
+  with importing(
+    f"reward {name!r}: can't import {path!r}",
+    "install the package or add its folder to PYTHONPATH",
+  ):
     score = functools.reduce(
       getattr, attribute.split("."), importlib.import_module(module_name)
     )
-  except Exception as error:  # importing runs the user's code: all can happen
-    raise ValueError(
-      f"reward {name!r}: can't import {path!r}: {type(error).__name__}: "
-      f"{error}; correct the path, or install the package or add its folder to "
-      "PYTHONPATH."
-    ) from error
   if not callable(score):
     raise ValueError(
       f"reward {name!r}: {path!r} is {type(score).__name__}, not a callable "

@@ -12,7 +12,6 @@ summary is enough. (So a summary that draws on two distant passages scores lower
 than it would with a longer input.)
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jax.sharding import Mesh
 
 from clp_jax.models.model import Model
 from clp_jax.rewards import model as models
-from clp_jax.rewards.base import Score
+from clp_jax.rewards.base import Score, Texts
 
 Params = Any
 TEMPLATE = "premise: {document} hypothesis: {response}"
@@ -75,10 +74,7 @@ def build(
     template: of the model's input.
     positive: the answer that means entailment, one piece.
     negative: the answer that alone counts against it; None is all others.
-    vocabulary: SentencePiece model file; None takes the folder's.
-    dtype: of the computation.
-    scan_layers: compiles large models faster.
-    fsdp: cut parameters over the data axis too.
+    vocabulary, dtype, scan_layers, fsdp: as for `models.load`.
 
   Returns:
     (documents, references, responses), each [B] -> [B] float32 in [0, 1].
@@ -86,20 +82,12 @@ def build(
   Raises:
     ValueError: the model can't be used; says what to change.
   """
-  judge = models.load(
-    model,
-    mesh,
-    vocabulary=vocabulary,
-    dtype=dtype,
-    scan_layers=scan_layers,
-    fsdp=fsdp,
-  )
+  judge = models.load(model, mesh, vocabulary, dtype, scan_layers, fsdp)
   inputs = models.Inputs(judge.vocabulary, template, source_length, overlap)
   yes = models.token_of(judge.vocabulary, positive)
   no = None
   if negative is not None:
     no = models.token_of(judge.vocabulary, negative)
-
   scorer = models.make_scorer(
     lambda params, tokens: probability(judge.model, params, tokens, yes, no),
     judge.params,
@@ -108,9 +96,7 @@ def build(
   )
 
   def entailment(
-    documents: Sequence[str],
-    references: Sequence[str],
-    responses: Sequence[str],
+    documents: Texts, references: Texts, responses: Texts
   ) -> np.ndarray:
     del references
     tokens, pair = inputs(documents, responses)

@@ -46,7 +46,6 @@ class Judge(NamedTuple):
 def load(
   path: str | None,
   mesh: Mesh,
-  *,
   vocabulary: str | None,
   dtype: str,
   scan_layers: bool,

@@ -9,7 +9,6 @@ use normalise="fixed", or "running", to weigh them against other rewards.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from clp_jax import run_folder, saved_params, sharding
 from clp_jax.models import families
 from clp_jax.models.model import Model
 from clp_jax.rewards import model as models
-from clp_jax.rewards.base import Score
+from clp_jax.rewards.base import Score, Texts
 
 Params = Any
 TEMPLATE = "document: {document} summary: {response}"
@@ -129,10 +128,7 @@ def build(
       or TEMPLATE.
     token: whose logit is the score, one piece; None takes what the model was
       trained with.
-    vocabulary: SentencePiece model file; None takes the folder's.
-    dtype: of the computation.
-    scan_layers: compiles large models faster; a run of clp is as it was saved.
-    fsdp: cut parameters over the data axis too.
+    vocabulary, dtype, scan_layers, fsdp: as for `models.load`.
 
   Returns:
     (documents, references, responses), each [B] -> [B] float32.
@@ -163,14 +159,7 @@ def build(
         f"{model} was not trained by `clp train-reward`; set .token to the "
         "answer whose logit is the score."
       )
-    judge = models.load(
-      model,
-      mesh,
-      vocabulary=vocabulary,
-      dtype=dtype,
-      scan_layers=scan_layers,
-      fsdp=fsdp,
-    )
+    judge = models.load(model, mesh, vocabulary, dtype, scan_layers, fsdp)
     judge = judge._replace(params={"t5": judge.params})
   inputs = models.Inputs(
     judge.vocabulary,
@@ -187,9 +176,7 @@ def build(
   )
 
   def preference(
-    documents: Sequence[str],
-    references: Sequence[str],
-    responses: Sequence[str],
+    documents: Texts, references: Texts, responses: Texts
   ) -> np.ndarray:
     del references
     tokens, _ = inputs(documents, responses)

@@ -17,36 +17,23 @@ class Metrics:
   def __init__(self):
     self._registry = prometheus_client.CollectorRegistry()
     prometheus_client.ProcessCollector(registry=self._registry)
-    self._requests = self._make(
-      prometheus_client.Counter,
-      "clp_requests",
-      "Requests answered, by path and status.",
-      ("path", "status"),
+    counter = functools.partial(
+      prometheus_client.Counter, registry=self._registry
     )
-    self._seconds = self._make(
-      prometheus_client.Histogram,
-      "clp_completion_seconds",
-      "From a completion's request to the end of its answer.",
-      buckets=_SECONDS,
+    histogram = functools.partial(
+      prometheus_client.Histogram, registry=self._registry
     )
-    self.prompt_tokens = self._make(
-      prometheus_client.Counter, "clp_prompt_tokens", "Tokens of documents."
-    )
-    self.generated_tokens = self._make(
-      prometheus_client.Counter, "clp_generated_tokens", "Tokens of answers."
-    )
-    self._batch_rows = self._make(
-      prometheus_client.Histogram,
-      "clp_batch_rows",
-      "Answers decoded together.",
-      buckets=_ROWS,
-    )
-    self._batch_seconds = self._make(
-      prometheus_client.Histogram,
-      "clp_batch_seconds",
-      "Decoding of a batch.",
-      buckets=_SECONDS,
-    )
+    text = "Requests answered, by path and status."
+    self._requests = counter("clp_requests", text, ("path", "status"))
+    text = "From a completion's request to the end of its answer."
+    self._seconds = histogram("clp_completion_seconds", text, buckets=_SECONDS)
+    self.prompt_tokens = counter("clp_prompt_tokens", "Tokens of documents.")
+    text = "Tokens of answers."
+    self.generated_tokens = counter("clp_generated_tokens", text)
+    text = "Answers decoded together."
+    self._batch_rows = histogram("clp_batch_rows", text, buckets=_ROWS)
+    text = "Decoding of a batch."
+    self._batch_seconds = histogram("clp_batch_seconds", text, buckets=_SECONDS)
 
   def watch(self, batcher: Any) -> None:
     """Shows a batcher's queue from now on."""
@@ -54,7 +41,7 @@ class Metrics:
       ("clp_waiting_rows", "Answers that wait.", "waiting"),
       ("clp_running_rows", "Answers being decoded.", "running"),
     ):
-      gauge = self._make(prometheus_client.Gauge, name, text)
+      gauge = prometheus_client.Gauge(name, text, registry=self._registry)
       gauge.set_function(functools.partial(getattr, batcher, attribute))
 
   def on_batch(self, rows: int, seconds: float) -> None:
@@ -94,6 +81,3 @@ class Metrics:
           self._seconds.observe(time.perf_counter() - start)
 
     return counted
-
-  def _make(self, kind, name, text, labels=(), **options):
-    return kind(name, text, labels, registry=self._registry, **options)

@@ -15,7 +15,8 @@ from etils import epath
 from clp_jax import batches, run_folder
 from clp_jax.data import jsonl
 from clp_jax.errors import ConfigError, FrontError
-from clp_jax.evaluation import examples, report
+from clp_jax.evaluation import examples
+from clp_jax.evaluation import front as front_lib
 from clp_jax.policy import Policy
 from clp_jax.serving import schema
 from clp_jax.serving.api import make_app
@@ -158,11 +159,11 @@ def example_documents(policy: Policy) -> schema.Documents:
     chosen.
   """
   note = ""
-  file = run_folder.folder(policy.workdir) / "evaluation" / "samples.jsonl"
+  folder = run_folder.folder(policy.workdir)
   try:
-    if file.exists():
+    if (folder / "evaluation" / "samples.jsonl").exists():
       fields = [policy.config.data.document_field]
-      rows = [json.loads(line) for line in file.read_text().splitlines()]
+      rows = examples.load(folder)
       rows = [r | {"document": jsonl.document_of(r, fields)} for r in rows]
       references = {row["document"]: row["reference"] for row in rows}
       chosen = examples.telling(rows, EXAMPLES)
@@ -187,7 +188,7 @@ def load_front(policy: Policy) -> dict[str, Any] | None:
     run_folder.folder(policy.workdir) / "evaluation" / "front.json"
   )
   try:
-    front = report.load_front(file)
+    front = front_lib.load_front(file)
   except (FrontError, OSError):
     return None
   if front.objectives != policy.objectives:

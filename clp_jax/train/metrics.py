@@ -14,6 +14,8 @@ from tensorboard.plugins.text import metadata as text_plugin
 from tensorboard.summary.writer import record_writer
 from tensorboard.util import tensor_util
 
+from clp_jax.interop import storage
+
 # Steps between points in TensorBoard: writing one takes milliseconds, which
 # was a third of a small run's time. metrics.jsonl has every step.
 TENSORBOARD_EVERY = 10
@@ -89,9 +91,7 @@ class MetricsWriter:
           continue  # the line a killed run was writing
         if row["step"] <= step:
           kept.append(line + "\n")
-    partial = path / ".metrics.jsonl.partial"
-    partial.write_text("".join(kept))
-    partial.replace(self._path)
+    storage.write_whole(self._path, "".join(kept).encode())
     self._file = self._path.open("a")
     self._in_bucket = "://" in str(workdir)
     self._flushed = time.monotonic()

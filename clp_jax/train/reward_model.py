@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from clp_jax import build, keys, run_folder, sharding
 from clp_jax.data import jsonl
-from clp_jax.data.reader import own_numbers
+from clp_jax.data.reader import Numbering, own_numbers
 from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_initial
 from clp_jax.masked import Mean, mean_of
@@ -100,26 +100,19 @@ def _right(margin):
 def pair_batches(
   pairs: jsonl.Rows,
   inputs: models.Inputs,
-  *,
-  batch_size: int,
-  seed: int,
-  start: int,
-  share: tuple[int, int],
+  numbering: Numbering,
 ) -> Iterator[np.ndarray]:
   """This process's rows of global batches start, start + 1, ...
 
   Args:
     pairs: rows of (document, chosen, rejected).
     inputs: that tokenises them.
-    batch_size: P, of the global batch.
-    seed: of the order of pairs; each epoch has its own.
-    start: number of the first batch.
-    share: (part, parts): which part of a batch this process reads.
+    numbering: of the batches, P pairs each; each epoch has its own order.
 
   Returns:
     An endless iterator over [p, 2, S] int32, chosen first.
   """
-  numbers = own_numbers(len(pairs), batch_size, share, seed, start)
+  numbers = own_numbers(len(pairs), numbering)
   return (tokenise(inputs, [pairs[i] for i in own]) for own in numbers)
 
 
@@ -228,10 +221,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
     batches_from=lambda first: pair_batches(
       training,
       inputs,
-      batch_size=settings.batch,
-      seed=config.seed,
-      start=first,
-      share=share,
+      Numbering(settings.batch, config.seed, first, *share),
     ),
     step_fn=step_fn,
   )

@@ -1,4 +1,4 @@
-"""A front as data, as files, as a picture and as a row of a table.
+"""A front: what was measured of one method, as data and as files.
 
 `Front` is the content of front.json. Means carry standard errors everywhere.
 All paths may be gs://.
@@ -15,17 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import rich.box
 from etils import epath
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from clp_jax.errors import FrontError
 from clp_jax.evaluation import fronts as fronts_lib
+from clp_jax.interop import storage
 
 
 class Estimate(NamedTuple):
@@ -164,14 +159,30 @@ def front_from_points(
     reference_point=tuple(float(x) for x in reference_point),
     hypervolume=0.0,
     spread=0.0,
-    points=tuple(points),
+    points=(),
     training_samples=training_samples,
     units=dict(units or {}),
   )
+  return with_points(front, points)
+
+
+def with_points(front: Front, points: Iterable[Point], **changes: Any) -> Front:
+  """A front of the same kind, of these points.
+
+  Args:
+    front: whose other fields it has, but for hypervolume and spread.
+    points: over its objectives.
+    **changes: other fields.
+
+  Raises:
+    FrontError: as `front_from_points`.
+  """
+  front = dataclasses.replace(front, points=tuple(points), **changes)
   _check(front)
   return dataclasses.replace(
     front,
     hypervolume=fronts_lib.hypervolume(front.rewards, front.reference_point),
+    hypervolume_stderr=None,
     spread=fronts_lib.spread(front.rewards),
   )
 
@@ -187,8 +198,8 @@ def save_front(directory: str | os.PathLike[str], front: Front) -> None:
   path = epath.Path(directory)
   path.mkdir(parents=True, exist_ok=True)
   text = json.dumps(to_json(front), indent=2, allow_nan=False)
-  write(path / "front.json", (text + "\n").encode())
-  write(path / "front.csv", _to_csv(front).encode())
+  storage.write_whole(path / "front.json", (text + "\n").encode())
+  storage.write_whole(path / "front.csv", _to_csv(front).encode())
 
 
 def load_front(path: str | os.PathLike[str]) -> Front:
@@ -270,8 +281,11 @@ def _check(front: Front) -> None:
 def to_json(front: Front) -> dict[str, Any]:
   """The content of front.json, derived quantities included."""
 
-  def estimate(value: Estimate) -> dict[str, float]:
-    return {"mean": float(value.mean), "stderr": float(value.stderr)}
+  def estimates(of: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    return {
+      name: {"mean": float(mean), "stderr": float(stderr)}
+      for name, (mean, stderr) in of.items()
+    }
 
   return {
     "method": front.method,
@@ -294,15 +308,10 @@ def to_json(front: Front) -> dict[str, Any]:
       {
         "weights": {o: float(point.weights[o]) for o in front.objectives},
         "alpha": float(point.alpha),
-        "rewards": {o: estimate(point.rewards[o]) for o in front.objectives},
-        "kl": estimate(point.kl),
-        "value": estimate(point.value),
+        "rewards": estimates({o: point.rewards[o] for o in front.objectives}),
       }
-      | (
-        {"raw": {o: estimate(e) for o, e in point.raw.items()}}
-        if point.raw
-        else {}
-      )
+      | estimates({"kl": point.kl, "value": point.value})
+      | ({"raw": estimates(point.raw)} if point.raw else {})
       for point in front.points
     ],
   }
@@ -357,200 +366,16 @@ def _to_csv(front: Front) -> str:
     for name, estimate in estimates.items():
       row |= {f"{name}_mean": estimate.mean, f"{name}_stderr": estimate.stderr}
     rows.append({**row, "non_dominated": int(non_dominated)})
+  return csv_text(rows)
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Rows as CSV, below the names of the first one's columns."""
   out = io.StringIO()
   writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
   return out.getvalue()
-
-
-def write(path: epath.Path, content: bytes) -> None:
-  """Writes beside the file first, so that no reader sees half of it."""
-  temporary = path.parent / f".{path.name}.partial"
-  temporary.write_bytes(content)
-  temporary.replace(path)
-
-
-# Okabe and Ito's colours, told apart under the common colour blindnesses; their
-# yellow is left out, too light for points on white.
-COLOURS = (
-  "#0072B2",
-  "#D55E00",
-  "#009E73",
-  "#CC79A7",
-  "#000000",
-  "#E69F00",
-  "#56B4E9",
-)
-MARKERS = "osD^vP"  # Six against seven colours: 42 styles.
-
-
-def plot_fronts(
-  fronts: Sequence[Front],
-  path: str | os.PathLike[str],
-  errors: str = "prompts",
-) -> None:
-  """Draws fronts over the same objectives into a PNG.
-
-  One reward is drawn against KL, two in their plane, more as a panel for each
-  pair. Bars are one standard error. A point that another of its front dominates
-  (in all rewards; with one reward, in reward and KL) is hollow.
-
-  Args:
-    fronts: one or more, with the same objectives.
-    path: of the PNG.
-    errors: what the standard errors are over, for the caption.
-
-  Raises:
-    FrontError: no fronts, or fronts over different objectives.
-    OSError: the file can't be written.
-  """
-  objectives = shared_objectives(fronts)
-  pairs: list[tuple[str | None, str]]
-  if len(objectives) == 1:
-    pairs = [(None, objectives[0])]  # None stands for KL.
-  else:
-    pairs = list(itertools.combinations(objectives, 2))
-  columns = min(len(pairs), 3)
-  rows = -(-len(pairs) // columns)
-  width, height = (6.4, 4.8) if len(pairs) == 1 else (4.0, 3.6)
-  figure = Figure(
-    figsize=(width * columns, height * rows + 0.4), layout="constrained"
-  )
-  axes = figure.subplots(rows, columns, squeeze=False).ravel()
-  for ax in axes[len(pairs) :]:
-    ax.set_axis_off()
-  for ax, (x, y) in zip(axes, pairs, strict=False):
-    for i, front in enumerate(fronts):
-      color = COLOURS[i % len(COLOURS)]
-      marker = MARKERS[i % len(MARKERS)]
-      _draw_points(ax, front, x, y, color, marker)
-      if i == 0:
-        _label_weightings(ax, front, x, y, color)
-    ax.set_xlabel("KL to the reference (nats)" if x is None else f"reward {x}")
-    ax.set_ylabel(f"reward {y}")
-    ax.margins(x=0.12, y=0.08)  # Room for the labels.
-    ax.grid(color="0.92")
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-  handles, labels = axes[0].get_legend_handles_labels()
-  longest = max(len(label) for label in labels)
-  figure.legend(
-    handles,
-    labels,
-    loc="outside upper left",
-    # About 0.08 inch a character at this size, and half an inch for the marker.
-    ncols=max(1, int(width * columns / (0.08 * longest + 0.5))),
-    fontsize="small",
-    frameon=False,
-  )
-  figure.supxlabel(
-    "Hollow: dominated by another point of its front. Bars: one standard "
-    f"error over {errors}. Labels: {fronts[0].method}.",
-    fontsize="x-small",
-    color="0.4",
-    x=0.01,
-    ha="left",
-  )
-  png = io.BytesIO()
-  figure.savefig(png, format="png", dpi=150)
-  write(epath.Path(path), png.getvalue())
-
-
-def methods_rows(fronts: Sequence[Front]) -> list[dict[str, str]]:
-  """A row a front, column to text: its cost, how good it is, how it steers.
-
-  Columns that no front has a value for (training samples, rank correlation
-  where no weight changes) are left out.
-
-  Args:
-    fronts: one or more, with the same objectives and reference point.
-
-  Raises:
-    FrontError: fronts whose hypervolumes can't be compared.
-  """
-  objectives = shared_objectives(fronts)
-  for front in fronts[1:]:
-    if front.reference_point != fronts[0].reference_point:
-      raise FrontError(
-        f"{fronts[0].method} has its hypervolume from "
-        f"{fronts[0].reference_point} and {front.method} from "
-        f"{front.reference_point}; evaluate both with one reference point."
-      )
-  rows = [
-    {
-      "method": front.method,
-      "samples": _shown(front.training_samples, ","),
-      "hypervolume": _shown_hypervolume(front),
-      "spread": f"{front.spread:.3f}",
-      "rank corr.": " ".join(
-        _shown(front.monotonicity[o], ".2f") for o in objectives
-      ),
-      "utility": f"{front.expected_utility:.3f}",
-    }
-    | {f"raw {o}": _raw_range(front, o) for o in fronts[0].units}
-    for front in fronts
-  ]
-  shown = [c for c in rows[0] if any(row[c].strip("- ") for row in rows)]
-  return [{column: row[column] for column in shown} for row in rows]
-
-
-def _raw_range(front: Front, objective: str) -> str:
-  """Raw scores from the lowest point to the highest."""
-  raw = [p.raw[objective].mean for p in front.points if objective in p.raw]
-  return f"{min(raw):.3f} to {max(raw):.3f}" if raw else "-"
-
-
-def methods_caption(fronts: Sequence[Front]) -> str:
-  """What the columns of methods_rows mean, and how certain the rewards are."""
-  objectives = fronts[0].objectives
-  reference_point = ", ".join(f"{x:g}" for x in fronts[0].reference_point)
-  points = [point for front in fronts for point in front.points]
-  errors = ", ".join(
-    f"{np.mean([p.rewards[o].stderr for p in points]):.3f} ({o})"
-    for o in objectives
-  )
-  return (
-    f"Hypervolume above ({reference_point}) in {', '.join(objectives)}. Rank "
-    "corr.: of each reward with its weight. Utility: the weighted rewards, "
-    f"mean over the sweep. Mean standard error of a point: {errors}."
-    f"{units_note(fronts[0])}"
-  )
-
-
-def units_note(front: Front) -> str:
-  """What normalised objectives are measured in, or ""."""
-  if not front.units:
-    return ""
-  shown = ", ".join(
-    f"{name} in deviations of {deviation:.3g} from {mean:.3g}"
-    for name, (mean, deviation) in front.units.items()
-  )
-  return f" As optimised: {shown}."
-
-
-def methods_table(fronts: Sequence[Front]) -> Table:
-  """methods_rows as a table for a terminal; raises what it does."""
-  rows = methods_rows(fronts)
-  table = Table(
-    box=rich.box.SIMPLE_HEAD,
-    pad_edge=False,
-    caption=methods_caption(fronts),
-    caption_justify="left",
-  )
-  for i, column in enumerate(rows[0]):
-    if i == 0:
-      table.add_column(column, overflow="fold")
-    else:
-      table.add_column(column, justify="right", no_wrap=True)
-  for row in rows:
-    table.add_row(*map(Text, row.values()))
-  return table
-
-
-def print_table(fronts: Sequence[Front]) -> None:
-  """Prints methods_table to stdout; 80 columns where that is no terminal."""
-  Console().print(methods_table(fronts))
 
 
 def shared_objectives(fronts: Sequence[Front]) -> tuple[str, ...]:
@@ -567,90 +392,46 @@ def shared_objectives(fronts: Sequence[Front]) -> tuple[str, ...]:
   return fronts[0].objectives
 
 
-def _draw_points(
-  ax: Axes, front: Front, x: str | None, y: str, color: str, marker: str
-) -> None:
-  """One front in one panel; x None stands for KL."""
-  xs, x_errors = _axis(front, x)
-  ys, y_errors = _axis(front, y)
-  if x is None:
-    hollow = ~fronts_lib.non_dominated(np.stack([-xs, ys], axis=1))
-  else:
-    hollow = ~fronts_lib.non_dominated(front.rewards)
+def panels(objectives: Sequence[str]) -> list[tuple[str | None, str]]:
+  """(x, y) of every picture of fronts: one reward is drawn against KL, which
+  None stands for, more as every pair."""
+  if len(objectives) == 1:
+    return [(None, objectives[0])]
+  return list(itertools.combinations(objectives, 2))
+
+
+def dominated(front: Front) -> NDArray[np.bool_]:
+  """[P] whether another point of the front is better in all rewards; with one
+  reward, in reward and KL."""
+  points = front.rewards
+  if len(front.objectives) == 1:
+    points = np.hstack([[[-p.kl.mean] for p in front.points], points])
+  return ~fronts_lib.non_dominated(points)
+
+
+def labels(front: Front, x: str | None, equals: str) -> dict[int, str]:
+  """Names the ends and the middle of a sweep, or a simplex's corners.
+
+  Args:
+    front: the sweep.
+    x: the panel's, see `panels`.
+    equals: between a name and its value.
+
+  Returns:
+    {number of the point: its weighting}.
+  """
+  last = len(front.points) - 1
+  named = {}
   if len(front.objectives) < 3:
-    # The order of the sweep is a line only where the weightings are one.
-    ax.plot(xs, ys, color=color, linewidth=0.8, alpha=0.5, zorder=1)
-  ax.errorbar(
-    xs,
-    ys,
-    xerr=x_errors,
-    yerr=y_errors,
-    fmt="none",
-    ecolor=color,
-    elinewidth=0.8,
-    alpha=0.5,
-    zorder=1,
-  )
-  faces = np.where(hollow, "white", color)
-  ax.scatter(
-    xs,
-    ys,
-    s=28,
-    marker=marker,
-    c=faces,
-    edgecolors=color,
-    zorder=2,
-  )
-  ax.plot([], [], color=color, marker=marker, ls="", label=front.method)
-
-
-def _label_weightings(
-  ax: Axes, front: Front, x: str | None, y: str, color: str
-) -> None:
-  """Names the ends and the middle of a sweep, or a simplex's corners."""
-  xs, _ = _axis(front, x)
-  ys, _ = _axis(front, y)
-  last = len(xs) - 1
-  labels = {}  # by point
-  if x is None:
     for i in (0, last // 2, last):
-      labels[i] = f"\u03b1 = {front.points[i].alpha:.2g}"
-  elif len(front.objectives) == 2:
-    for i in (0, last // 2, last):
-      labels[i] = f"w({x}) = {front.points[i].weights[x]:.2g}"
-  else:
-    for i, point in enumerate(front.points):
-      name = max(point.weights, key=lambda o: point.weights[o])
-      if point.weights[name] > 1 - 1e-6:
-        labels[i] = f"w({name}) = 1"
-  # Away from the line: reward rises with KL, and falls with another reward.
-  side, align = (-5, "right") if x is None else (5, "left")
-  for i, label in labels.items():
-    ax.annotate(
-      label,
-      (float(xs[i]), float(ys[i])),
-      xytext=(side, 5),
-      textcoords="offset points",
-      ha=align,
-      fontsize="x-small",
-      color=color,
-    )
-
-
-def _axis(front: Front, name: str | None) -> tuple[NDArray, NDArray]:
-  """([P] means, [P] standard errors) of a reward, or of KL for None."""
-  estimates = np.array(
-    [p.kl if name is None else p.rewards[name] for p in front.points]
-  )
-  return estimates[:, 0], estimates[:, 1]
-
-
-def _shown(value: float | None, form: str) -> str:
-  return "-" if value is None else format(value, form)
-
-
-def _shown_hypervolume(front: Front) -> str:
-  shown = f"{front.hypervolume:.4f}"
-  if front.hypervolume_stderr is not None:
-    shown += f" \u00b1 {front.hypervolume_stderr:.4f}"
-  return shown
+      point = front.points[i]
+      name, value = ("\u03b1", point.alpha)
+      if x is not None:
+        name, value = f"w({x})", point.weights[x]
+      named[i] = f"{name}{equals}{value:.2g}"
+    return named
+  for i, point in enumerate(front.points):
+    name = max(point.weights, key=lambda o: point.weights[o])
+    if point.weights[name] > 1 - 1e-6:
+      named[i] = f"w({name}){equals}1"
+  return named

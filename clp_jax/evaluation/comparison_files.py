@@ -7,23 +7,24 @@ fronts.png       every method's front, mean over its runs
 report.html      all of it on one page, with samples and configs
 """
 
-import csv
-import io
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import rich.box
 from etils import epath
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clp_jax.evaluation import html, report
+from clp_jax.evaluation import examples, html, plot
+from clp_jax.evaluation import front as front_lib
 from clp_jax.evaluation.compare import Comparison, mean_front
 from clp_jax.evaluation.intervals import Value
 from clp_jax.evaluation.metrics import in_plane
+from clp_jax.evaluation.tables import bare, markdown_table, units_note
+from clp_jax.interop import storage
 
 Row = dict[str, str]
 
@@ -84,7 +85,7 @@ def note(found: Comparison) -> str:
     "rewards, and of the objective with its KL term. Dominated: share of "
     "points beaten in every "
     + ("reward and in KL." if plane else "reward.")
-    + report.units_note(front)
+    + units_note(front)
   )
 
 
@@ -109,16 +110,6 @@ def markdown(found: Comparison) -> str:
   return "\n".join(parts) + f"\n{note(found)}\n"
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-  """Rows as a markdown table."""
-  columns = list(rows[0])
-  lines = [columns, ["---"] * len(columns)]
-  lines += [
-    [row[column].replace("|", "\\|") for column in columns] for row in rows
-  ]
-  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def to_csv(found: Comparison) -> str:
   """A row a method: mean, stderr, low and high of every metric."""
   rows = []
@@ -129,11 +120,7 @@ def to_csv(found: Comparison) -> str:
       for part, number in found.values[name][metric]._asdict().items():
         row[f"{metric} {part}"] = _number(number)
     rows.append(row)
-  out = io.StringIO()
-  writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(rows)
-  return out.getvalue()
+  return front_lib.csv_text(rows)
 
 
 def to_json(found: Comparison) -> dict[str, Any]:
@@ -174,8 +161,6 @@ def save(
   *,
   title: str,
   commands: Sequence[str],
-  configs: Mapping[str, Mapping[str, Any]],
-  samples: Sequence[Mapping[str, Any]],
   unsupported: html.Checker | None = None,
 ) -> str:
   """Writes the files of the module.
@@ -185,8 +170,6 @@ def save(
     found: the comparison.
     title: of the page.
     commands: that make it again.
-    configs: of the runs, by name.
-    samples: rows of samples.jsonl, with "method".
     unsupported: see `html.render`.
 
   Returns:
@@ -196,23 +179,26 @@ def save(
   path.mkdir(parents=True, exist_ok=True)
   fronts = [mean_front(found.runs[name], name) for name in found.methods]
   several = any(len(runs) > 1 for runs in found.runs.values())
-  report.plot_fronts(
+  plot.plot_fronts(
     fronts, path / "fronts.png", errors="runs" if several else "prompts"
   )
-  report.write(path / "comparison.md", markdown(found).encode())
-  report.write(path / "comparison.csv", to_csv(found).encode())
   content = json.dumps(to_json(found), indent=2, allow_nan=False) + "\n"
-  report.write(path / "comparison.json", content.encode())
+  for name, text in (
+    ("comparison.md", markdown(found)),
+    ("comparison.csv", to_csv(found)),
+    ("comparison.json", content),
+  ):
+    storage.write_whole(path / name, text.encode())
   made = tables(found)
   page = html.render(
     title,
-    fronts=[report.to_json(front) for front in fronts],
+    fronts=[front_lib.to_json(front) for front in fronts],
     tables=[
       html.Table(name, rows, note(found) if i == len(made) - 1 else "")
       for i, (name, rows) in enumerate(made.items())
     ],
-    samples=samples,
-    configs=configs,
+    samples=_samples_of(found),
+    configs=_configs_of(found),
     commands=commands,
     unsupported=unsupported,
   )
@@ -236,7 +222,7 @@ def print_tables(found: Comparison) -> None:
 
 def _one_row_each(title: str, rows: Sequence[Row]) -> Table:
   """A row a method."""
-  table = _table(title)
+  table = bare(title=title, title_justify="left")
   for i, column in enumerate(rows[0]):
     table.add_column(column, justify="right" if i else "left", no_wrap=True)
   for row in rows:
@@ -247,7 +233,7 @@ def _one_row_each(title: str, rows: Sequence[Row]) -> Table:
 def _one_line_each(title: str, rows: Sequence[Row]) -> Table:
   """A line a figure, those of one kind together."""
   first, *columns = rows[0]
-  table = _table(title)
+  table = bare(title=title, title_justify="left")
   for name in ("", first, ""):
     table.add_column(name)
   for column in columns:
@@ -257,27 +243,17 @@ def _one_line_each(title: str, rows: Sequence[Row]) -> Table:
   return table
 
 
-def _table(title: str) -> Table:
-  return Table(
-    title=title,
-    title_justify="left",
-    box=rich.box.SIMPLE_HEAD,
-    pad_edge=False,
-  )
-
-
-def samples_of(found: Comparison) -> list[dict[str, Any]]:
+def _samples_of(found: Comparison) -> list[dict[str, Any]]:
   """Rows of samples.jsonl of each method's first run, with "method"."""
   rows = []
   for name in found.methods:
-    file = epath.Path(found.runs[name][0].path) / "evaluation/samples.jsonl"
-    if file.exists():
-      for line in file.read_text().splitlines():
-        rows.append({"method": name} | json.loads(line))
+    with contextlib.suppress(FileNotFoundError):
+      own = examples.load(found.runs[name][0].path)
+      rows += [{"method": name} | row for row in own]
   return rows
 
 
-def configs_of(found: Comparison) -> dict[str, Any]:
+def _configs_of(found: Comparison) -> dict[str, Any]:
   """config.json of each method's first run."""
   configs = {}
   for name in found.methods:

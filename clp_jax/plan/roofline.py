@@ -293,10 +293,7 @@ def _table(rows: list[list[str]]) -> str:
   """Columns as wide as they need, the first to the left."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = []
-  for row in rows:
-    first, *others = (
-      cell.ljust(width) if i == 0 else cell.rjust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    )
-    lines.append("  ".join([first, *others]).rstrip())
+  for first, *others in rows:
+    cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+    lines.append("  ".join(cells).rstrip())
   return "\n".join(lines)
