@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from clp_jax import build, run_folder, saved_params
 from clp_jax import config as config_lib
-from clp_jax import run_folder, saved_params
 from clp_jax.data.tokenizer import Tokenizer
-from clp_jax.errors import ConfigError
+from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_initial
 from clp_jax.models import families
 from clp_jax.policy import Policy
@@ -57,6 +57,71 @@ def make_soup(
       config, or the folder holds a soup of others.
   """
   combine(config, runs, workdir, mixing="parameters")
+
+
+def config_of(
+  runs: Mapping[str, str],
+  config: ml_collections.ConfigDict | None = None,
+  *,
+  steers_alpha: bool = False,
+) -> ml_collections.ConfigDict:
+  """The config of what `combine` makes of runs, in their order.
+
+  Args:
+    runs: objective -> folder of the run that was finetuned for it alone.
+    config: whose data, weightings and evaluation it has, and the rewards of
+      what it describes; None takes those of the first run.
+    steers_alpha: whether it has the reference for a set, from the runs' alpha
+      to the reference itself at alpha 1.
+
+  Raises:
+    RunError: when one can't be read.
+    ConfigError: when there is none.
+  """
+  if not runs:
+    raise ConfigError("there are no runs to combine; give one a reward.")
+  owns = {name: run_folder.load_config(path) for name, path in runs.items()}
+  for name, own in owns.items():
+    _check_objective(runs[name], own, name)
+  first = next(iter(owns.values()))
+  made = first if config is None else config
+  made = made.copy_and_resolve_references()
+  made.unlock()
+  for name, own in owns.items():
+    if config is None or name not in made.rewards:
+      made.rewards[name] = own.rewards[name]
+  made.objectives = tuple(runs)
+  if config is None:
+    made.weightings.weights = None  # those of one reward
+    made.scalarisation.utopia = None
+    points = [own.eval.reference_point for own in owns.values()]
+    made.eval.reference_point = (
+      None if None in points else tuple(x for point in points for x in point)
+    )
+    made.weightings.alpha_range = None
+  if steers_alpha and made.weightings.alpha_range is None:
+    made.weightings.alpha_range = (first.weightings.alpha, 1.0)
+  with as_config_error():
+    build.distribution(made)
+  return made
+
+
+def _check_objective(
+  folder: str, own: ml_collections.ConfigDict, name: str
+) -> None:
+  """Raises ConfigError unless a run was finetuned for this reward alone."""
+  if "objectives" not in own:
+    raise ConfigError(
+      f"{folder} is a supervised run; this needs one that was finetuned for "
+      f"{name} alone."
+    )
+  alphas = own.weightings.alpha_range
+  if tuple(own.objectives) != (name,) or alphas is not None:
+    raise ConfigError(
+      f"{folder} is a run on {', '.join(own.objectives)}"
+      + ("" if alphas is None else " and a range of alpha")
+      + f"; this needs one on {name} alone, at one alpha."
+    )
 
 
 def combine(
@@ -102,14 +167,15 @@ def combine(
   first = parts[0]
   for name, part in zip(config.objectives, parts, strict=True):
     _check_part(config, name, part, first)
-  sets = [part.sets for part in parts]
+  with as_config_error():  # whatever the steering, of one set
+    sets = [part.params() for part in parts]
   vocabulary = run_folder.load_tokenizer(first.workdir)
   start = first.reference
   if reference is not None:
     start = _load_reference(config, reference, first, vocabulary)
   made_of = [
-    _part(name, runs[name], part.step, part.sets) | {"moments": _moments(part)}
-    for name, part in zip(config.objectives, parts, strict=True)
+    _part(name, runs[name], part.step, own) | {"moments": _moments(part)}
+    for name, part, own in zip(config.objectives, parts, sets, strict=True)
   ]
   made_of.append(_part("reference", reference or first.workdir, 0, start))
   _check_made_of(workdir, made_of)
@@ -183,12 +249,7 @@ def _check_made_of(workdir: str, new: list[dict[str, Any]]) -> None:
 def _check_part(
   config: ml_collections.ConfigDict, name: str, part: Policy, first: Policy
 ) -> None:
-  if part.objectives != (name,) or part.config.steering != "none":
-    raise ConfigError(
-      f"{part.workdir} is a run on {', '.join(part.objectives)} with steering "
-      f"{part.config.steering}; this needs one on {name} alone with "
-      "steering none."
-    )
+  _check_objective(part.workdir, part.config, name)
   _check_shape(part.workdir, part.model_config, first)
   if not _equal(part.reference, first.reference):
     raise ConfigError(
@@ -208,7 +269,7 @@ def _check_part(
   )
   for path in (
     *("rollout.temperature", f"rewards.{name}.normalise"),
-    *("prompting.style", "soft_tokens.length"),
+    *("prompting.style", "soft_tokens.length", "data.template"),
     *(["weightings.alpha"] if alpha_range is None else []),
   ):
     if found[path] != asked[path]:
