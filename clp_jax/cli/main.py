@@ -35,7 +35,7 @@ COMMANDS = {
   "generate": "summarise documents at any weighting",
   "serve": "steer a run in the browser, or through an OpenAI-like API",
   "judge": "let a language model compare the summaries of two runs",
-  "export": "write one policy of a run as an ordinary T5 checkpoint",
+  "export": "write a policy of a run as an ordinary checkpoint, or LoRAs",
 }
 
 

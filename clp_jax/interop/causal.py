@@ -84,6 +84,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "rope_local_base_freq": 10000.0,
   },
 }
+TEXT_MODELS = tuple(_DEFAULTS)  # model_types
 _DERIVED = (
   *("head_dim", "layer_types", "rope_parameters", "rope_theta"),
   *("attention_bias", "mlp_bias"),

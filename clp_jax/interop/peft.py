@@ -1,0 +1,110 @@
+"""Folders of the `peft` library's LoRA adapters.
+
+A folder holds adapter_config.json and adapter_model.safetensors. For a linear
+map W of transformers' model, [out, in], it has lora_A [r, in] and lora_B
+[out, r], and the model computes with
+
+  W + lora_alpha / r  lora_B lora_A
+
+Ours, [in, out], are left = lora_A^T and right = lora_B^T.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from etils import epath
+
+from clp_jax.interop import causal, huggingface, safetensors_file, weight_files
+from clp_jax.interop.storage import Folder
+from clp_jax.models.families import Config
+from clp_jax.models.t5 import T5Config
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+_PREFIX = "base_model.model."  # peft's names of what it wraps
+
+
+def module_name(config: Config, path: str) -> str:
+  """The linear map of transformers' model whose kernel lies at our path.
+
+  "decoder/layers_3/mlp/wi_0/kernel" -> "model.layers.3.mlp.gate_proj".
+  """
+  if isinstance(config, T5Config):
+    name = huggingface.tensor_name(path)
+  else:
+    name = causal.tensor_name(config, path)
+  return name.removesuffix(".weight")
+
+
+def task(config: Config) -> tuple[str, str]:
+  """(peft's task_type, transformers' class) of a model."""
+  if isinstance(config, T5Config):
+    return "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"
+  return "CAUSAL_LM", "AutoModelForCausalLM"
+
+
+def save(
+  path: epath.Path, config: Config, factors: Factors, scale: float, base: str
+) -> None:
+  """Writes an adapter's folder; adapter_config.json comes last.
+
+  Args:
+    path: the folder.
+    config: of the model.
+    factors: path of a kernel, `layers_0`, ... -> left [D, k] and right [k, F],
+      all of one k.
+    scale: of their products.
+    base: what base_model_name_or_path is to say.
+  """
+  path.mkdir(parents=True, exist_ok=True)
+  (path / CONFIG).unlink(missing_ok=True)
+  tensors, modules, rank = {}, set(), 0
+  for kernel, (left, right) in factors.items():
+    module = module_name(config, kernel)
+    tensors[f"{_PREFIX}{module}.lora_A.weight"] = left.T
+    tensors[f"{_PREFIX}{module}.lora_B.weight"] = right.T
+    modules.add(module.rpartition(".")[2])
+    rank = left.shape[1]
+  safetensors_file.write(
+    path / WEIGHTS,
+    {name: (array.dtype, array.shape) for name, array in tensors.items()},
+    tensors.__getitem__,
+  )
+  alpha = scale * rank
+  weight_files.write_json(
+    path / CONFIG,
+    {
+      "peft_type": "LORA",
+      "task_type": task(config)[0],
+      "base_model_name_or_path": base,
+      "inference_mode": True,
+      "r": rank,
+      "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+      "lora_dropout": 0.0,
+      "target_modules": sorted(modules),
+      "bias": "none",
+      "fan_in_fan_out": False,
+      "use_rslora": False,
+      "use_dora": False,
+      "modules_to_save": None,
+    },
+  )
+
+
+def is_base(path: str) -> bool:
+  """Whether adapters of the model that a folder holds can name that folder.
+
+  It must be one that transformers reads from disk, as `interop.load_model`
+  does; of a multimodal model we read the text model alone, whose linear maps
+  have other names.
+  """
+  folder = Folder(path)
+  if not folder.on_disk or not folder.has("config.json"):
+    return False
+  try:
+    kind = weight_files.read_json(folder, "config.json").get("model_type")
+  except (OSError, ValueError):
+    return False
+  return kind in huggingface.FAMILIES or kind in causal.TEXT_MODELS
