@@ -1,4 +1,4 @@
-"""A run's adapters as folders of the `peft` library.
+"""A run's adapters as folders of the `peft` library, and a run of such.
 
 Every kind of adapters is linear in the coefficients of a weighting, so that
 each parameter set is a LoRA of its own, and a weighting is their sum by the
@@ -7,14 +7,24 @@ whose first singular values all sets share, that holds as the coefficients of
 the sets that add something sum to the share of those values.
 """
 
+import os
 from collections.abc import Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from etils import epath
 
-from clp_jax import interop, run_folder
+from clp_jax import build, interop, run_folder
+from clp_jax.errors import ConfigError, as_config_error
+from clp_jax.initial import load_model_config
 from clp_jax.interop import leaves, peft, storage
+from clp_jax.models import families
 from clp_jax.policy import Policy, Weights
+
+Params = Any
 
 BASE = "base"  # the folder of the model that is adapted
 KL_SET = "kl"  # the name of the set of the KL term
@@ -236,3 +246,153 @@ def _described(template) -> str:
   if template is None:
     return "it is"
   return f"`{template}`"
+
+
+def load_starts(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+  """The factors that a run's first sets are to have: of `adapters.init`.
+
+  Args:
+    config: of a run of steering lora that names some, valid.
+
+  Returns:
+    {path of a trained leaf: [m, ...] float32}, of m objectives.
+
+  Raises:
+    ConfigError: when a folder holds no adapter of the run's base, rank and
+      targets.
+  """
+  model_config = load_model_config(config)
+  abstract = families.build(model_config).abstract()
+  adapter = build.bank(config, model_config).adapter
+  assert adapter is not None
+  kernels = [
+    path
+    for path in leaves.flatten(abstract)
+    if adapter.adapts(tuple(path.split("/")))
+  ]
+  with as_config_error():
+    loras = [peft.load(path, model_config) for path in config.adapters.init]
+  for lora in loras:
+    check_base(lora.folder, lora.base, config.model.init)
+    if lora.rank != adapter.rank:
+      raise ConfigError(
+        f"{lora.folder} has rank {lora.rank}, and this run {adapter.rank}; set "
+        f"adapters.rank={lora.rank}, or take others."
+      )
+    _check_targets(lora, kernels, model_config)
+  found = {}
+  for path in kernels:
+    pairs = [stacked(lora.factors, path) for lora in loras]
+    module = path.removesuffix("/kernel")
+    found[f"{module}/lora_a"] = np.stack([left for left, _ in pairs])
+    found[f"{module}/lora_b"] = np.stack(
+      [
+        right * np.float32(lora.scale / adapter.scale)
+        for lora, (_, right) in zip(loras, pairs, strict=True)
+      ]
+    )
+  return found
+
+
+def start_from(params: Params, starts: Mapping[str, np.ndarray]) -> Params:
+  """A run's sets before the first update, with the factors of `load_starts`.
+
+  Args:
+    params: what is trained, placed. A set of the KL term is left as it is.
+    starts: of all objectives.
+  """
+  flat = leaves.flatten(params)
+  old = {path: flat[path] for path in starts}
+
+  def replaced(old, starts):
+    return {
+      path: jnp.concatenate([first, old[path][len(first) :]])
+      for path, first in starts.items()
+    }
+
+  shardings = {path: leaf.sharding for path, leaf in old.items()}
+  new = jax.jit(replaced, out_shardings=shardings)(old, dict(starts))
+  return leaves.unflatten(flat | new)
+
+
+def merge(lora: peft.LoRA, base: Params) -> Params:
+  """An ordinary model's parameters, of a base's.
+
+  Args:
+    lora: of that model.
+    base: its parameters, layers listed or stacked; those of no adapted kernel
+      are taken as they are.
+  """
+  flat = leaves.flatten(base)
+  for path, leaf in flat.items():
+    is_stack = "/layers/" in path
+    own = (
+      [path.replace("/layers/", f"/layers_{i}/") for i in range(len(leaf))]
+      if is_stack
+      else [path]
+    )
+    if lora.factors.keys().isdisjoint(own):
+      continue
+    changes = [
+      np.float32(lora.scale) * np.matmul(*lora.factors[p])
+      if p in lora.factors
+      else np.zeros(leaf.shape[-2:], np.float32)
+      for p in own
+    ]
+    flat[path] = leaf + (np.stack(changes) if is_stack else changes[0])
+  return leaves.unflatten(flat)
+
+
+def check_base(folder: str, base: str, init: str) -> None:
+  """Raises ConfigError unless an adapter's base is the model of `model.init`.
+
+  Names of the hub are compared with the folder's by their last part, which a
+  cache of the hub keeps as well.
+  """
+  here, there = os.path.abspath(init), os.path.abspath(base)
+  if os.path.isdir(base):
+    is_same = os.path.realpath(here) == os.path.realpath(there)
+  else:
+    is_same = not base or os.path.basename(there) in here
+  if not is_same:
+    raise ConfigError(
+      f"{folder} adapts {base}, and model.init is {init}; take adapters of one "
+      f"base, or correct base_model_name_or_path in its {peft.CONFIG}."
+    )
+
+
+def _check_targets(
+  lora: peft.LoRA, kernels: list[str], config: families.Config
+) -> None:
+  listed = {
+    one
+    for path in kernels
+    for one in leaves.expected_shapes(config)
+    if one == path or _of_layers(one) == path
+  }
+  if listed != set(lora.factors):
+    asked, own = (
+      sorted({peft.module_name(config, p).rpartition(".")[2] for p in paths})
+      for paths in (listed, lora.factors)
+    )
+    more = "" if asked != own else ", and not in the same layers"
+    raise ConfigError(
+      f"{lora.folder} adapts {', '.join(own)}{more}, and this run "
+      f"{', '.join(asked)}; set adapters.targets, or take others."
+    )
+
+
+def stacked(factors: peft.Factors, path: str) -> tuple[np.ndarray, np.ndarray]:
+  """The factors of a kernel of a tree, those of stacked layers together."""
+  if "/layers/" not in path:
+    return factors[path]
+  own = [p for p in factors if _of_layers(p) == path]
+  own.sort(key=lambda p: int(p.partition("/layers_")[2].partition("/")[0]))
+  left, right = zip(*(factors[p] for p in own), strict=True)
+  return np.stack(left), np.stack(right)
+
+
+def _of_layers(path: str) -> str:
+  """ "decoder/layers_3/mlp/wo/kernel" -> "decoder/layers/mlp/wo/kernel"."""
+  stack, found, rest = path.partition("/layers_")
+  return f"{stack}/layers/{rest.partition('/')[2]}" if found else path

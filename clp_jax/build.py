@@ -263,6 +263,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       config.rewards[name].normalise,
       NORMALISATIONS,
     )
+  _validate_starts(config)
   try:
     distribution(config)
   except (TypeError, ValueError) as error:
@@ -348,6 +349,27 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       f"eval.reference_point has {len(point)} values for {len(objectives)} "
       "objectives; give one each, or None for the default."
+    )
+
+
+def _validate_starts(config: ml_collections.ConfigDict) -> None:
+  starts = config.adapters.init
+  if starts is None:
+    return
+  if config.steering != "lora":
+    raise ConfigError(
+      f"adapters.init is of steering lora, got {config.steering}; set "
+      "steering=lora, or leave it out."
+    )
+  if config.sft.steps:
+    raise ConfigError(
+      f"adapters.init adapts model.init, but sft.steps = {config.sft.steps} "
+      "finetunes that first; set sft.steps=0."
+    )
+  if len(starts) != len(config.objectives):
+    raise ConfigError(
+      f"adapters.init names {len(starts)} folders for "
+      f"{len(config.objectives)} objectives; give one each, in their order."
     )
 
 

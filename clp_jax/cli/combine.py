@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "runs",
     nargs="+",
     metavar="NAME=FOLDER",
-    help="an objective and the run that was finetuned for it alone; all from "
-    "one reference",
+    help="an objective and the run, or the LoRA of the peft library, that was "
+    "finetuned for it alone; all from one reference",
   )
   parser.add_argument(
     "--method",
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar="FILE",
     help="a Python file with get_config() whose data, rewards, weightings and "
     "evaluation it has, and --config.path.to.field=value (default: the runs' "
-    "own, the first one's where they differ)",
+    "own, the first one's where they differ; adapters have none)",
   )
   parser.add_argument(
     "--output", required=True, metavar="DIR", help="the run's folder to write"

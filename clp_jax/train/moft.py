@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from clp_jax import build, run_folder, saved_params, sharding
+from clp_jax import adapter_folders, build, run_folder, saved_params, sharding
 from clp_jax import critic as critic_lib
 from clp_jax.adaptation import FrontEstimate
 from clp_jax.algorithms import reinforce
@@ -429,6 +429,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
   mesh = build.make_mesh(config)
   build.check_rows("rollout.prompts", config.rollout.prompts, mesh)
   check_data(config)
+  starts = {}
+  if config.adapters.init and saved_params.newest_step(workdir) is None:
+    starts = adapter_folders.load_starts(config)
   rewards = build.load_rewards(config, mesh)
   prepare(config, workdir)
   model_config = run_folder.load_model_config(workdir)
@@ -473,6 +476,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
 
   def start():
     state = programs.init(reference, key)
+    if starts:
+      params = adapter_folders.start_from(state.params, starts)
+      state = dataclasses.replace(state, params=params)
     return estimate_normalisation(config, state, batches_from, roll_out, scorer)
 
   return loop.run(
