@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clp_jax.conditioning import combine
@@ -194,6 +195,40 @@ class Adapter:
       left, right = leaves["svd_left"], leaves["svd_right"]
       diagonal = self._singular_values(leaves, coefficients)
     return LowRank(kernel, left, right, self.scale * diagonal)
+
+  def factors(
+    self, leaves: Leaves, coefficients: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """What a weighting adds to a kernel, as one product: exactly.
+
+    Args:
+      leaves: as `init` makes them, on the host.
+      coefficients: [M] float32; sets of coefficient 0 have no part.
+
+    Returns:
+      left [..., D, k] and right [..., k, F], float32, whose product times
+      `scale` is what `adapt` adds. Of one set they are its factors themselves
+      (lora), or k = r + 1 (svd_lora); k is the same for every kernel.
+    """
+    leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    own = coefficients[:-1] if self.frozen_kl else coefficients
+    (sets,) = np.nonzero(own)
+    if self.kind == "lora":
+      if not sets.size:
+        sets = np.arange(1)  # of rank 0 there is no product
+      a, b = leaves["lora_a"], leaves["lora_b"]
+      return (
+        np.concatenate([a[i] for i in sets], axis=-1),
+        np.concatenate([own[i] * b[i] for i in sets], axis=-2),
+      )
+    values, scale = leaves["svd_values"], leaves["svd_scale"]
+    if self.frozen_kl:
+      values = values * own.sum()
+    scaled = scale[..., None] * own[sets]
+    diagonal = np.concatenate([values, scaled], axis=-1)
+    kept = np.concatenate([np.arange(self.rank), self.rank + sets])
+    right = leaves["svd_right"][..., kept, :]
+    return leaves["svd_left"][..., kept], diagonal[..., None] * right
 
   def _lora(self, leaves, coefficients):
     products = _matmul(leaves["lora_a"], leaves["lora_b"])

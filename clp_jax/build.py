@@ -328,6 +328,7 @@ def _check_objectives(config: ml_collections.ConfigDict) -> None:
       config.rewards[name].normalise,
       NORMALISATIONS,
     )
+  _check_starts(config)
 
 
 def _check_rollout(config: ml_collections.ConfigDict) -> None:
@@ -371,6 +372,27 @@ def _check_rollout(config: ml_collections.ConfigDict) -> None:
       "reinforce.baseline group_mean needs at least 2 responses a weighting, "
       f"got rollout.prompts x rollout.samples = {groups} for "
       f"rollout.weightings = {groups}; raise rollout.samples or choose none."
+    )
+
+
+def _check_starts(config: ml_collections.ConfigDict) -> None:
+  starts = config.adapters.init
+  if starts is None:
+    return
+  if config.steering != "lora":
+    raise ConfigError(
+      f"adapters.init is of steering lora, got {config.steering}; set "
+      "steering=lora, or leave it out."
+    )
+  if config.sft.steps:
+    raise ConfigError(
+      f"adapters.init adapts model.init, but sft.steps = {config.sft.steps} "
+      "finetunes that first; set sft.steps=0."
+    )
+  if len(starts) != len(config.objectives):
+    raise ConfigError(
+      f"adapters.init names {len(starts)} folders for "
+      f"{len(config.objectives)} objectives; give one each, in their order."
     )
 
 

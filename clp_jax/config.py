@@ -140,6 +140,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.adapters.rank = 8  # svd_lora: singular values that all weightings share
   c.adapters.scale = 1.0  # of what is added to a kernel
   c.adapters.targets = ("attention", "mlp")  # one or both
+  # Folders of the peft library's LoRAs that the sets start from, one an
+  # objective; None starts all at the base.
+  c.adapters.init = config_dict.placeholder(tuple)
   c.adapters.orthogonality = 0.1  # weight of svd_lora's penalty
 
   c.soft_tokens = ml_collections.ConfigDict()

@@ -15,22 +15,48 @@ Source: Rame et al. 2023 (arXiv 2306.04488).
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from clp_jax import adapter_folders, build, run_folder, saved_params
 from clp_jax import config as config_lib
-from clp_jax import run_folder, saved_params
 from clp_jax.data.tokenizer import Tokenizer
-from clp_jax.errors import ConfigError
+from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_initial
+from clp_jax.interop import peft
+from clp_jax.interop.storage import Folder
 from clp_jax.models import families
 from clp_jax.policy import Policy
 
 Params = Any
+
+
+class Part(NamedTuple):
+  """A finetuned policy.
+
+  Attributes:
+    workdir: its folder.
+    config: of its run; None of an adapter, which has none.
+    step: updates that it has seen, where that is known, or 0.
+    params: an ordinary model's.
+    reference: what it was finetuned from.
+    model_config: of both.
+    vocabulary: of the model.
+    moments: [mean, deviation] of its reward, where it was normalised.
+  """
+
+  workdir: str
+  config: ml_collections.ConfigDict | None
+  step: int
+  params: Params
+  reference: Params
+  model_config: families.Config
+  vocabulary: Tokenizer
+  moments: list[float] | None
 
 
 def stack(policies: list[Params]) -> Params:
@@ -57,6 +83,88 @@ def make_soup(
       config, or the folder holds a soup of others.
   """
   combine(config, runs, workdir, mixing="parameters")
+
+
+def config_of(
+  runs: Mapping[str, str],
+  config: ml_collections.ConfigDict | None = None,
+  *,
+  steers_alpha: bool = False,
+) -> ml_collections.ConfigDict:
+  """The config of what `combine` makes of runs, in their order.
+
+  Args:
+    runs: objective -> folder of the run, or of peft's adapter, that was
+      finetuned for it alone.
+    config: whose data, weightings and evaluation it has, and the rewards of
+      what it describes; None takes those of the first run.
+    steers_alpha: whether it has the reference for a set, from the runs' alpha
+      to the reference itself at alpha 1.
+
+  Raises:
+    RunError: when one can't be read.
+    ConfigError: when one is of other rewards, or there are only adapters and
+      no config.
+  """
+  owns = {
+    name: run_folder.load_config(folder)
+    for name, folder in runs.items()
+    if not peft.is_adapter(folder)
+  }
+  for name, own in owns.items():
+    _check_objective(runs[name], own, name)
+  first = next(iter(owns.values()), None)
+  made = first if config is None else config
+  if made is None:
+    raise ConfigError(
+      f"{', '.join(runs.values())} are adapters, which say nothing of data and "
+      "rewards; give --config."
+    )
+  made = made.copy_and_resolve_references()
+  made.unlock()
+  for name in runs:
+    if name in owns and (config is None or name not in made.rewards):
+      made.rewards[name] = owns[name].rewards[name]
+    if name not in made.rewards:
+      raise ConfigError(
+        f"nothing says what the reward {name} is; give a --config that "
+        "describes it under rewards."
+      )
+  made.objectives = tuple(runs)
+  if config is None:
+    made.weightings.weights = None  # those of one reward
+    made.weightings.alpha_range = None
+    made.scalarisation.utopia = None
+    points = [own.eval.reference_point for own in owns.values()]
+    made.eval.reference_point = (
+      tuple(x for point in points for x in point)
+      if len(points) == len(runs) and None not in points
+      else None
+    )
+  if steers_alpha and made.weightings.alpha_range is None:
+    least = (made if first is None else first).weightings.alpha
+    made.weightings.alpha_range = (least, 1.0)
+  with as_config_error():
+    build.distribution(made)
+  return made
+
+
+def _check_objective(
+  folder: str, own: ml_collections.ConfigDict, name: str
+) -> None:
+  """Raises ConfigError unless a run was finetuned for this reward alone."""
+  if "objectives" not in own:
+    raise ConfigError(
+      f"{folder} is a supervised run; this needs one that was finetuned for "
+      f"{name} alone."
+    )
+  alphas = own.weightings.alpha_range
+  if tuple(own.objectives) != (name,) or alphas is not None:
+    raise ConfigError(
+      f"{folder} is a run on {', '.join(own.objectives)}"
+      + ("" if alphas is None else " and a range of alpha")
+      + f"; this needs one on {name} alone, at one alpha."
+    )
 
 
 def combine(
@@ -98,17 +206,19 @@ def combine(
   alpha_varies = config.weightings.alpha_range is not None
   if alpha_varies:
     config.weightings.kl_coefficient = "realigned"
-  parts = [Policy.load(runs[name]) for name in config.objectives]
+  parts: list[Part] = []
+  for name in config.objectives:
+    parts.append(_load_part(config, name, runs[name]))
+    _check_part(config, name, parts[-1], parts[0])
   first = parts[0]
-  for name, part in zip(config.objectives, parts, strict=True):
-    _check_part(config, name, part, first)
-  sets = [part.sets for part in parts]
-  vocabulary = run_folder.load_tokenizer(first.workdir)
+  sets = [part.params for part in parts]
+  vocabulary = first.vocabulary
   start = first.reference
   if reference is not None:
     start = _load_reference(config, reference, first, vocabulary)
   made_of = [
-    _part(name, runs[name], part.step, part.sets) | {"moments": _moments(part)}
+    _part(name, part.workdir, part.step, part.params)
+    | {"moments": part.moments}
     for name, part in zip(config.objectives, parts, strict=True)
   ]
   made_of.append(_part("reference", reference or first.workdir, 0, start))
@@ -123,6 +233,44 @@ def combine(
   step = sum(part.step for part in parts)
   if saved_params.newest_step(workdir) != step:
     saved_params.save_params(workdir, step, stack(sets))
+
+
+def _load_part(
+  config: ml_collections.ConfigDict, name: str, folder: str
+) -> Part:
+  if peft.is_adapter(folder):
+    return _load_adapter(config, folder)
+  _check_objective(folder, run_folder.load_config(folder), name)
+  policy = Policy.load(folder)
+  with as_config_error():  # whatever the steering, of one set
+    params = policy.params()
+  return Part(
+    folder,
+    policy.config,
+    policy.step,
+    params,
+    policy.reference,
+    policy.model_config,
+    policy.vocabulary,
+    _moments(policy),
+  )
+
+
+def _load_adapter(config: ml_collections.ConfigDict, folder: str) -> Part:
+  with as_config_error():
+    base = peft.base_of(folder)
+  config = config.copy_and_resolve_references()
+  if base and Folder(base).has("config.json"):
+    config.model.init = base
+  else:
+    adapter_folders.check_base(folder, base, config.model.init)
+  model_config, reference, vocabulary = load_initial(config)
+  with as_config_error():
+    lora = peft.load(folder, model_config)
+  params = adapter_folders.merge(lora, reference)
+  return Part(
+    folder, None, 0, params, reference, model_config, vocabulary, None
+  )
 
 
 def _moments(part: Policy) -> list[float] | None:
@@ -181,20 +329,16 @@ def _check_made_of(workdir: str, new: list[dict[str, Any]]) -> None:
 
 
 def _check_part(
-  config: ml_collections.ConfigDict, name: str, part: Policy, first: Policy
+  config: ml_collections.ConfigDict, name: str, part: Part, first: Part
 ) -> None:
-  if part.objectives != (name,) or part.config.steering != "none":
-    raise ConfigError(
-      f"{part.workdir} is a run on {', '.join(part.objectives)} with steering "
-      f"{part.config.steering}; this needs one on {name} alone with "
-      "steering none."
-    )
   _check_shape(part.workdir, part.model_config, first)
   if not _equal(part.reference, first.reference):
     raise ConfigError(
       f"{part.workdir} and {first.workdir} start from different models; their "
       "average means nothing. Finetune both from one model.init."
     )
+  if part.config is None:
+    return
   alpha_range, own = config.weightings.alpha_range, part.config
   if alpha_range is not None and own.weightings.alpha != alpha_range[0]:
     raise ConfigError(
@@ -208,7 +352,7 @@ def _check_part(
   )
   for path in (
     *("rollout.temperature", f"rewards.{name}.normalise"),
-    *("prompting.style", "soft_tokens.length"),
+    *("prompting.style", "soft_tokens.length", "data.template"),
     *(["weightings.alpha"] if alpha_range is None else []),
   ):
     if found[path] != asked[path]:
@@ -222,7 +366,7 @@ def _check_part(
 def _load_reference(
   config: ml_collections.ConfigDict,
   reference: str,
-  first: Policy,
+  first: Part,
   vocabulary: Tokenizer,
 ) -> Params:
   """Another reference's parameters, where it fits the finetuned policies."""
@@ -239,9 +383,7 @@ def _load_reference(
   return initial.params
 
 
-def _check_shape(
-  name: str, model_config: families.Config, first: Policy
-) -> None:
+def _check_shape(name: str, model_config: families.Config, first: Part) -> None:
   own, other = vars(first.model_config), vars(model_config)
   differing = [
     f"{field} = {other[field]!r} and {own[field]!r}"

@@ -1,7 +1,9 @@
-"""`clp export`: one policy of a run, as an ordinary T5 checkpoint."""
+"""`clp export`: a run's policy as an ordinary checkpoint, or its adapters."""
 
 import argparse
+import functools
 import json
+from collections.abc import Callable
 
 from clp_jax.cli import arguments
 from clp_jax.errors import ConfigError, as_config_error
@@ -10,7 +12,7 @@ EXAMPLE = (
   "clp export --workdir runs/demo --weights nli=0.7,rouge=0.3 --format hf "
   "--output exports/faithful"
 )
-FORMATS = ("hf", "t5x", "orbax")
+FORMATS = ("hf", "t5x", "orbax", "peft")
 DTYPES = ("float32", "bfloat16")
 RECORD = "export.json"
 # What the formats write; nothing else in the folder is touched.
@@ -21,12 +23,19 @@ _WRITTEN = (
   "checkpoint_*",
   *("params", "model.json", "vocabulary.model"),
 )
+# And what peft's was, where it was the format: README.md may be the user's.
+_WRITTEN_PEFT = (
+  *("adapter_config.json", "adapter_model.safetensors", "README.md", "base"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
   arguments.add_workdir(parser)
-  help = "the weighting of the policy; none for a supervised run"
+  help = (
+    "the weighting of the policy; none for a supervised run, and for peft's "
+    "folder an objective"
+  )
   arguments.add_weighting(parser, help)
   arguments.add_step(parser)
   parser.add_argument(
@@ -36,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="hf: a folder that transformers' from_pretrained reads; t5x: "
     "checkpoint_<step> in t5x's msgpack and zarr layout; orbax: params, which "
     "orbax.checkpoint.StandardCheckpointer restores, and model.json, the "
-    "fields of the T5Config. All with the SentencePiece model",
+    "fields of the T5Config. All with the SentencePiece model. peft, of "
+    "steering lora and svd_lora: a folder of the peft library for each "
+    "objective, or for the one weighting that is given, and base, the model "
+    "that they adapt, unless the run began from a Hugging Face folder",
   )
   help = "of the parameters"
   arguments.add(parser, "--dtype", help, "float32", choices=DTYPES)
@@ -52,18 +64,23 @@ def run(args: argparse.Namespace) -> None:
   """Runs the command."""
   from etils import epath
 
+  from clp_jax import adapter_folders
   from clp_jax.policy import Policy
   from clp_jax.run_folder import write_json
 
   output = epath.Path(args.output)
-  _check_is_free(output)
+  old_format = _check_is_free(output)
   policy = Policy.load(args.workdir, step=args.step)
+  is_peft = args.format == "peft"
   with as_config_error():
     policy.check_is_ordinary()
-  try:
-    policy.coefficients(args.weights, args.alpha)
-  except ValueError as error:
-    raise ConfigError(f"--weights: {error}") from error
+    if is_peft:
+      adapter_folders.names(policy)
+  if not is_peft or args.weights is not None or args.alpha is not None:
+    try:
+      policy.coefficients(args.weights, args.alpha)
+    except ValueError as error:
+      raise ConfigError(f"--weights: {error}") from error
   output.mkdir(parents=True, exist_ok=True)
   # Before anything else: what is left of an export that was interrupted can be
   # written over.
@@ -79,33 +96,43 @@ def run(args: argparse.Namespace) -> None:
       "dtype": args.dtype,
     },
   )
-  for pattern in _WRITTEN:
+  patterns = list(_WRITTEN)
+  if old_format == "peft":
+    patterns += _WRITTEN_PEFT
+    for old in output.glob("*/adapter_config.json"):
+      old.parent.rmtree()
+  for pattern in patterns:
     for old in output.glob(pattern):
       old.rmtree() if old.is_dir() else old.unlink()
+  save: Callable = functools.partial(policy.export, format=args.format)
+  if is_peft:
+    save = functools.partial(adapter_folders.save, policy)
   try:
-    policy.export(
-      args.output, args.format, args.weights, args.alpha, dtype=args.dtype
-    )
+    save(args.output, weights=args.weights, alpha=args.alpha, dtype=args.dtype)
   except ValueError as error:
     raise ConfigError(f"--format {args.format}: {error}") from error
   print(args.output)
 
 
-def _check_is_free(output) -> None:
-  """Raises ConfigError for a folder with what `clp export` did not write."""
+def _check_is_free(output) -> str | None:
+  """The format of the export in a folder; None where there is none.
+
+  Raises:
+    ConfigError: for a folder with what `clp export` did not write.
+  """
   if not output.exists():
-    return
+    return None
   if not output.is_dir():
     raise ConfigError(f"--output {output} is a file; give a folder.")
   if not any(output.iterdir()):
-    return
+    return None
   try:
     record = json.loads((output / RECORD).read_text())
-    ours = record["written_by"] == "clp export"
+    if record["written_by"] == "clp export":
+      return record.get("format")
   except (OSError, KeyError, TypeError, ValueError):
-    ours = False
-  if not ours:
-    raise ConfigError(
-      f"--output {output} is not empty, and `clp export` has not made it; "
-      "choose another folder."
-    )
+    pass
+  raise ConfigError(
+    f"--output {output} is not empty, and `clp export` has not made it; "
+    "choose another folder."
+  )

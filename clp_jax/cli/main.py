@@ -28,13 +28,14 @@ COMMANDS = {
   "train-sft": "finetune a T5 on reference summaries, and no more",
   "train-reward": "train a preference model from pairs of responses",
   "plan": "compile a config for a TPU slice, without one: memory and time",
+  "combine": "make one steerable run of runs that have one reward each",
   "evaluate": "sweep the weightings of a run on held-out prompts",
   "experiment": "run an experiment of the paper, every method and seed",
   "compare": "compare the fronts of several runs, with intervals",
   "generate": "summarise documents at any weighting",
   "serve": "steer a run in the browser, or through an OpenAI-like API",
   "judge": "let a language model compare the summaries of two runs",
-  "export": "write one policy of a run as an ordinary T5 checkpoint",
+  "export": "write a policy of a run as an ordinary checkpoint, or LoRAs",
 }
 
 
@@ -51,6 +52,9 @@ a walk, each step an example:
   train a variant: any field of the config is a flag
     clp train --config configs/demo.py --config.steering=logits \\
       --workdir runs/logits
+  average, or mix, runs that were finetuned for one reward each
+    clp combine nli=runs/demo/single/nli rouge=runs/demo/single/rouge \\
+      --method mod --output runs/mod
   compare runs, by their rewards and by a judge
     clp evaluate --workdir runs/logits
     clp compare runs/demo runs/logits --output runs/compared

@@ -665,6 +665,8 @@ def _named(
 def _digest(config: ml_collections.ConfigDict, *more: Any) -> str:
   """Of all that a run of this config could not change and be resumed."""
   fields = run_folder.decisive(config_lib.to_json(config))
+  if fields.get("adapters.init") is None:  # older runs have no such field
+    fields.pop("adapters.init", None)
   text = json.dumps([fields, *more], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 

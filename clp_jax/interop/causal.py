@@ -84,6 +84,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "rope_local_base_freq": 10000.0,
   },
 }
+TEXT_MODELS = tuple(_DEFAULTS)  # model_types
 _DERIVED = (
   *("head_dim", "layer_types", "rope_parameters", "rope_theta"),
   *("attention_bias", "mlp_bias"),
@@ -138,9 +139,9 @@ def open_folder(
   """The config and {path: leaf}; args and errors as of `huggingface`'s."""
   config = read_config(folder)
   stored = _text_tensors(weight_files.read(folder, mapped))
-  head, _ = _tensor(config, _HEAD)
+  head, _ = tensor_of(config, _HEAD)
   if config.logits_via_embedding and head in stored:
-    table = stored.get(_tensor(config, _EMBEDDING)[0])
+    table = stored.get(tensor_of(config, _EMBEDDING)[0])
     if table is not None and not leaves.same(stored[head], table):
       logging.warning(
         "%s: config.json ties the logit layer to the embedding: %s, which "
@@ -149,7 +150,7 @@ def open_folder(
         head,
       )
     del stored[head]
-  tensor = functools.partial(_tensor, config)
+  tensor = functools.partial(tensor_of, config)
   return config, weight_files.model_leaves(folder, stored, config, tensor)
 
 
@@ -390,7 +391,7 @@ _FOUR_NORMS = {
 }
 
 
-def _tensor(config: CausalConfig, path: str) -> tuple[str, bool]:
+def tensor_of(config: CausalConfig, path: str) -> tuple[str, bool]:
   """Our path of a parameter -> its name in transformers, whether transposed.
 
   "decoder/layers_3/mlp/wi_0/kernel" -> "model.layers.3.mlp.gate_proj.weight",
@@ -433,7 +434,7 @@ def save(
   if tokenizer is not None and tokenizer.bos_id is not None:
     values["bos_token_id"] = tokenizer.bos_id
   files = {} if tokenizer is None else tokenizer.files()
-  tensor = functools.partial(_tensor, config)
+  tensor = functools.partial(tensor_of, config)
   weight_files.save(path, values, views, tensor, max_shard_bytes, files)
 
 

@@ -88,7 +88,7 @@ def open_folder(
   stored.pop(_UNUSED, None)
   _unify_embeddings(folder, stored)
   config, stored = _decide_tying(folder, values, stored)
-  return config, weight_files.model_leaves(folder, stored, config, _tensor)
+  return config, weight_files.model_leaves(folder, stored, config, tensor_of)
 
 
 def _check_is_whole(folder: Folder, values: Mapping[str, Any]) -> None:
@@ -186,7 +186,7 @@ def _decide_tying(
   return _config(folder, values, tied=False), stored
 
 
-def _tensor(path: str) -> tuple[str, bool]:
+def tensor_of(path: str) -> tuple[str, bool]:
   """t5x's path of a parameter -> its name in transformers, whether transposed.
 
   "decoder/layers_3/mlp/wi_0/kernel" ->
@@ -285,7 +285,7 @@ def save(
     own = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "legacy": False}
     files[VOCABULARY] = vocabulary.content
     files["tokenizer_config.json"] = own | vocabulary.special
-  weight_files.save(path, values, views, _tensor, max_shard_bytes, files)
+  weight_files.save(path, values, views, tensor_of, max_shard_bytes, files)
 
 
 def _config_values(

@@ -25,7 +25,14 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from clp_jax import build, keys, run_folder, sharding
+from clp_jax import (
+  adapter_folders,
+  build,
+  keys,
+  run_folder,
+  saved_params,
+  sharding,
+)
 from clp_jax.batches import check_data, train_batches
 from clp_jax.data import tokenizer
 from clp_jax.data.reader import Batch
@@ -72,6 +79,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
   mesh = build.make_mesh(config)
   build.check_rows("rollout.prompts", config.rollout.prompts, mesh)
   check_data(config)
+  starts = {}
+  if config.adapters.init and saved_params.newest_step(workdir) is None:
+    starts = adapter_folders.load_starts(config)
   rewards = build.load_rewards(config, mesh)
   prepare(config, workdir)
   model_config = run_folder.load_model_config(workdir)
@@ -110,6 +120,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
       texts=scored.texts(batch) if want_texts else None,
     )
 
+  def before(state):
+    if starts:
+      params = adapter_folders.start_from(state.params, starts)
+      state = dataclasses.replace(state, params=params)
+    return estimate_normalisation(config, state, batches_from, roll_out, scorer)
+
   return loop.run(
     workdir,
     programs,
@@ -119,9 +135,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     settings=config.train,
     batches_from=batches_from,
     step_fn=step_fn,
-    before=lambda state: estimate_normalisation(
-      config, state, batches_from, roll_out, scorer
-    ),
+    before=before,
     keep=config.train.keep,
     log_samples_every=config.train.log_samples_every,
   )

@@ -1,0 +1,398 @@
+"""A run's adapters as folders of the `peft` library, and a run of such.
+
+Every kind of adapters is linear in the coefficients of a weighting, so that
+each parameter set is a LoRA of its own, and a weighting is their sum by the
+coefficients: `add_weighted_adapter` with combination_type "cat". For svd_lora,
+whose first singular values all sets share, that holds as the coefficients of
+the sets that add something sum to the share of those values.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from clp_jax import build, interop, run_folder
+from clp_jax.errors import ConfigError, as_config_error
+from clp_jax.initial import load_model_config
+from clp_jax.interop import leaves, peft, storage
+from clp_jax.models import families
+from clp_jax.policy import Policy, Weights
+
+Params = Any
+
+BASE = "base"  # the folder of the model that is adapted
+KL_SET = "kl"  # the name of the set of the KL term
+README = "README.md"
+
+
+def names(policy: Policy) -> list[str]:
+  """Those of the adapters of a run, in the order of its coefficients.
+
+  Raises:
+    ValueError: when its policies are no base with adapters.
+  """
+  policy.check_is_ordinary()
+  if policy.bank.adapter is None:
+    steering = policy.config.get("steering", "none")
+    raise ValueError(
+      f"this run's steering is {steering}, which has no adapters; train one "
+      "with steering lora or svd_lora, or export a weighting as hf."
+    )
+  found = list(policy.objectives)
+  if policy.bank.num_sets - policy.bank.frozen_kl > len(found):
+    found.append(KL_SET)
+  for name in found:
+    if name == BASE or found.count(name) > 1:
+      raise ValueError(
+        f"an objective named {name} would share a folder with "
+        + ("the base." if name == BASE else "the set of the KL term.")
+      )
+  return found
+
+
+def save(
+  policy: Policy,
+  path: str,
+  weights: Weights | None = None,
+  alpha: float | None = None,
+  *,
+  dtype: str = "float32",
+) -> None:
+  """Writes a run's adapters, what they adapt, and how to use them.
+
+  Args:
+    policy: of steering lora or svd_lora.
+    path: the folder: an adapter's own where a weighting is given; else it
+      holds a folder NAME for each objective, and kl where the run has a set
+      for the KL term. Where the base is not a Hugging Face folder already,
+      base/ is that, with the tokenizer. README.md has the recipe.
+    weights: one weighting; with None and no alpha, all sets.
+    alpha: likewise.
+    dtype: of what is written.
+
+  Raises:
+    ValueError: see `names`, and `Policy.coefficients`.
+  """
+  adapters = names(policy)
+  target = storage.absolute(path)
+  target.mkdir(parents=True, exist_ok=True)
+  base = _base(policy)
+  if base is None:
+    _save_base(policy, target / BASE, dtype)
+  found = {}
+  if weights is None and alpha is None:
+    # A set that is frozen at the base comes last, and adds nothing.
+    for name, row in zip(
+      adapters, np.eye(policy.bank.num_sets, dtype=np.float32), strict=False
+    ):
+      found[target / name] = row
+  else:
+    found[target] = policy.coefficients(weights, alpha)
+  assert policy.bank.adapter is not None
+  for folder, coefficients in found.items():
+    peft.save(
+      folder,
+      policy.model_config,
+      _factors(policy, coefficients, dtype),
+      policy.bank.adapter.scale,
+      base or str(target / BASE),
+    )
+  text = _readme(policy, adapters, base or BASE, weights, alpha)
+  (target / README).write_text(text)
+
+
+def _factors(
+  policy: Policy, coefficients: np.ndarray, dtype: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """By the path of a kernel, stacked layers taken apart."""
+  adapter = policy.bank.adapter
+  assert adapter is not None
+  kernels: dict[str, dict[str, np.ndarray]] = {}
+  for path, leaf in leaves.flatten(policy.sets).items():
+    module, _, name = path.rpartition("/")
+    if adapter.adapts((*module.split("/"), "kernel")) and name != "kernel":
+      kernels.setdefault(module, {})[name] = leaf
+  found = {}
+  for module, own in kernels.items():
+    left, right = (x.astype(dtype) for x in adapter.factors(own, coefficients))
+    if "/layers/" not in module:
+      found[f"{module}/kernel"] = left, right
+      continue
+    stack, rest = module.split("/layers/")
+    for i in range(len(left)):
+      found[f"{stack}/layers_{i}/{rest}/kernel"] = left[i], right[i]
+  return found
+
+
+def _base(policy: Policy) -> str | None:
+  """The Hugging Face folder that the adapters are of; None without one."""
+  config = policy.config
+  is_its_own = (
+    policy.bank.frozen_shared
+    and not config.sft.steps
+    and config.model.vocabulary is None
+    and not run_folder.has_model(config.model.init)
+    and peft.is_base(config.model.init)
+  )
+  return str(storage.absolute(config.model.init)) if is_its_own else None
+
+
+def _save_base(policy: Policy, path: epath.Path, dtype: str) -> None:
+  """The reference, or what of it was trained for all weightings."""
+  trained = leaves.flatten(policy.sets)
+  params = {
+    name: trained.get(name, leaf).astype(dtype)
+    for name, leaf in leaves.flatten(policy.reference).items()
+  }
+  interop.save_model(
+    path,
+    policy.model,
+    leaves.unflatten(params),
+    "hf",
+    tokenizer=policy.vocabulary,
+  )
+
+
+def _readme(
+  policy: Policy,
+  adapters: list[str],
+  base: str,
+  weights: Weights | None,
+  alpha: float | None,
+) -> str:
+  _, auto = peft.task(policy.model_config)
+  lines = [
+    "from peft import PeftModel",
+    f"from transformers import {auto}, AutoTokenizer",
+    "",
+    f"base = {base!r}",
+    "tokenizer = AutoTokenizer.from_pretrained(base)",
+    f"model = {auto}.from_pretrained(base)",
+  ]
+  if weights is None and alpha is None:
+    title = "LoRA adapters, one for each objective"
+    about = (
+      f"Adapters of {', '.join(adapters)}. For a weighting they are added with "
+      "its weights:"
+    )
+    lines += _recipe(policy, adapters)
+  else:
+    title = "A LoRA adapter of one weighting"
+    given = dict(weights or {policy.objectives[0]: 1.0})
+    if alpha is not None:
+      given["alpha"] = alpha
+    about = f"Of {', '.join(f'{k} = {v:g}' for k, v in given.items())}:"
+    lines.append('model = PeftModel.from_pretrained(model, ".")')
+  data = policy.config.data
+  code = "\n".join(lines)
+  return (
+    f"# {title}\n\n"
+    f"From step {policy.step} of a run of clp_jax. {about}\n\n"
+    f"```python\n{code}\n```\n\n"
+    "Run it in this folder. The policy was trained on prompts of at most "
+    f"{data.source_length} tokens and responses of {data.target_length}, a "
+    f"prompt made of a document as {_described(data.template)}.\n"
+  )
+
+
+def _recipe(policy: Policy, adapters: list[str]) -> list[str]:
+  objectives = policy.objectives
+  share = {name: round(1 / len(objectives), 3) for name in objectives}
+  share[objectives[-1]] = round(1 - sum(list(share.values())[:-1]), 3)
+  lines = [f"weights = {_dict(share)}  # at least 0, of sum 1"]
+  q = policy.config.weightings
+  if q.alpha_range is not None:
+    low, high = q.alpha_range
+    lines.append(f"alpha = {low}  # {low:g} to {high:g}")
+    if q.kl_coefficient == "realigned":
+      lines.append(
+        f"kl = 1 - (1 - alpha) / alpha / {(1 - low) / low}  # 0 at alpha = "
+        f"{low:g}"
+      )
+    else:
+      lines.append("kl = alpha")
+    lines.append(
+      "weights = {name: (1 - kl) * w for name, w in weights.items()}"
+    )
+    if KL_SET in adapters:
+      lines.append(f'weights["{KL_SET}"] = kl')
+  first, *others = adapters
+  lines.append(
+    f'model = PeftModel.from_pretrained(model, "{first}", '
+    f'adapter_name="{first}")'
+  )
+  for name in others:
+    lines.append(f'model.load_adapter("{name}", adapter_name="{name}")')
+  return [
+    *lines,
+    "model.add_weighted_adapter(",
+    '  list(weights), list(weights.values()), "mixed", combination_type="cat"',
+    ")",
+    'model.set_adapter("mixed")',
+  ]
+
+
+def _dict(values: Mapping[str, float]) -> str:
+  return "{" + ", ".join(f'"{k}": {v:g}' for k, v in values.items()) + "}"
+
+
+def _described(template) -> str:
+  if template is None:
+    return "it is"
+  return f"`{template}`"
+
+
+def load_starts(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+  """The factors that a run's first sets are to have: of `adapters.init`.
+
+  Args:
+    config: of a run of steering lora that names some, valid.
+
+  Returns:
+    {path of a trained leaf: [m, ...] float32}, of m objectives.
+
+  Raises:
+    ConfigError: when a folder holds no adapter of the run's base, rank and
+      targets.
+  """
+  model_config = load_model_config(config)
+  abstract = families.build(model_config).abstract()
+  adapter = build.bank(config, model_config).adapter
+  assert adapter is not None
+  kernels = [
+    path
+    for path in leaves.flatten(abstract)
+    if adapter.adapts(tuple(path.split("/")))
+  ]
+  with as_config_error():
+    loras = [peft.load(path, model_config) for path in config.adapters.init]
+  for lora in loras:
+    check_base(lora.folder, lora.base, config.model.init)
+    if lora.rank != adapter.rank:
+      raise ConfigError(
+        f"{lora.folder} has rank {lora.rank}, and this run {adapter.rank}; set "
+        f"adapters.rank={lora.rank}, or take others."
+      )
+    _check_targets(lora, kernels, model_config)
+  found = {}
+  for path in kernels:
+    pairs = [stacked(lora.factors, path) for lora in loras]
+    module = path.removesuffix("/kernel")
+    found[f"{module}/lora_a"] = np.stack([left for left, _ in pairs])
+    found[f"{module}/lora_b"] = np.stack(
+      [
+        right * np.float32(lora.scale / adapter.scale)
+        for lora, (_, right) in zip(loras, pairs, strict=True)
+      ]
+    )
+  return found
+
+
+def start_from(params: Params, starts: Mapping[str, np.ndarray]) -> Params:
+  """A run's sets before the first update, with the factors of `load_starts`.
+
+  Args:
+    params: what is trained, placed. A set of the KL term is left as it is.
+    starts: of all objectives.
+  """
+  flat = leaves.flatten(params)
+  old = {path: flat[path] for path in starts}
+
+  def replaced(old, starts):
+    return {
+      path: jnp.concatenate([first, old[path][len(first) :]])
+      for path, first in starts.items()
+    }
+
+  shardings = {path: leaf.sharding for path, leaf in old.items()}
+  new = jax.jit(replaced, out_shardings=shardings)(old, dict(starts))
+  return leaves.unflatten(flat | new)
+
+
+def merge(lora: peft.LoRA, base: Params) -> Params:
+  """An ordinary model's parameters, of a base's.
+
+  Args:
+    lora: of that model.
+    base: its parameters, layers listed or stacked; those of no adapted kernel
+      are taken as they are.
+  """
+  flat = leaves.flatten(base)
+  for path, leaf in flat.items():
+    is_stack = "/layers/" in path
+    own = (
+      [path.replace("/layers/", f"/layers_{i}/") for i in range(len(leaf))]
+      if is_stack
+      else [path]
+    )
+    if lora.factors.keys().isdisjoint(own):
+      continue
+    changes = [
+      np.float32(lora.scale) * np.matmul(*lora.factors[p])
+      if p in lora.factors
+      else np.zeros(leaf.shape[-2:], np.float32)
+      for p in own
+    ]
+    flat[path] = leaf + (np.stack(changes) if is_stack else changes[0])
+  return leaves.unflatten(flat)
+
+
+def check_base(folder: str, base: str, init: str) -> None:
+  """Raises ConfigError unless an adapter's base is the model of `model.init`.
+
+  Names of the hub are compared with the folder's by their last part, which a
+  cache of the hub keeps as well.
+  """
+  here, there = os.path.abspath(init), os.path.abspath(base)
+  if os.path.isdir(base):
+    is_same = os.path.realpath(here) == os.path.realpath(there)
+  else:
+    is_same = not base or os.path.basename(there) in here
+  if not is_same:
+    raise ConfigError(
+      f"{folder} adapts {base}, and model.init is {init}; take adapters of one "
+      f"base, or correct base_model_name_or_path in its {peft.CONFIG}."
+    )
+
+
+def _check_targets(
+  lora: peft.LoRA, kernels: list[str], config: families.Config
+) -> None:
+  listed = {
+    one
+    for path in kernels
+    for one in leaves.expected_shapes(config)
+    if one == path or _of_layers(one) == path
+  }
+  if listed != set(lora.factors):
+    asked, own = (
+      sorted({peft.module_name(config, p).rpartition(".")[2] for p in paths})
+      for paths in (listed, lora.factors)
+    )
+    more = "" if asked != own else ", and not in the same layers"
+    raise ConfigError(
+      f"{lora.folder} adapts {', '.join(own)}{more}, and this run "
+      f"{', '.join(asked)}; set adapters.targets, or take others."
+    )
+
+
+def stacked(factors: peft.Factors, path: str) -> tuple[np.ndarray, np.ndarray]:
+  """The factors of a kernel of a tree, those of stacked layers together."""
+  if "/layers/" not in path:
+    return factors[path]
+  own = [p for p in factors if _of_layers(p) == path]
+  own.sort(key=lambda p: int(p.partition("/layers_")[2].partition("/")[0]))
+  left, right = zip(*(factors[p] for p in own), strict=True)
+  return np.stack(left), np.stack(right)
+
+
+def _of_layers(path: str) -> str:
+  """ "decoder/layers_3/mlp/wo/kernel" -> "decoder/layers/mlp/wo/kernel"."""
+  stack, found, rest = path.partition("/layers_")
+  return f"{stack}/layers/{rest.partition('/')[2]}" if found else path
