@@ -179,6 +179,7 @@ class Vocabulary:
     self.eos_ids = _checked_eos_ids(self.tokenizer, path, eos_ids)
 
   ends_prompts = True
+  chat_template: str | None = None
 
   @property
   def eos_id(self) -> int:
