@@ -6,6 +6,7 @@ folder of a trained run of the built-in world (`clp demo`), that one is steered;
 otherwise a smaller one is trained first, which takes minutes.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import runs
+import small_decoder
 
 from clp_jax.data import newsroom
 
@@ -52,16 +54,45 @@ def address(tmp_path_factory):
       "evaluate", "--workdir", workdir, "--grid", 5, "--prompts", 64
     )
     assert status == 0, err
+  with serving(workdir) as made:
+    yield made
+
+
+@pytest.fixture(scope="module")
+def chat_address(tmp_path_factory):
+  """Of a model with a chat template that has learnt nothing."""
+  folder = tmp_path_factory.mktemp("chat")
+  small_decoder.save(folder / "model")
+  settings = {"data.source_length": 256, "data.target_length": 24}
+  runs.make_run(folder / "run", str(folder / "model"), **settings)
+  with serving(folder / "run") as made:
+    yield made
+
+
+@contextlib.contextmanager
+def serving(workdir):
+  """The address of a server of its own process."""
   process = runs.start(["serve", "--workdir", workdir, "--port", 0])
-  line = process.stdout.readline()
-  assert "http://" in line, process.stderr.read()
-  yield line.split()[-1]
-  process.terminate()
-  process.communicate(timeout=60)
+  try:
+    line = process.stdout.readline()
+    assert "http://" in line, process.stderr.read()
+    yield line.split()[-1]
+  finally:
+    process.terminate()
+    process.communicate(timeout=60)
 
 
 @pytest.fixture(params=SIZES)
 def page(request, browser, address):
+  yield from open_page(request, browser, address)
+
+
+@pytest.fixture(params=SIZES)
+def chat_page(request, browser, chat_address):
+  yield from open_page(request, browser, chat_address)
+
+
+def open_page(request, browser, address):
   width, height = SIZES[request.param]
   context = browser.new_context(viewport={"width": width, "height": height})
   context.set_default_timeout(120_000)  # ms; a machine may be busy
@@ -197,3 +228,39 @@ def test_text_is_shown_as_text_and_nothing_sticks_out(page):
   assert page.title().startswith("Steer")
   width = page.evaluate("document.documentElement.scrollWidth")
   assert width <= page.viewport_size["width"]
+
+
+def test_a_model_without_a_template_shows_no_chat(page):
+  assert page.get_by_role("button", name="Chat").count() == 0
+
+
+def test_a_conversation_follows_the_slider(chat_page):
+  page = chat_page
+  page.get_by_role("button", name="Chat").click()
+  assert not page.locator("#document").is_visible()
+  box = page.get_by_role("textbox", name="Message")
+  box.fill("Who opened the museum?")
+  box.press("Enter")
+  turns = page.locator("#turns li")
+
+  def answer():
+    page.wait_for_selector("#send:not([disabled])")
+    page.wait_for_selector("#turns .assistant:last-child:not(.busy)")
+    return turns.last.locator(".text").inner_text()
+
+  first = answer()
+  assert first and turns.count() == 2
+  slide(page, "nli", 1)
+  second = answer()
+  assert second != first and turns.count() == 2
+  assert "nli\u00a01.00" in turns.last.locator(".who").inner_text()
+  box.fill("<b>And</b> then?")
+  page.get_by_role("button", name="Send").click()
+  assert answer() and turns.count() == 4
+  assert turns.nth(2).locator(".text").inner_text() == "<b>And</b> then?"
+  width = page.evaluate("document.documentElement.scrollWidth")
+  assert width <= page.viewport_size["width"]
+  page.get_by_role("button", name="New conversation").click()
+  assert turns.count() == 0
+  page.get_by_role("button", name="Chat").click()
+  assert page.locator("#document").is_visible()

@@ -21,12 +21,13 @@ import numpy as np
 import openai
 import pytest
 import runs
+from servers import LIMITS, serving, wait_for
 
 import clp_jax
 from clp_jax.data import vocabulary
 from clp_jax.errors import ConfigError
 from clp_jax.evaluation import front as front_lib
-from clp_jax.serving import protection, server, text
+from clp_jax.serving import server, text
 from clp_jax.serving.decoder import Decoder, Row
 
 DOCUMENTS = [
@@ -38,9 +39,6 @@ DOCUMENTS = [
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "serving.md").read_text()
 OURS = "http://127.0.0.1:8600"
-LIMITS = protection.Limits(
-  body_bytes=1 << 16, rows=8, waiting=48, seconds=30.0, header_seconds=1.0
-)
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +56,6 @@ def decoder(policy):
   return made
 
 
-@contextlib.contextmanager
-def serving(policy, decoder, limits=LIMITS, key=None, loopback=True):
-  """A server on a socket, in a thread: its address."""
-  made = server.make_server(
-    policy, decoder, name="tiny", limits=limits, key=key, loopback=loopback
-  )
-  with socket.create_server(("127.0.0.1", 0)) as listener:
-    thread = threading.Thread(target=made.run, args=([listener],))
-    thread.start()
-    try:
-      address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-      wait_for(lambda: made.started)
-      yield address
-    finally:
-      made.should_exit = True
-      thread.join(30)
-      assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def address(policy, decoder):
   with serving(policy, decoder) as made:
@@ -88,13 +67,6 @@ def client(address):
   return openai.OpenAI(
     base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60
   )
-
-
-def wait_for(condition, seconds=30):
-  end = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < end, "waited in vain"
-    time.sleep(0.01)
 
 
 def post(address, body, **headers):
@@ -439,7 +411,8 @@ INVALID = [
   ({"weights": {"nli": True}}, "weights"),
   ({"weights": {"x" * 5000: 1}}, "weights"),
   ({"alpha": 0.7}, "alpha"),
-  ({"stop": ["."]}, "stop"),
+  ({"stop": ["."] * 5}, "stop"),
+  ({"stop": 1}, "stop"),
   ({"nonsense": 1}, "nonsense"),
   ({"stream_options": {"include_usage": True}}, "stream_options"),
 ]
@@ -705,7 +678,7 @@ class TestHostileInput:
 
 class TestDocumentation:
   def test_its_snippet_runs(self, address, capsys):
-    (snippet,) = re.findall(r"```python\n(.*?)```", DOCS, re.S)
+    snippet, *_ = re.findall(r"```python\n(.*?)```", DOCS, re.S)
     assert OURS in snippet
     exec(snippet.replace(OURS, address), {})
     lines = capsys.readouterr().out.splitlines()
@@ -717,10 +690,14 @@ class TestDocumentation:
     listed = re.findall(r"`(?:GET|POST) (\S+)`", DOCS)
     routes = [p.replace("{model_id}", "NAME") for p in described["paths"]]
     assert sorted(listed) == sorted([*routes, "/openapi.json"])
-    takes = DOCS.partition("`POST /v1/completions` takes")[2]
-    names = re.findall(r"`([a-z_]+)`", takes.partition("\n\nFields")[0])
     schemas = described["components"]["schemas"]
-    assert set(names) == set(schemas["CompletionRequest"]["properties"])
+    takes = DOCS.partition("`POST /v1/completions` takes")[2]
+    names = set(re.findall(r"`([a-z_]+)`", takes.partition("\n\nFields")[0]))
+    assert names == set(schemas["CompletionRequest"]["properties"])
+    takes = DOCS.partition("`POST /v1/chat/completions` takes")[2]
+    others = re.findall(r"`([a-z_]+)`", takes.partition("\n\n")[0])
+    both = names - {"prompt"} | set(others)
+    assert both == set(schemas["ChatRequest"]["properties"])
 
   @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
   def test_its_request_is_answered(self, address):

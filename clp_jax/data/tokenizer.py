@@ -22,6 +22,7 @@ class Tokenizer(Protocol):
 
   path: str  # of its file or folder, for messages
   ends_prompts: bool  # whether a prompt ends in EOS, as T5 reads it
+  chat_template: str | None  # what shows a conversation; None without one
 
   @property
   def pad_id(self) -> int:

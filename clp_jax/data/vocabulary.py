@@ -180,6 +180,7 @@ class Vocabulary:
     self.eos_id = self.eos_ids[0]
 
   ends_prompts = True
+  chat_template: str | None = None
 
   @property
   def unk_id(self) -> int:

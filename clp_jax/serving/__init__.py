@@ -2,7 +2,8 @@
 
 decoder.py     rows of any requests, decoded together in compiled shapes
 batcher.py     the queue before it, deadlines and the decoding thread
-text.py        tokens to text, in pieces and with log-probabilities
+text.py        tokens to text, in pieces and up to stop strings
+answer.py      answers in OpenAI's forms, with log-probabilities
 schema.py      what a request and an answer look like: OpenAI's form
 api.py         the routes
 protection.py  what keeps strangers and floods out

@@ -4,11 +4,10 @@ import asyncio
 import contextlib
 import importlib.resources
 import json
-import math
 import secrets
+import sys
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,21 +17,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from clp_jax.data.tokenizer import parse_template
+from clp_jax.data.tokenizer import Template, parse_template
 from clp_jax.policy import Policy
 from clp_jax.serving import errors, schema
-from clp_jax.serving.batcher import (
-  Batcher,
-  Overloaded,
-  Piece,
-  Ticket,
-  Unavailable,
-)
+from clp_jax.serving.answer import Answer, ChatAnswer
+from clp_jax.serving.batcher import Batcher, Overloaded, Ticket, Unavailable
 from clp_jax.serving.decoder import Row
 from clp_jax.serving.errors import ApiError
 from clp_jax.serving.metrics import Metrics
 from clp_jax.serving.protection import Limits, Protection
-from clp_jax.serving.text import Detokenizer
 from clp_jax.weightings import Weighting
 
 PAGE = {
@@ -103,6 +96,7 @@ def make_app(
     max_prompt_tokens=policy.config.data.source_length,
     max_tokens=policy.config.data.target_length,
     step=policy.step,
+    chat=policy.vocabulary.chat_template is not None,
   )
   _add_completions(app, _Completions(policy, batcher, metrics, model, limits))
   _add_model(app, model, documents, load_front)
@@ -116,18 +110,21 @@ def make_app(
 def _add_completions(app: FastAPI, completions: "_Completions") -> None:
   # The answer's model is for the description; validating it would cost more
   # than making it.
-  @app.post(
-    "/v1/completions",
-    responses={
-      200: {
-        "model": schema.Completion,
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
-      },
+  def responses(model: type[schema.BaseModel]) -> dict[int | str, Any]:
+    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {
+      200: {"model": model, "content": stream},
       404: {"model": schema.Error},
-    },
-  )
+    }
+
+  @app.post("/v1/completions", responses=responses(schema.Completion))
   async def complete(body: schema.CompletionRequest, request: Request):
     """Summaries of documents at a weighting of the objectives."""
+    return await completions(body, request)
+
+  @app.post("/v1/chat/completions", responses=responses(schema.ChatCompletion))
+  async def chat(body: schema.ChatRequest, request: Request):
+    """The next turn of a conversation at a weighting of the objectives."""
     return await completions(body, request)
 
 
@@ -199,7 +196,7 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics) -> None:
 
 
 class _Completions:
-  """POST /v1/completions."""
+  """POST /v1/completions and /v1/chat/completions."""
 
   def __init__(self, policy, batcher, metrics, model, limits):
     self._policy: Policy = policy
@@ -209,14 +206,24 @@ class _Completions:
     self._limits: Limits = limits
 
   async def __call__(
-    self, body: schema.CompletionRequest, request: Request
+    self,
+    body: schema.CompletionRequest | schema.ChatRequest,
+    request: Request,
   ) -> Response:
-    rows = self._rows(body)
     deadline = asyncio.get_running_loop().time() + self._limits.seconds
-    answer = _Answer(self._policy, self._model, body, rows)
+    kind = Answer
+    if isinstance(body, schema.ChatRequest):
+      kind = ChatAnswer
+      # A chat template is a program: it may take its time.
+      async with self._until(deadline):
+        rows = await asyncio.to_thread(self._rows, body)
+    else:
+      rows = self._rows(body)
+    answer = kind(self._policy.vocabulary, self._model, body, rows)
     self._metrics.prompt_tokens.inc(answer.prompt_tokens)
     try:
-      ticket = self._batcher.submit(rows, bool(body.stream))
+      in_pieces = bool(body.stream or body.stops)
+      ticket = self._batcher.submit(rows, in_pieces)
     except Overloaded as error:
       raise ApiError(
         429,
@@ -236,19 +243,21 @@ class _Completions:
       )
     try:
       async with self._until(deadline):
-        await _unless_gone(request, answer.collect(ticket))
+        whole = await _unless_gone(request, answer.collect(ticket))
     finally:
       self._batcher.cancel(ticket)
     self._metrics.generated_tokens.inc(answer.completion_tokens)
-    content = json.dumps(answer.whole(), allow_nan=False)
+    content = json.dumps(whole, allow_nan=False)
     return Response(content, media_type="application/json")
 
-  def _rows(self, body: schema.CompletionRequest) -> list[Row]:
+  def _rows(
+    self, body: schema.CompletionRequest | schema.ChatRequest
+  ) -> list[Row]:
     """The request's rows, document-major, with all that depends on the run."""
     if body.model != self._model.id:
       raise _unknown_model(body.model)
     for field, value in (body.model_extra or {}).items():
-      if value is not None and value not in schema.NEUTRAL.get(field, ()):
+      if value is not None and value not in body.neutral.get(field, ()):
         raise ApiError(
           400,
           f"Unsupported parameter or value: {_clip(field)!r}.",
@@ -257,7 +266,14 @@ class _Completions:
         )
     if body.stream_options is not None and not body.stream:
       raise _invalid("stream_options", "is for streams: set stream.")
-    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    max_tokens = body.max_tokens
+    tokens_of: Callable[[Any, bool], np.ndarray] = self._tokens
+    if isinstance(body, schema.ChatRequest):
+      max_tokens = self._check_chat(body)
+      tokens_of = self._conversation
+      prompts: list[Any] = [body.messages]
+    else:
+      prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     n = 1 if body.n is None else body.n
     if len(prompts) * n > self._limits.rows:
       raise _invalid(
@@ -275,7 +291,7 @@ class _Completions:
     seed = secrets.randbits(32) if body.seed is None else body.seed
     prefix = self._prefix(body)
     encoded = [
-      np.append(prefix, self._tokens(text, body.truncate)) for text in prompts
+      np.append(prefix, tokens_of(prompt, body.truncate)) for prompt in prompts
     ]
     return [
       Row(
@@ -285,14 +301,35 @@ class _Completions:
         number=i * n + j,
         temperature=temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
-        max_tokens=min(longest, body.max_tokens or longest),
-        alternatives=bool(body.logprobs),
+        max_tokens=min(longest, max_tokens or longest),
+        alternatives=bool(body.alternatives),
       )
       for i, tokens in enumerate(encoded)
       for j in range(n)
     ]
 
-  def _prefix(self, body: schema.CompletionRequest) -> np.ndarray:
+  def _check_chat(self, body: schema.ChatRequest) -> int | None:
+    """What only conversations have; returns the limit of tokens."""
+    if not self._model.chat:
+      raise ApiError(
+        400,
+        "model: this one has no chat template; ask POST /v1/completions, or "
+        "serve a run whose tokenizer has one.",
+        code="no_chat_template",
+        param="model",
+      )
+    if body.top_logprobs is not None and not body.logprobs:
+      raise _invalid("top_logprobs", "is for logprobs: set logprobs.")
+    limits = {body.max_tokens, body.max_completion_tokens} - {None}
+    if len(limits) > 1:
+      raise _invalid(
+        "max_tokens", "differs from max_completion_tokens: give one of them."
+      )
+    return limits.pop() if limits else None
+
+  def _prefix(
+    self, body: schema.CompletionRequest | schema.ChatRequest
+  ) -> np.ndarray:
     """[p] int32, what the policy is told of the weighting; mostly nothing."""
     if self._policy.prompts is None:
       return np.zeros([0], np.int32)
@@ -306,23 +343,49 @@ class _Completions:
     """[s] int32, the model's input, EOS included."""
     limit = self._model.max_prompt_tokens
     characters = limit * self._limits.characters_per_token
-    try:
-      text.encode()
-    except UnicodeEncodeError:
-      raise _invalid("prompt", "holds half a surrogate pair.") from None
+    _check_text("prompt", text)
     if len(text) > characters and not truncate:
-      raise _too_long(limit)
-    # A token more than fits tells whether anything is cut.
+      raise _too_long("prompt", limit)
     template = parse_template(self._policy.config.data.template)
-    try:
-      ids, cut = self._policy.vocabulary.prompt(
-        text[:characters], template, limit
-      )
-    except ValueError as error:  # a chat template refuses it
-      raise _invalid("prompt", str(error)) from error
+    ids, cut = self._prompt("prompt", text[:characters], template, limit)
     if cut and not truncate:
-      raise _too_long(limit)
+      raise _too_long("prompt", limit)
     return np.asarray(ids, np.int32)
+
+  def _conversation(
+    self, messages: list[schema.Message], truncate: bool
+  ) -> np.ndarray:
+    """[s] int32, the model's input, up to where it answers."""
+    limit = self._model.max_prompt_tokens
+    given = [message.model_dump(exclude_none=True) for message in messages]
+    _check_text("messages", json.dumps(given, ensure_ascii=False))
+    excess = sum(len(message["content"]) for message in given)
+    excess -= limit * self._limits.characters_per_token
+    if excess > 0 and not truncate:
+      raise _too_long("messages", limit)
+    # As far as characters tell, for `prompt` renders again for each it cuts.
+    for message in sorted(given, key=lambda m: -len(m["content"])):
+      content = message["content"]
+      message["content"] = content[: max(0, len(content) - max(0, excess))]
+      excess -= len(content) - len(message["content"])
+    # Whole first: cutting is only begun where it is asked for.
+    ids, _ = self._prompt("messages", given, None, sys.maxsize)
+    if len(ids) > limit:
+      if not truncate:
+        raise _too_long("messages", limit)
+      ids, _ = self._prompt("messages", given, None, limit)
+    return np.asarray(ids, np.int32)
+
+  def _prompt(
+    self, field: str, document: Any, template: Template, limit: int
+  ) -> tuple[list[int], bool]:
+    """`Tokenizer.prompt`, whose errors are those of a field."""
+    vocabulary = self._policy.vocabulary
+    try:
+      return vocabulary.prompt(document, template, limit)
+    except ValueError as error:  # a chat template refuses it
+      message = str(error).replace(vocabulary.path, "this model")
+      raise _invalid(field, message) from error
 
   @contextlib.asynccontextmanager
   async def _until(self, deadline: float) -> AsyncIterator[None]:
@@ -341,156 +404,24 @@ class _Completions:
       raise _unavailable() from error
 
   async def _stream(
-    self, answer: "_Answer", ticket: Ticket, deadline: float
+    self, answer: Answer, ticket: Ticket, deadline: float
   ) -> AsyncIterator[str]:
     """Server-sent events."""
     try:
-      pieces = aiter(ticket)
+      events = answer.events(ticket)
       while True:
         async with self._until(deadline):
-          piece = await anext(pieces, None)
-        if piece is None:
+          event = await anext(events, None)
+        if event is None:
           break
-        yield _event(answer.chunk(piece))
-      if answer.include_usage:
-        yield _event(answer.last_chunk())
+        yield _event(event)
       yield "data: [DONE]\n\n"
     finally:
       self._batcher.cancel(ticket)
       self._metrics.generated_tokens.inc(answer.completion_tokens)
 
 
-class _Answer:
-  """The answer to one request, as its pieces come."""
-
-  def __init__(
-    self,
-    policy: Policy,
-    model: schema.Model,
-    body: schema.CompletionRequest,
-    rows: Sequence[Row],
-  ):
-    self._choices = [_Choice(policy.vocabulary, body.logprobs) for _ in rows]
-    self._head = {
-      "id": f"cmpl-{uuid.uuid4().hex}",
-      "object": "text_completion",
-      "created": int(time.time()),
-      "model": model.id,
-      "system_fingerprint": f"step-{model.step}",
-    }
-    n = 1 if body.n is None else body.n
-    self.prompt_tokens = sum(len(row.tokens) for row in rows[::n])
-    self.completion_tokens = 0
-    options = body.stream_options
-    self.include_usage = options is not None and options.include_usage
-
-  async def collect(self, ticket: Ticket) -> None:
-    """Takes all pieces in, for `whole`."""
-    async for piece in ticket:
-      self.chunk(piece)
-
-  def chunk(self, piece: Piece) -> dict[str, Any]:
-    """Takes a piece in and makes a stream's event of it.
-
-    Raises:
-      ApiError: the model's numbers are not finite, and its tokens chance.
-    """
-    top = (logp for place in piece.top for _, logp in place)
-    if not all(map(math.isfinite, (*piece.logp, *top))):
-      raise ApiError(
-        500,
-        "The model's log-probabilities are not finite at this weighting; try "
-        "another one, or serve another checkpoint.",
-        code="not_finite",
-      )
-    choice = self._choices[piece.row]
-    before = len(choice.tokens)
-    text = choice.add(piece)
-    self.completion_tokens += len(choice.tokens) - before
-    content = {
-      "index": piece.row,
-      "text": text,
-      "logprobs": choice.logprobs(before),
-      "finish_reason": piece.finish_reason,
-    }
-    return self._head | {"choices": [content], "usage": None}
-
-  def last_chunk(self) -> dict[str, Any]:
-    """A stream's event that counts the tokens."""
-    return self._head | {"choices": [], "usage": self._usage()}
-
-  def whole(self) -> dict[str, Any]:
-    """All of it, in one."""
-    choices = [
-      {
-        "index": i,
-        "text": choice.text,
-        "logprobs": choice.logprobs(0),
-        "finish_reason": choice.finish_reason,
-      }
-      for i, choice in enumerate(self._choices)
-    ]
-    return self._head | {"choices": choices, "usage": self._usage()}
-
-  def _usage(self) -> dict[str, int]:
-    return {
-      "prompt_tokens": self.prompt_tokens,
-      "completion_tokens": self.completion_tokens,
-      "total_tokens": self.prompt_tokens + self.completion_tokens,
-    }
-
-
-class _Choice:
-  """One row's text and what goes with it."""
-
-  def __init__(self, vocabulary: Any, logprobs: int | None):
-    self._detokenizer = Detokenizer(vocabulary)
-    self._eos_ids = vocabulary.eos_ids
-    self._wanted = logprobs
-    self.text = ""
-    self.finish_reason: str | None = None
-    self.tokens: list[str] = []
-    self._logp: list[float] = []
-    self._top: list[dict[str, float]] = []
-    self._offsets: list[int] = []
-
-  def add(self, piece: Piece) -> str:
-    """Takes tokens in; returns the text that they add."""
-    start = len(self.text)
-    ended = piece.finish_reason is not None
-    for i, token in enumerate(piece.tokens):
-      last = ended and i == len(piece.tokens) - 1
-      if self._wanted and piece.top:
-        top: dict[str, float] = {}
-        for other, logp in piece.top[i][: self._wanted]:
-          text = self._detokenizer.would_add(other)
-          top[text] = max(logp, top.get(text, logp))
-      added = self._detokenizer.push(token, last=last)
-      if token in self._eos_ids:
-        self.text += added  # of half a character that remains half
-        continue
-      self.tokens.append(added)
-      self._logp.append(piece.logp[i])
-      self._offsets.append(len(self.text))
-      if self._wanted and piece.top:
-        self._top.append(top)
-      self.text += added
-    self.finish_reason = piece.finish_reason
-    return self.text[start:]
-
-  def logprobs(self, start: int) -> dict[str, Any] | None:
-    """From token `start` on, in OpenAI's form."""
-    if self._wanted is None:
-      return None
-    return {
-      "tokens": self.tokens[start:],
-      "token_logprobs": self._logp[start:],
-      "top_logprobs": self._top[start:] if self._wanted else None,
-      "text_offset": self._offsets[start:],
-    }
-
-
-async def _unless_gone(request: Request, work: Coroutine) -> None:
+async def _unless_gone(request: Request, work: Coroutine) -> Any:
   """Does the work, unless the client leaves before it is done."""
 
   async def watch():
@@ -502,7 +433,7 @@ async def _unless_gone(request: Request, work: Coroutine) -> None:
     await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
     if not working.done():
       raise ApiError(499, "The client has left.")  # which nobody reads
-    await working
+    return await working
   finally:
     working.cancel()
     leaving.cancel()
@@ -559,6 +490,13 @@ def _handle_errors(app: FastAPI) -> None:
     )
 
 
+_FORMS = {
+  "prompt": "must be a string or a list of 1 to 256 strings.",
+  "stop": "must be a string or a list of up to 4, each of up to 1000 "
+  "characters.",
+}
+
+
 def _validation_error(error: RequestValidationError) -> ApiError:
   """What pydantic found first, as one sentence about one field."""
   first = error.errors()[0]
@@ -572,8 +510,15 @@ def _validation_error(error: RequestValidationError) -> ApiError:
       code="invalid_body",
     )
   field = _clip(place[0])
-  if field == "prompt" and first["type"] != "missing":
-    return _invalid(field, "must be a string or a list of 1 to 256 strings.")
+  if field in _FORMS and first["type"] != "missing":
+    return _invalid(field, _FORMS[field])
+  if field == "messages":
+    where = field + "".join(f"[{part}]" for part in place[1:])
+    return _invalid(
+      field,
+      f"{_clip(where)}: {_clip(first['msg'])}; send 1 to 256 objects with a "
+      '"role" and a "content", which are strings.',
+    )
   return _invalid(field, f"{_clip(first['msg'])}.")
 
 
@@ -583,13 +528,21 @@ def _invalid(field: str, message: str) -> ApiError:
   return ApiError(400, _clip(message, 500), code="invalid_value", param=field)
 
 
-def _too_long(limit: int) -> ApiError:
+def _check_text(field: str, text: str) -> None:
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise _invalid(field, "holds half a surrogate pair.") from None
+
+
+def _too_long(field: str, limit: int) -> ApiError:
+  what = "a document" if field == "prompt" else "the conversation"
   return ApiError(
     400,
-    f"prompt: a document is longer than the {limit} tokens that this model "
+    f"{field}: {what} is longer than the {limit} tokens that this model "
     'reads; shorten it, or send "truncate": true to have it cut.',
     code="context_length_exceeded",
-    param="prompt",
+    param=field,
   )
 
 

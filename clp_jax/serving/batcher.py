@@ -53,10 +53,11 @@ class Ticket:
   """A request that is waiting or being decoded."""
 
   rows: Sequence[Row]
-  streamed: bool
+  streamed: bool  # whether pieces are wanted as they come
   loop: asyncio.AbstractEventLoop
   pieces: asyncio.Queue
   cancelled: bool = False  # nobody is listening any more
+  ended: set[int] = dataclasses.field(default_factory=set)  # rows
 
   async def __aiter__(self) -> AsyncIterator[Piece]:
     """The pieces, until every row has ended.
@@ -64,13 +65,19 @@ class Ticket:
     Raises:
       Unavailable: when they will not come.
     """
-    left = len(self.rows)
-    while left:
+    while len(self.ended) < len(self.rows):
       piece = await self.pieces.get()
       if isinstance(piece, Exception):
         raise piece
-      left -= piece.finish_reason is not None
+      if piece.row in self.ended:  # it was on its way when the row was stopped
+        continue
+      if piece.finish_reason is not None:
+        self.ended.add(piece.row)
       yield piece
+
+  def stop(self, row: int) -> None:
+    """Ends a row: it needs no more tokens."""
+    self.ended.add(row)
 
 
 class _Waiting(NamedTuple):
@@ -203,7 +210,14 @@ class Batcher:
     sent = [0] * len(batch)
     open_rows = set(range(len(batch)))
     position = 0
-    while open_rows:
+    while True:
+      for i in sorted(open_rows):
+        ticket, number = batch[i]
+        if number in ticket.ended:
+          decoding.stop(i)
+          open_rows.discard(i)
+      if all(batch[i].ticket.cancelled for i in open_rows):
+        break
       streamed = any(
         batch[i].ticket.streamed and not batch[i].ticket.cancelled
         for i in open_rows
@@ -222,8 +236,6 @@ class Batcher:
           open_rows.discard(i)
       for ticket, pieces in deliveries.items():
         _send(ticket, pieces)
-      if all(batch[i].ticket.cancelled for i in open_rows):
-        break
 
   def _piece(
     self, sampled: Sampled, i: int, number: int, start: int, row: Row

@@ -191,6 +191,10 @@ class Batch:
       np.arange(decoder.rows) < len(rows),
     )
 
+  def stop(self, i: int) -> None:
+    """Ends row i where it is, when decoding goes on: a token later."""
+    self._settings.max_tokens[i] = 1
+
   def advance(self, until: int) -> Sampled:
     """Decodes up to a position, or until all rows have ended.
 

@@ -77,7 +77,7 @@ class Metrics:
         route = scope.get("route")
         path = "other" if route is None else route.path
         self._requests.labels(path, str(status)).inc()
-        if path == "/v1/completions":
+        if path in ("/v1/completions", "/v1/chat/completions"):
           self._seconds.observe(time.perf_counter() - start)
 
     return counted

@@ -1,4 +1,4 @@
-"""Tokens to text: in pieces as they come, and with log-probabilities."""
+"""Tokens to text: in pieces as they come, up to strings that end it."""
 
 from collections.abc import Sequence
 
@@ -47,3 +47,31 @@ class Detokenizer:
   def _decode(self, ids: Sequence[int]) -> str:
     size = self._vocabulary.size
     return self._vocabulary.decode([i for i in ids if i < size])
+
+
+def final_length(
+  text: str, stops: Sequence[str], *, last: bool
+) -> tuple[int, bool]:
+  """How much of a growing text stays, whatever follows.
+
+  The text ends before the first place at which one of `stops` begins. What may
+  be the beginning of one is not final before it is known.
+
+  Args:
+    text: so far.
+    stops: not empty.
+    last: whether nothing follows.
+
+  Returns:
+    Its characters that are final, and whether a stop ends it there.
+  """
+  found = min((i for s in stops if (i := text.find(s)) >= 0), default=None)
+  end = len(text) if found is None else found
+  if last:
+    return end, found is not None
+  # The longest beginning of a stop that the text ends in.
+  size = max(map(len, stops), default=1) - 1
+  for i in range(max(0, len(text) - size), end):
+    if any(s.startswith(text[i:]) for s in stops):
+      return i, False
+  return end, found is not None

@@ -1,5 +1,6 @@
-// The page: a document and a weighting go to POST /v1/completions, and what
-// comes back is shown as text. All state is in the address after "#".
+// The page: a document and a weighting go to POST /v1/completions, or a
+// conversation to POST /v1/chat/completions, and what comes back is shown as
+// text. All state but the conversation is in the address after "#".
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -12,19 +13,21 @@ const state = {
   alpha: null, // where the run is steered by it
   front: null, // as /v1/front has it
   stops: [], // weights along the front
+  chatting: false, // whether the conversation is shown, not the document
+  turns: [], // of it: {role, content}, and of an answer its weights
 };
 let asked = {}; // an AbortController for each part of the page
 let timers = {};
 
 // ---- The server ----
 
-async function call(path, options = {}) {
+async function request(path, options = {}) {
   const headers = { "Content-Type": "application/json" };
   const key = sessionStorage.getItem("key");
   if (key) headers.Authorization = `Bearer ${key}`;
   const response = await fetch(path, { ...options, headers });
+  if (response.ok) return response;
   const content = await response.json().catch(() => null);
-  if (response.ok) return content;
   const error = new Error(
     content?.error?.message ?? `The server answered ${response.status}.`,
   );
@@ -33,13 +36,13 @@ async function call(path, options = {}) {
   throw error;
 }
 
-async function summarise(text, weights, alpha, signal) {
-  const body = {
-    model: state.model.id,
-    prompt: text,
-    temperature: 0,
-    truncate: true,
-  };
+async function call(path) {
+  return (await request(path)).json();
+}
+
+// A greedy answer's response, at a weighting.
+async function ask(path, fields, weights, alpha, signal) {
+  const body = { model: state.model.id, temperature: 0, ...fields };
   const objectives = state.model.objectives;
   if (objectives.length) {
     body.weights = Object.fromEntries(
@@ -50,11 +53,34 @@ async function summarise(text, weights, alpha, signal) {
   const options = { method: "POST", body: JSON.stringify(body), signal };
   for (let attempt = 0; ; attempt++) {
     try {
-      return await call("v1/completions", options);
+      return await request(path, options);
     } catch (error) {
       if (!(error.retryAfter > 0) || attempt === 3) throw error;
       await new Promise((done) => setTimeout(done, 1000 * error.retryAfter));
       signal.throwIfAborted();
+    }
+  }
+}
+
+async function summarise(text, weights, alpha, signal) {
+  const fields = { prompt: text, truncate: true };
+  return (await ask("v1/completions", fields, weights, alpha, signal)).json();
+}
+
+// The events of a response that is a stream.
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let left = ""; ; ) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const parts = (left + value).split("\n\n");
+    left = parts.pop();
+    for (const part of parts) {
+      const data = part.slice("data: ".length);
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new Error(event.error.message);
+      yield event;
     }
   }
 }
@@ -150,6 +176,7 @@ function saveAddress() {
   if (state.alpha !== null) {
     parameters.set("alpha", Number(state.alpha.toPrecision(4)));
   }
+  if (state.chatting) parameters.set("view", "chat");
   parameters.set("document", $("document").value.slice(0, 4000));
   history.replaceState(null, "", `#${parameters}`);
 }
@@ -169,6 +196,7 @@ function readAddress() {
     const alpha = Number(parameters.get("alpha") ?? low);
     state.alpha = Math.min(high, Math.max(low, alpha || low));
   }
+  state.chatting = state.model.chat && parameters.get("view") === "chat";
   return parameters.get("document");
 }
 
@@ -178,7 +206,10 @@ function later(name, action, pause = PAUSE) {
   clearTimeout(timers[name]);
   // What is on its way answers a question that is no longer asked.
   asked[name]?.abort();
-  if (name === "summary") $("summary").classList.add("busy");
+  if (name === "summary") {
+    const place = state.chatting ? $("turns").lastElementChild : $("summary");
+    place?.classList.add("busy");
+  }
   timers[name] = setTimeout(action, pause);
 }
 
@@ -191,6 +222,7 @@ function newest(name) {
 
 async function askSummary() {
   saveAddress();
+  if (state.chatting) return askTurn();
   const text = $("document").value.trim();
   const signal = newest("summary");
   const place = $("summary");
@@ -223,6 +255,7 @@ async function askSummary() {
 }
 
 async function askRow() {
+  if (state.chatting) return;
   const text = $("document").value.trim();
   const signal = newest("row");
   try {
@@ -237,6 +270,40 @@ async function askRow() {
   } catch (error) {
     report(error);
   }
+}
+
+// The conversation's last turn, anew where it has been answered.
+async function askTurn() {
+  const signal = newest("summary");
+  const turns = state.turns;
+  if (turns.at(-1)?.role === "assistant") turns.pop();
+  if (!turns.length) return;
+  const messages = turns.map(({ role, content }) => ({ role, content }));
+  const turn = { role: "assistant", content: "", weights: state.weights };
+  turns.push(turn);
+  $("send").disabled = true;
+  showTurns();
+  const place = $("turns").lastElementChild;
+  place.classList.add("busy");
+  try {
+    const fields = { messages, stream: true };
+    const path = "v1/chat/completions";
+    const stream = events(
+      await ask(path, fields, state.weights, state.alpha, signal),
+    );
+    for await (const event of stream) {
+      turn.content += event.choices[0].delta.content;
+      place.lastElementChild.textContent = turn.content;
+    }
+    report(null);
+  } catch (error) {
+    if (error.name === "AbortError") return; // another answer takes its place
+    turns.pop();
+    showTurns();
+    report(error);
+  }
+  place.classList.remove("busy");
+  $("send").disabled = false;
 }
 
 // ---- Showing ----
@@ -274,6 +341,29 @@ function showText(place, text, source) {
     return element("span", { class: "unsupported" }, part);
   });
   place.replaceChildren(...parts);
+}
+
+function showView() {
+  $("view").hidden = !state.model.chat;
+  $("view").setAttribute("aria-pressed", state.chatting);
+  $("chat").hidden = !state.chatting;
+  for (const place of document.querySelectorAll(".documents")) {
+    place.hidden = state.chatting;
+  }
+}
+
+function showTurns() {
+  $("turns").replaceChildren(
+    ...state.turns.map(({ role, content, weights }) => {
+      const item = element("li", { class: role });
+      const at = weights?.length > 1 ? ` at ${shown(weights)}` : "";
+      item.append(
+        element("span", { class: "who" }, role === "user" ? "You" : `Model${at}`),
+        element("span", { class: "text" }, content),
+      );
+      return item;
+    }),
+  );
 }
 
 function showWeighting() {
@@ -547,6 +637,7 @@ async function start() {
     $("front").remove();
     $("front-note").textContent = error.message;
   }
+  showView();
   showWeighting();
   askSummary();
   askRow();
@@ -576,6 +667,36 @@ $("document").addEventListener("input", () => {
   later("summary", askSummary, 2 * PAUSE);
   later("row", askRow, 3 * PAUSE);
 });
+$("view").addEventListener("click", () => {
+  state.chatting = !state.chatting;
+  showView();
+  askSummary();
+  askRow();
+});
+$("message-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if ($("send").disabled) return;
+  const content = $("message").value.trim();
+  if (!content) return;
+  // In place of one that was not answered.
+  if (state.turns.at(-1)?.role === "user") state.turns.pop();
+  state.turns.push({ role: "user", content });
+  $("message").value = "";
+  askTurn();
+});
+$("message").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $("message-form").requestSubmit();
+});
+$("forget").addEventListener("click", () => {
+  asked.summary?.abort();
+  state.turns = [];
+  showTurns();
+  report(null);
+  $("send").disabled = false;
+  $("message").focus();
+});
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("key", $("key").value.trim());
@@ -595,6 +716,7 @@ window.addEventListener("hashchange", () => {
   if (!state.model) return;
   const text = readAddress();
   if (text !== null) $("document").value = text;
+  showView();
   showWeighting();
   askSummary();
   askRow();
