@@ -68,7 +68,6 @@ class ActorCritic:
     self, state: TrainState, experience: Experience, reference: Params
   ) -> tuple[TrainState, dict[str, Mean | jax.Array]]:
     """The three steps of the module, a pure function as `Reinforce` is."""
-
     critic, settings, mask = state.critic, self.settings, experience.mask
     assert critic is not None
 
