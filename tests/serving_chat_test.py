@@ -273,6 +273,8 @@ class TestChat:
     assert caught.value.code == "context_length_exceeded"
     cut = ask(client, turns, extra={"truncate": True})
     assert 90 <= cut.usage.prompt_tokens <= 96
+    with pytest.raises(openai.BadRequestError, match="send fewer messages"):
+      ask(client, turns[:1] * 60, extra={"truncate": True})
 
 
 INVALID = [
@@ -481,10 +483,10 @@ class TestStops:
     assert got == [cut_at(text, [stop])[0] for text in texts] != texts
 
   def test_a_row_that_has_ended_is_decoded_no_further(self, policy, decoder):
-    reached = []
+    stopped, go = [], threading.Event()
 
     class Watched:
-      """A decoder that waits for the event loop after each piece."""
+      """A decoder that goes on when the client has heard of the end."""
 
       rows, max_tokens, eos_ids = 8, decoder.max_tokens, decoder.eos_ids
       length = decoder.length
@@ -494,24 +496,35 @@ class TestStops:
         return self
 
       def advance(self, until):
-        threading.Event().wait(0.3 if reached else 0)
-        sampled = self.batch.advance(until)
-        reached.append(int(sampled.lengths.max()))
-        return sampled
+        assert until == STREAMED or go.wait(20)
+        return self.batch.advance(until)
 
       def stop(self, i):
+        stopped.append(i)
         self.batch.stop(i)
 
+    def samples(seed):
+      return policy.generate([QUESTION] * 2, WEIGHTS, seed=seed)
+
+    # One ends at once, the other goes on for longer than two pieces.
     seed = next(
       seed
-      for seed in range(9)
-      if len(policy.vocabulary.encode(expected(policy, seed=seed))) > 16
+      for seed in range(50)
+      if samples(seed)[1][0] not in samples(seed)[0]
+      and len(policy.vocabulary.encode(samples(seed)[0])) > 3 * STREAMED
     )
-    text = expected(policy, seed=seed)
+    other, stopping = samples(seed)
     with serving(policy, Watched()) as address:
-      choice = post(address, seed=seed, stop=text[0]).json()["choices"][0]
-    assert choice["message"]["content"] == ""
-    assert STREAMED <= max(reached) <= 3 * STREAMED
+      texts = ["", ""]
+      for event in ask(
+        make_client(address), seed=seed, n=2, stop=stopping[0], stream=True
+      ):
+        (choice,) = event.choices
+        texts[choice.index] += choice.delta.content
+        if choice.finish_reason is not None:
+          go.set()
+    assert texts == [other, ""]
+    assert stopped == [1]
 
   def test_a_stopped_row_ends_and_leaves_the_others_alone(
     self, policy, decoder

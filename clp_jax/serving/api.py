@@ -373,7 +373,10 @@ class _Completions:
     if len(ids) > limit:
       if not truncate:
         raise _too_long("messages", limit)
-      ids, _ = self._prompt("messages", given, None, limit)
+      try:
+        ids, _ = self._policy.vocabulary.prompt(given, None, limit)
+      except ValueError as error:
+        raise _too_long("messages", limit, "send fewer messages") from error
     return np.asarray(ids, np.int32)
 
   def _prompt(
@@ -384,7 +387,8 @@ class _Completions:
     try:
       return vocabulary.prompt(document, template, limit)
     except ValueError as error:  # a chat template refuses it
-      message = str(error).replace(vocabulary.path, "this model")
+      where = f"of {vocabulary.path} fails"  # which is nobody else's to know
+      message = str(error).replace(where, "of this model fails")
       raise _invalid(field, message) from error
 
   @contextlib.asynccontextmanager
@@ -535,12 +539,16 @@ def _check_text(field: str, text: str) -> None:
     raise _invalid(field, "holds half a surrogate pair.") from None
 
 
-def _too_long(field: str, limit: int) -> ApiError:
+def _too_long(
+  field: str,
+  limit: int,
+  advice: str = 'shorten it, or send "truncate": true to have it cut',
+) -> ApiError:
   what = "a document" if field == "prompt" else "the conversation"
   return ApiError(
     400,
     f"{field}: {what} is longer than the {limit} tokens that this model "
-    'reads; shorten it, or send "truncate": true to have it cut.',
+    f"reads; {advice}.",
     code="context_length_exceeded",
     param=field,
   )
