@@ -141,7 +141,7 @@ def test_a_sweep_may_sample_the_token_of_id_zero(folder, monkeypatch):
   monkeypatch.setitem(policy.__dict__, "allowed", allowed)
   batch = batches.eval_batch(policy.config, policy.vocabulary, 8)
   measure = sweep.make_measure(policy, [], batch, 0)
-  assert np.isfinite(measure(policy.steered({"helpful": 1})).kl).all()
+  assert np.isfinite(measure(policy.mix({"helpful": 1})).kl).all()
 
 
 def test_a_conversation_is_answered_as_its_chat_template_shows_it(

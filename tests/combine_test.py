@@ -127,6 +127,7 @@ def test_dera_goes_from_the_runs_alpha_to_the_reference(
   )
 
 
+@pytest.mark.slow
 def test_what_it_makes_is_a_run(folders, tmp_path):
   workdir = tmp_path / "soup"
   combined(pair(folders), "soup", workdir)

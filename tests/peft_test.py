@@ -66,10 +66,16 @@ def assert_same(tensors, folder):
   "family, fields, alpha",
   [
     ("t5", {}, None),
-    ("t5", {"steering": "svd_lora", "model.scan_layers": True}, None),
+    pytest.param(
+      *("t5", {"steering": "svd_lora", "model.scan_layers": True}, None),
+      marks=pytest.mark.slow,
+    ),
     ("t5", {"adapters.targets": ("mlp",), **RANGE}, 0.3),
     ("decoder", {"model.scan_layers": True}, None),
-    ("decoder", {"conditioning.shared": "trained", **RANGE}, 0.3),
+    pytest.param(
+      *("decoder", {"conditioning.shared": "trained", **RANGE}, 0.3),
+      marks=pytest.mark.slow,
+    ),
     (
       "decoder",
       {"steering": "svd_lora", "conditioning.kl_set": "frozen", **RANGE},
