@@ -1,4 +1,5 @@
-"""The model a run starts from: a preset, a run's folder or a checkpoint."""
+"""The model a run starts from: a preset, a run's folder or a checkpoint, which
+may be one of the Hugging Face Hub."""
 
 import dataclasses
 import functools
@@ -12,6 +13,7 @@ from clp_jax.data import newsroom_text, tasks, tokenizer_files
 from clp_jax.data.tokenizer import Tokenizer
 from clp_jax.data.vocabulary import Vocabulary
 from clp_jax.errors import ConfigError, as_config_error
+from clp_jax.interop import hub
 from clp_jax.interop.storage import Folder
 from clp_jax.models import families, trees
 from clp_jax.models.presets import OWN_VOCABULARY, PRESETS
@@ -39,6 +41,7 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
   Raises:
     ConfigError: when it names nothing that can be loaded.
   """
+  config = _found(config)
   init = config.model.init
   if init in PRESETS:
     vocabulary = _vocabulary(config)
@@ -120,6 +123,7 @@ def load_model_config(config: ml_collections.ConfigDict) -> families.Config:
   Raises:
     ConfigError: when `config.model.init` names no model.
   """
+  config = _found(config)
   init = config.model.init
   if init in OWN_VOCABULARY:
     model_config = _preset(config, _vocabulary(config))
@@ -144,6 +148,7 @@ def load_vocabulary_of(config: ml_collections.ConfigDict) -> Tokenizer:
   Raises:
     ConfigError: when there is none.
   """
+  config = _found(config)
   if config.model.init in PRESETS:
     return _vocabulary(config)
   if _is_run(config.model.init):
@@ -151,10 +156,22 @@ def load_vocabulary_of(config: ml_collections.ConfigDict) -> Tokenizer:
   return _vocabulary_beside(config)
 
 
+def _found(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config, with the folder of a model that the Hub's cache has."""
+  init = config.model.init
+  if init in PRESETS or not hub.is_name(init):
+    return config
+  config = config.copy_and_resolve_references()
+  with as_config_error():
+    config.model.init = hub.folder(init)
+  return config
+
+
 def _nothing(init: str) -> ConfigError:
   return ConfigError(
     f"model.init = {init!r} is neither a preset ({', '.join(PRESETS)}) nor "
-    "a folder that holds a model."
+    "a folder that holds a model, nor the name of one on the Hugging Face Hub "
+    "(org/name)."
   )
 
 

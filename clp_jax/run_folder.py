@@ -54,7 +54,9 @@ def start(workdir: str, config: ml_collections.ConfigDict) -> None:
   """Claims a folder for a run, or checks that it holds this very run.
 
   A folder is resumed when its config differs in nothing that changes the
-  course of training; the new values of those other fields take effect.
+  course of training; the new values of those other fields take effect. One of
+  a run that ended before it had a model, as where model.init names none, is
+  taken.
 
   Raises:
     RunError: when the folder can't be written.
@@ -65,7 +67,8 @@ def start(workdir: str, config: ml_collections.ConfigDict) -> None:
   file = path / "config.json"
   try:
     if file.exists():
-      _check_same(workdir, _read(file), new)
+      if has_model(workdir):
+        _check_same(workdir, _read(file), new)
     elif path.exists() and any(path.glob("checkpoints/*")):
       raise ConfigError(
         f"{workdir} holds checkpoints but no config.json; choose another "

@@ -33,6 +33,7 @@ def _requirements(*extras):
 # (None) are for all folders.
 _IMPORTERS = {
   None: ["clp_jax"],
+  "cuda": ["clp_jax"],
   "tpu": ["clp_jax"],
   "serve": ["clp_jax/serving"],
   "plan": ["clp_jax/plan"],

@@ -1,0 +1,53 @@
+"""Models of the Hugging Face Hub, by name: `org/name`, or `org/name@revision`.
+
+They are read from the Hub's own cache (HF_HOME, HF_HUB_CACHE), into which what
+is missing is downloaded, unless HF_HUB_OFFLINE is set.
+"""
+
+import os
+import re
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+# Weights of other formats than safetensors only where there are no others.
+_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+_TORCH = "pytorch_model*.bin"
+
+
+def is_name(text: str) -> bool:
+  """Whether a text is of that form, and no folder here."""
+  return _NAME.fullmatch(text) is not None and not os.path.exists(text)
+
+
+def folder(name: str) -> str:
+  """The folder of a model in the cache.
+
+  Args:
+    name: see `is_name`.
+
+  Raises:
+    ValueError: when it is neither there nor to be had.
+  """
+  # It takes most of a second to import, and few runs start from a name.
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  repo, _, revision = name.partition("@")
+
+  def snapshot(patterns: list[str]) -> str:
+    return huggingface_hub.snapshot_download(
+      repo, revision=revision or None, allow_patterns=patterns
+    )
+
+  try:
+    path = snapshot(_FILES)
+    if not any(file.endswith(".safetensors") for file in os.listdir(path)):
+      path = snapshot([*_FILES, _TORCH])
+  except (OSError, ValueError, errors.HfHubHTTPError) as error:
+    text = " ".join(str(error).split())[:200]
+    option = f" --revision {revision}" if revision else ""
+    raise ValueError(
+      f"{name} is no folder here, and the Hugging Face Hub does not give it: "
+      "correct the name, or download it where there is a network (hf download "
+      f"{repo}{option}) and copy the cache. The Hub's library says: {text}"
+    ) from error
+  return path

@@ -1,0 +1,74 @@
+"""model.init as a name of the Hugging Face Hub, found in its cache on disk."""
+
+import json
+
+import huggingface_hub.constants
+import jax
+import numpy as np
+import pytest
+import runs
+import small_decoder
+
+from clp_jax import initial, interop, run_folder
+from clp_jax.cli.arguments import load_config
+
+NEW, OLD = "a" * 40, "b" * 40
+NAME = "org/small"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  """Two revisions of a model, of which the older one has a tag."""
+  repo = tmp_path / "hub" / "models--org--small"
+  for commit, dim in ((NEW, 32), (OLD, 16)):
+    small_decoder.save(repo / "snapshots" / commit, mlp_dim=dim)
+  (repo / "refs").mkdir()
+  (repo / "refs" / "main").write_text(NEW)
+  (repo / "refs" / "v1").write_text(OLD)
+  constants = huggingface_hub.constants
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  monkeypatch.chdir(tmp_path)
+  return repo / "snapshots"
+
+
+def config_of(name):
+  return load_config(runs.CONFIG, runs.overrides(name))
+
+
+@pytest.mark.parametrize(
+  ("revision", "commit"), [("", NEW), ("@main", NEW), ("@v1", OLD)]
+)
+def test_a_name_is_the_folder_of_its_revision(cache, revision, commit):
+  model, params = interop.load_model(cache / commit)
+  config = config_of(NAME + revision)
+  found = initial.load_initial(config)
+  jax.tree.map(np.testing.assert_array_equal, found.params, params)
+  assert found.vocabulary.files() == small_decoder.tokenizer_files()
+  assert initial.load_model_config(config).mlp_dim == model.config.mlp_dim
+  assert config.model.init == NAME + revision  # which the run's folder keeps
+
+
+def test_a_run_keeps_the_name(cache, tmp_path):
+  fields = {"train.steps": 0, "steering": "none", "objectives": "('nli',)"}
+  arguments = runs.train_arguments(tmp_path / "run", NAME, **fields)
+  assert runs.clp(*arguments)[0] == 0
+  kept = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert kept["model"]["init"] == NAME
+
+
+def test_a_folder_of_that_name_comes_first(cache, tmp_path):
+  small_decoder.save(tmp_path / NAME, mlp_dim=48)
+  assert initial.load_model_config(config_of(NAME)).mlp_dim == 48
+
+
+@pytest.mark.parametrize("name", ["org/other", "org/small@v2"])
+def test_what_is_not_there_is_one_line(cache, tmp_path, name):
+  arguments = runs.train_arguments(tmp_path / "run", name)
+  status, out, err = runs.clp(*arguments)
+  assert status == 2 and out == ""
+  assert err.count("\n") == 1
+  assert f"{name} is no folder here" in err and "hf download org/" in err
+  # The folder can be used with the right name.
+  config = config_of(NAME)
+  run_folder.start(str(tmp_path / "run"), config)
