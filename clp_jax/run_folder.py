@@ -54,9 +54,7 @@ def start(workdir: str, config: ml_collections.ConfigDict) -> None:
   """Claims a folder for a run, or checks that it holds this very run.
 
   A folder is resumed when its config differs in nothing that changes the
-  course of training; the new values of those other fields take effect. One of
-  a run that ended before it had a model, as where model.init names none, is
-  taken.
+  course of training; the new values of those other fields take effect.
 
   Raises:
     RunError: when the folder can't be written.
@@ -67,8 +65,7 @@ def start(workdir: str, config: ml_collections.ConfigDict) -> None:
   file = path / "config.json"
   try:
     if file.exists():
-      if has_model(workdir):
-        _check_same(workdir, _read(file), new)
+      _check_same(workdir, _read(file), new)
     elif path.exists() and any(path.glob("checkpoints/*")):
       raise ConfigError(
         f"{workdir} holds checkpoints but no config.json; choose another "

@@ -9,7 +9,7 @@ import pytest
 import runs
 import small_decoder
 
-from clp_jax import initial, interop, run_folder
+from clp_jax import initial, interop
 from clp_jax.cli.arguments import load_config
 
 NEW, OLD = "a" * 40, "b" * 40
@@ -69,6 +69,3 @@ def test_what_is_not_there_is_one_line(cache, tmp_path, name):
   assert status == 2 and out == ""
   assert err.count("\n") == 1
   assert f"{name} is no folder here" in err and "hf download org/" in err
-  # The folder can be used with the right name.
-  config = config_of(NAME)
-  run_folder.start(str(tmp_path / "run"), config)
