@@ -6,6 +6,7 @@ processes that a test starts inherit them.
 
 import datetime
 import functools
+import importlib.metadata
 import os
 import pathlib
 
@@ -13,11 +14,12 @@ _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
   # Compilation is most of the suite's time. A third of it is optimising
   # programs that run once, and more than half of the rest is emitting fusions
-  # by MLIR, where LLVM's builder does as well.
-  os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8 "
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-  )
+  # by MLIR, where LLVM's builder does as well; JAX 0.11 has no such flag, and
+  # ends the process that gives it one it does not know.
+  flags = [f"{_DEVICES}=8", "--xla_backend_optimization_level=0"]
+  if importlib.metadata.version("jaxlib").startswith("0.10."):
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+  os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 # Many tests, and the processes that they start, compile the same programs.
