@@ -170,7 +170,12 @@ def test_many_queries_are_attended_to_in_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("remat", "scan"), [("minimal", True), ("full", True), ("full", False)]
+  ("remat", "scan"),
+  [
+    ("minimal", True),
+    ("full", True),
+    pytest.param("full", False, marks=pytest.mark.slow),
+  ],
 )
 def test_remat_changes_no_gradient(remat, scan):
   config = small_decoder.make_config("gemma2", scan_layers=scan)

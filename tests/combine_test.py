@@ -107,7 +107,9 @@ def test_mod_is_that_of_the_recipe(folders, tmp_path):
   )
 
 
-@pytest.mark.parametrize("names", [("rouge",), NAMES])
+@pytest.mark.parametrize(
+  "names", [("rouge",), pytest.param(NAMES, marks=pytest.mark.slow)]
+)
 def test_dera_goes_from_the_runs_alpha_to_the_reference(
   folders, tmp_path, names
 ):

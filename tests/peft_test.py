@@ -71,7 +71,9 @@ def assert_same(tensors, folder):
       marks=pytest.mark.slow,
     ),
     ("t5", {"adapters.targets": ("mlp",), **RANGE}, 0.3),
-    ("decoder", {"model.scan_layers": True}, None),
+    pytest.param(
+      *("decoder", {"model.scan_layers": True}, None), marks=pytest.mark.slow
+    ),
     pytest.param(
       *("decoder", {"conditioning.shared": "trained", **RANGE}, 0.3),
       marks=pytest.mark.slow,

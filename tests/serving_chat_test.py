@@ -429,7 +429,9 @@ class TestStops:
     assert final_length("the mill", stops, last=True) == (4, True)
     assert final_length("the mill.", stops, last=False) == (4, True)
 
-  @pytest.mark.parametrize("size", (1, 3, 6))
+  @pytest.mark.parametrize(
+    "size", [pytest.param(n, marks=pytest.mark.slow) for n in (1, 6)] + [3]
+  )
   def test_answers_end_before_the_first(self, client, size):
     for seed in range(6):
       text = ask(client, seed=seed).choices[0].message.content

@@ -174,6 +174,7 @@ def combine(parts, output, *rest):
   )
 
 
+@pytest.mark.slow
 def test_adapters_are_combined_as_runs_are(made, tmp_path):
   parts = {name: made / "adapters" / name for name in NAMES}
   status, out, err = combine(parts, tmp_path / "x")
