@@ -8,6 +8,7 @@ import pytest
 
 from clp_jax.evaluation import fronts
 from clp_jax.experiments import page, pictures, protocol
+from clp_jax.experiments.methods import METHODS
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -162,3 +163,10 @@ def test_the_chosen_steps_are_those_that_the_measurement_chose():
   # Half as many more were measured, too.
   later = volumes[protocol.STEPS * 3 // 2]
   assert later - volumes[protocol.STEPS] < protocol.STEPS_GAIN
+
+
+def test_the_chosen_rates_are_those_that_the_measurement_chose():
+  file = ROOT / "docs" / "results" / "choose-rate.json"
+  best = protocol.best_rates(json.loads(file.read_text()))
+  chosen = {METHODS[name].label: r for name, r in protocol.CHOSEN_RATES.items()}
+  assert chosen == best

@@ -39,8 +39,21 @@ SUPERVISED_VALUES: tuple[int, ...] = (1400, 2100, 3150, 4725)
 SUPERVISED_STEPS = 3150  # chosen
 STEPS = 2000  # 3,000 gain .0037 in choose-steps
 # Method -> learning rate, of several rewards and of one against KL; others take
-# the config's, as all do until choose-rate and choose-rate-kl have been run.
-CHOSEN_RATES: dict[str, float] = {}
+# the config's, as all of one reward do until choose-rate-kl has been run.
+CHOSEN_RATES: dict[str, float] = {
+  "clp-full": 0.001,
+  "clp-attention": 0.001,
+  "clp-logits": 0.001,
+  "prompting": 0.001,
+  "clp-full-prompting": 0.001,
+  "soft-tokens": 0.001,
+  "rewarded-soups": 0.001,
+  "rewarded-soups-mx": 0.0003,
+  "mod": 0.001,
+  "svd-lora": 0.003,
+  "lora": 0.003,
+  "ppo": 0.0003,
+}
 CHOSEN_RATES_KL: dict[str, float] = {}
 
 SUPERVISED = "choose-supervised"
