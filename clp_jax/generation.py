@@ -5,7 +5,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -179,24 +179,28 @@ class RowDecoder:
     config = self.model.config
     return Sampling(self.allowed, config.eos_ids, config.pad_id, **settings)
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def sample(
-    self,
-    params: Params,
-    coefficients: jax.Array | None,
-    tokens: jax.Array,
-    keys: jax.Array,
-    settings: Mapping[str, jax.Array | None],
-  ) -> decoding.Samples:
-    """Samples a response to each row of tokens.
+  # Jitted for each decoder, not for the class: what is compiled for a policy is
+  # freed with it, and an experiment loads hundreds.
+  @functools.cached_property
+  def sample(self) -> Callable[..., decoding.Samples]:
+    """Samples a response to each row of tokens, jitted.
 
-    Args:
-      params: as for `policies`.
-      coefficients: likewise.
-      tokens: [R, S] int32, prompts.
-      keys: [R] typed keys.
-      settings: [R] each, of `sampling`.
+    (params, coefficients, tokens, keys, settings) -> samples of R rows: the
+    first two as for `policies`; tokens [R, S] int32, prompts; keys [R] typed;
+    settings {name: [R]}, of `sampling`.
     """
+    return jax.jit(self._sample)
+
+  @functools.cached_property
+  def score(self) -> Callable[..., jax.Array]:
+    """Scores a response to each row of tokens, jitted.
+
+    (params, coefficients, tokens [R, S], targets [R, T]) -> [R] float32: the
+    targets' log-probabilities, summed, in nats.
+    """
+    return jax.jit(self._score)
+
+  def _sample(self, params, coefficients, tokens, keys, settings):
     policies = self.policies(params, coefficients)
     next_logits, cache = self.start(policies, tokens)
     sampling = self.sampling(**settings)
@@ -205,15 +209,7 @@ class RowDecoder:
     )
     return jax.tree.map(self._cut_rows, samples)
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def score(
-    self,
-    params: Params,
-    coefficients: jax.Array | None,
-    tokens: jax.Array,
-    targets: jax.Array,
-  ) -> jax.Array:
-    """[R] float32: log-probabilities of targets [R, T], summed, in nats."""
+  def _score(self, params, coefficients, tokens, targets):
     policies = self.policies(params, coefficients)
     if isinstance(policies, mixture.Mixture):
       logp = mixture.token_logp(self.model, policies, tokens, targets)

@@ -1,9 +1,11 @@
 """Policy: one steerable model out of a run's folder."""
 
 import functools
+import gc
 import pathlib
 import subprocess
 import sys
+import weakref
 
 import both_families
 import jax
@@ -45,6 +47,18 @@ def test_params_are_the_mixture_of_the_sets(policy):
     mixed,
     policy.sets,
   )
+
+
+def test_what_is_compiled_for_a_policy_is_freed_with_it(policy):
+  """An experiment loads hundreds in one process."""
+  own = clp_jax.Policy.load(policy.workdir)
+  weights = {name: 1 / len(own.objectives) for name in own.objectives}
+  own.generate(["A mill."], weights)
+  own.score(["A mill."], ["The mill."], weights)
+  decoder = weakref.ref(own.decoder)
+  del own
+  gc.collect()
+  assert decoder() is None
 
 
 def test_score_is_the_sum_of_the_tokens_log_probabilities(policy):
