@@ -53,8 +53,8 @@ def test_what_is_compiled_for_a_policy_is_freed_with_it(policy):
   """An experiment loads hundreds in one process."""
   own = clp_jax.Policy.load(policy.workdir)
   weights = {name: 1 / len(own.objectives) for name in own.objectives}
-  own.generate(["A mill."], weights)
-  own.score(["A mill."], ["The mill."], weights)
+  own.generate(["A mill."], weights, 0.1)
+  own.score(["A mill."], ["The mill."], weights, 0.1)
   decoder = weakref.ref(own.decoder)
   del own
   gc.collect()
