@@ -5,11 +5,27 @@ import socket
 import threading
 import time
 
+import openai
+
 from clp_jax.serving import protection, server
+from clp_jax.serving.decoder import Decoder
 
 LIMITS = protection.Limits(
   body_bytes=1 << 16, rows=8, waiting=48, seconds=30.0, header_seconds=1.0
 )
+
+
+def make_decoder(policy):
+  """Of batches of 8 rows, compiled."""
+  made = Decoder(policy, 8)
+  made.compile()
+  return made
+
+
+def make_client(address):
+  return openai.OpenAI(
+    base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60
+  )
 
 
 @contextlib.contextmanager

@@ -14,11 +14,11 @@ import openai
 import pytest
 import runs
 import small_decoder
-from servers import LIMITS, serving
+from servers import LIMITS, make_client, make_decoder, serving
 
 import clp_jax
 from clp_jax.serving.batcher import STREAMED
-from clp_jax.serving.decoder import Decoder, Row
+from clp_jax.serving.decoder import Row
 from clp_jax.serving.text import final_length
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -56,9 +56,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoder(policy):
-  made = Decoder(policy, 8)
-  made.compile()
-  return made
+  return make_decoder(policy)
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +68,6 @@ def address(policy, decoder):
 @pytest.fixture(scope="module")
 def client(address):
   return make_client(address)
-
-
-def make_client(address):
-  return openai.OpenAI(
-    base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60
-  )
 
 
 def ask(client, content=QUESTION, weights=WEIGHTS, **fields):

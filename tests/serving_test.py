@@ -21,14 +21,14 @@ import numpy as np
 import openai
 import pytest
 import runs
-from servers import LIMITS, serving, wait_for
+from servers import LIMITS, make_client, make_decoder, serving, wait_for
 
 import clp_jax
 from clp_jax.data import vocabulary
 from clp_jax.errors import ConfigError
 from clp_jax.evaluation import front as front_lib
 from clp_jax.serving import server, text
-from clp_jax.serving.decoder import Decoder, Row
+from clp_jax.serving.decoder import Row
 
 DOCUMENTS = [
   "Brivane opened the museum. It happened in Merrowby.",
@@ -51,9 +51,7 @@ def policy(sft_run):
 
 @pytest.fixture(scope="module")
 def decoder(policy):
-  made = Decoder(policy, 8)
-  made.compile()
-  return made
+  return make_decoder(policy)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +62,7 @@ def address(policy, decoder):
 
 @pytest.fixture(scope="module")
 def client(address):
-  return openai.OpenAI(
-    base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60
-  )
+  return make_client(address)
 
 
 def post(address, body, **headers):
