@@ -115,11 +115,12 @@ def test_dera_goes_from_the_runs_alpha_to_the_reference(
 ):
   parts = {name: folders[name] for name in names}
   policy = combined(parts, "dera", tmp_path / "command")
+  assert policy.steering.distribution.alpha_range == (ALPHA, 1.0)
   config = recipe_config(*names, alpha_range=(ALPHA, 1.0))
   dera.make_mixture(config, parts, str(tmp_path / "recipe"))
   recipe = clp_jax.Policy.load(str(tmp_path / "recipe"))
   weights = dict.fromkeys(names, 1 / len(names))
-  assert_same_policy(policy, recipe, *((weights, a) for a in (0.02, 0.3)))
+  assert_same_policy(policy, recipe, *((weights, a) for a in (0.02, 0.3, 1.0)))
   one = dict.fromkeys(names, 0.0) | {"rouge": 1.0}
   tuned = clp_jax.Policy.load(folders["rouge"])
   np.testing.assert_allclose(

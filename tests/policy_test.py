@@ -76,6 +76,26 @@ def test_score_is_the_sum_of_the_tokens_log_probabilities(policy):
     np.testing.assert_allclose(score, logp[0, : len(ids)].sum(), rtol=1e-5)
 
 
+def test_log_probabilities_of_samples_are_the_policys_whatever_draws_them(
+  policy,
+):
+  weights = {"nli": 0.25, "rouge": 0.75}
+  prompts = tokenizer.inputs(policy.vocabulary, TEXTS, 56)
+  samples = policy.sample(
+    prompts,
+    policy.coefficients(weights, 0.1),
+    jax.random.split(jax.random.key(0), len(TEXTS)),
+    temperature=0.5,
+    top_k=20,
+  )
+  expected = both_families.plain_logp(
+    policy.model_config, policy.params(weights, 0.1), prompts, samples.tokens
+  )
+  np.testing.assert_allclose(
+    *(np.where(samples.mask, x, 0) for x in (samples.logp, expected)), atol=1e-4
+  )
+
+
 def test_each_text_can_have_its_own_weighting(policy):
   weights = [{"nli": 1.0}, {"rouge": 1.0}, {"nli": 1.0}]
   alphas = [0.01, 0.3, 0.01]
