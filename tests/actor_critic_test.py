@@ -250,6 +250,7 @@ def test_one_update_is_reinforce_with_the_critics_advantages(model, algorithm):
   jax.tree.map(check, state.params, new.params, gradient)
 
 
+@pytest.mark.slow
 def test_early_stop_takes_no_further_update():
   """Of 6: Adam has counted 1, and nothing moved by more than the rate."""
   state, _, _ = sampled()

@@ -60,6 +60,7 @@ def test_logits_are_those_of_transformers(name, scan):
     )
 
 
+@pytest.mark.slow
 def test_every_switch_of_a_fixture_changes_its_logits():
   """What no fixture would notice, none of them tests."""
   changes = {
@@ -198,7 +199,9 @@ def test_remat_changes_no_gradient(remat, scan):
   )
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("qwen3", marks=pytest.mark.slow), "gemma2"]
+)
 def test_bfloat16_is_near_to_float32(name):
   config = small_decoder.make_config(name)
   params = small_decoder.random_params(config)
@@ -286,6 +289,7 @@ class TestConditioning:
     jax.tree.map(np.testing.assert_array_equal, mixed, sets[0])
 
   @pytest.mark.parametrize(("name", "scan"), SOME)
+  @pytest.mark.slow
   def test_rows_of_their_own_are_the_mixed_policies(self, name, scan):
     """Norms, biases, tied tables and soft tokens too; long prompts as well."""
     config = small_decoder.make_config(name, scan_layers=scan)

@@ -55,6 +55,7 @@ def test_evaluate_writes_the_contracts_files(clp_run):
   assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_folders_may_be_relative(sft_run, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   fields = {"train.steps": 1}

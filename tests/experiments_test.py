@@ -579,6 +579,7 @@ def test_the_page_says_what_was_not_run(trainer, tmp_path):
   assert (tmp_path / "docs" / "results" / "two-reward.png").exists()
 
 
+@pytest.mark.slow
 def test_documented_commands_make_plans(monkeypatch, tmp_path):
   root = pathlib.Path(__file__).parents[1]
   lines = (root / "docs" / "experiments.md").read_text().splitlines()
@@ -680,6 +681,7 @@ class TestDryRun:
     # `clp plan` gives 267 ms a step of 8 chips at 48%: 5.9 chip-hours.
     assert 5.5 < float(full[4]) < 6.3
 
+  @pytest.mark.slow
   def test_hours_grow_with_steps_and_shrink_with_utilisation(self, tmp_path):
     def hours(steps, utilisation=0.4):
       plan = plan_of(

@@ -2,12 +2,14 @@
 
 import json
 
+import pytest
 import runs
 from tensorboard.backend.event_processing import event_accumulator
 
 from clp_jax.train import metrics
 
 
+@pytest.mark.slow
 def test_a_run_of_0_steps_can_be_evaluated_and_trained_on(sft_run, tmp_path):
   workdir = tmp_path / "run"
 

@@ -65,7 +65,7 @@ def assert_same(tensors, folder):
 @pytest.mark.parametrize(
   "family, fields, alpha",
   [
-    ("t5", {}, None),
+    pytest.param("t5", {}, None, marks=pytest.mark.slow),
     pytest.param(
       *("t5", {"steering": "svd_lora", "model.scan_layers": True}, None),
       marks=pytest.mark.slow,
@@ -154,6 +154,7 @@ def test_a_run_that_began_elsewhere_brings_its_base(bases, tmp_path):
     assert own["base_model_name_or_path"] == str(base)
 
 
+@pytest.mark.slow
 def test_an_export_leaves_nothing_of_the_last_one(bases, tmp_path):
   workdir = start_run(tmp_path / "run", bases["t5"], **{"sft.steps": 1})
   output = tmp_path / "out"

@@ -38,6 +38,7 @@ def start_training(arguments, workdir, rows, **settings):
   pytest.fail("\n".join(said))
 
 
+@pytest.mark.slow
 def test_2_processes_stop_together_and_train_as_1_device_does(
   sft_run, tmp_path
 ):

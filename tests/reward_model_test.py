@@ -472,6 +472,7 @@ class TestCommand:
     np.testing.assert_allclose(first["loss"], math.log(2), rtol=1e-6)
     assert last["loss"] < first["loss"] and last["accuracy"] > 0.8
 
+  @pytest.mark.slow
   def test_resumes_bit_for_bit(self, trained, pairs_folder):
     parts = pairs_folder / "parts"
     for steps in (5, 24):

@@ -186,6 +186,7 @@ def shapes(jaxpr):
   return found
 
 
+@pytest.mark.slow
 def test_in_bfloat16_rows_are_as_near_to_float32_as_merged_policies_are():
   params, steerable = sets_of(V1_1, "full")
   coefficients = some_coefficients()

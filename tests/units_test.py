@@ -74,6 +74,7 @@ def test_files_and_pages_show_both(trained):
   assert "rouge, raw" in page and "As optimised: rouge in deviations" in page
 
 
+@pytest.mark.slow
 def test_soups_have_the_moments_of_their_parts(trained, sft_run, tmp_path):
   config = run_folder.load_config(str(trained))
   parts = {}
