@@ -62,8 +62,8 @@ def test_2_processes_stop_together_and_train_as_1_device_does(
   for err in (first, second):
     said = f"clp train: error: stopped by SIGTERM after {stopped_at} of"
     assert err.splitlines()[-1].startswith(said)
-  # Only process 0 says how far they are.
-  assert f" {stopped_at}/10000 " in first or " 1/10000 " in first
+  # Only process 0 says how far they are; at which steps is up to the clock.
+  assert "/10000 " in first
   assert "/10000 " not in second and str(workdir) not in out
 
   steps = {"train.steps": stopped_at + 2}
