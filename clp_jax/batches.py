@@ -10,6 +10,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from clp_jax import sharding
+from clp_jax.config import column
 from clp_jax.data import jsonl, newsroom, reader, tasks
 from clp_jax.data.reader import Batch, Reader
 from clp_jax.data.tokenizer import Tokenizer, parse_template
@@ -31,11 +32,12 @@ class _WithoutReferences:
 
 
 def _jsonl_rows(data: ml_collections.ConfigDict, pattern: str) -> reader.Rows:
-  if data.reference_field is None:
-    alone = jsonl.read_rows(pattern, (data.document_field,), conversations=True)
-    return _WithoutReferences(alone)
-  fields = (data.document_field, data.reference_field)
-  return jsonl.read_rows(pattern, fields, conversations=True)
+  document, reference = column(data, "document"), column(data, "reference")
+  if reference is None:
+    return _WithoutReferences(
+      jsonl.read_rows(pattern, (document,), conversations=True)
+    )
+  return jsonl.read_rows(pattern, (document, reference), conversations=True)
 
 
 def _reader(

@@ -5,6 +5,7 @@ build.py checks a config and makes the objects that it describes.
 """
 
 import json
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -101,6 +102,11 @@ def get_config() -> ml_collections.ConfigDict:
   # None where rows have no reference, and nothing asks for one.
   c.data.reference_field = config_dict.placeholder(str)
   c.data.reference_field = "summary"
+  # Likewise, before those two, with the names of a pair for `clp train-reward`:
+  # what a line calls each, None for the usual.
+  c.data.fields = ml_collections.ConfigDict()
+  for name in ("document", "reference", "chosen", "rejected"):
+    c.data.fields[name] = config_dict.placeholder(str)
   # Makes a model's input of a document: "summarize: {document}"; or a list of
   # messages for the model's chat template, [{"role": "user", "content": ...}],
   # on a command line as JSON.
@@ -209,7 +215,8 @@ def get_config() -> ml_collections.ConfigDict:
   _add_supervised(c.sft, steps=0, batch=64, learning_rate=1e-3)
 
   # `clp train-reward`: a preference model from pairs. Then data.train and
-  # data.eval hold lines with data.document_field, "chosen" and "rejected".
+  # data.eval hold lines with "document", "chosen" and "rejected", or what
+  # data.fields calls them.
   c.reward_model = ml_collections.ConfigDict()
   c.reward_model.head = "linear"  # or token: the logit of `token` is the score
   c.reward_model.token = "1"
@@ -237,6 +244,22 @@ def get_config() -> ml_collections.ConfigDict:
   c.plan.model = config_dict.placeholder(str)
   c.plan.reward_model = config_dict.placeholder(str)
   return c
+
+
+def column(data: ml_collections.ConfigDict, name: str) -> Any:
+  """What the lines of JSONL files call what this package calls `name`.
+
+  Args:
+    data: the section of a config.
+    name: "document", "reference", "chosen" or "rejected".
+
+  Returns:
+    The field's name; None where rows have no reference.
+  """
+  usual = {"document": data.document_field, "reference": data.reference_field}
+  own = data.get("fields") or {}  # runs of older versions have none
+  named = own.get(name)
+  return usual.get(name, name) if named is None else named
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict:

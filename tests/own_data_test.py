@@ -59,7 +59,7 @@ def arguments(command, folder, workdir, **fields):
   settings = {
     "data.train": folder / "train.jsonl",
     "data.eval": folder / "dev.jsonl",
-    "data.document_field": "text",
+    "data.fields.document": "text",
     "data.reference_field": "tldr",
     "data.template": TEMPLATE,
     "data.source_length": 30,
@@ -185,6 +185,29 @@ def test_the_server_offers_documents_of_the_runs_own_field(sft, tmp_path):
   samples.write_text("\n".join(map(json.dumps, rows)))
   offered = server.example_documents(policy).data
   assert [document.document for document in offered] == ["own", "as written"]
+
+
+@pytest.mark.parametrize("name", ["document_field", "fields.document"])
+def test_both_names_of_a_column_read_it(folder, name):
+  config = config_lib.get_config()
+  with config.unlocked():
+    config.data.update_from_flattened_dict(
+      {
+        name: "text",
+        "reference_field": "absent",
+        "fields.reference": "tldr",
+        "task": None,
+        "train": str(folder / "train.jsonl"),
+      }
+    )
+  words = vocabulary.read(folder / "words.model")
+  batch = next(train_batches(config, words, 8, 1, sharding.make_mesh()))
+  lines = (folder / "train.jsonl").read_text().splitlines()
+  rows = {(row["text"], row["tldr"]) for row in map(json.loads, lines)}
+  assert set(zip(batch.documents, batch.references, strict=True)) <= rows
+  config.data.fields.reference = None
+  with pytest.raises(ConfigError, match="line 1: no field 'absent'"):
+    next(train_batches(config, words, 8, 1, sharding.make_mesh()))
 
 
 def test_what_is_cut_is_logged_once(folder, caplog):

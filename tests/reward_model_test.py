@@ -15,7 +15,7 @@ from processes_test import start_training
 from clp_jax import config as config_lib
 from clp_jax import interop, run_folder, saved_params, sharding
 from clp_jax.data import jsonl, reader, vocabulary
-from clp_jax.errors import RunError
+from clp_jax.errors import ConfigError, RunError
 from clp_jax.models import families, t5
 from clp_jax.rewards import entailment, model, preference
 from clp_jax.rewards.base import load_reward
@@ -542,6 +542,20 @@ class TestCommand:
     pair = '{"document": "a", "chosen": "b", "rejected": "c"}'
     file.write_text("" if line is None else f"{pair}\n{line}\n")
     self.fails(pairs_folder, tmp_path, message, **{"data.eval": file})
+
+  def test_pairs_of_other_names_are_read(self, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    row = {"prompt": "a", "better": "b", "rejected": "c", "chosen": "d"}
+    file.write_text(json.dumps(row))
+    config = config_lib.get_config()
+    config.data.train = config.data.eval = str(file)
+    config.data.fields.document = "prompt"
+    config.data.fields.chosen = "better"
+    for rows in reward_model.load_pairs(config):
+      assert list(rows) == [("a", "b", "c")]
+    config.data.train = None
+    with pytest.raises(ConfigError, match='"prompt", "better" and "rejected"'):
+      reward_model.load_pairs(config)
 
   @pytest.mark.parametrize(
     "field, value, message",

@@ -77,6 +77,7 @@ def _read(
   policy, lines: TextIO, name: str, args: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], str, Any, Any]]:
   """(row, document, weights, alpha) of every line that is not blank."""
+  from clp_jax.config import column
   from clp_jax.data import jsonl
 
   for number, line in enumerate(lines, 1):
@@ -84,7 +85,7 @@ def _read(
       continue
     try:
       row = jsonl.parse(line)
-      fields = [policy.config.data.document_field]
+      fields = [column(policy.config.data, "document")]
       document = jsonl.document_of(row, fields, conversations=True)
       if not isinstance(document, str):
         policy.tokenize([document])  # says why it can't

@@ -193,10 +193,11 @@ def _document_fields(paths: list[str]) -> list[str]:
   """data.document_field of those that are runs."""
   from etils import epath
 
+  from clp_jax.config import column
   from clp_jax.run_folder import load_config
 
   return [
-    load_config(path).data.document_field
+    column(load_config(path).data, "document")
     for path in paths
     if (epath.Path(path) / "config.json").exists()
   ]

@@ -13,6 +13,7 @@ import uvicorn
 from etils import epath
 
 from clp_jax import batches, run_folder
+from clp_jax.config import column
 from clp_jax.data import jsonl
 from clp_jax.errors import ConfigError, FrontError
 from clp_jax.evaluation import examples
@@ -162,7 +163,7 @@ def example_documents(policy: Policy) -> schema.Documents:
   folder = run_folder.folder(policy.workdir)
   try:
     if (folder / "evaluation" / "samples.jsonl").exists():
-      fields = [policy.config.data.document_field]
+      fields = [column(policy.config.data, "document")]
       rows = examples.load(folder)
       rows = [r | {"document": jsonl.document_of(r, fields)} for r in rows]
       references = {row["document"]: row["reference"] for row in rows}

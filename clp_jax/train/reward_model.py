@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clp_jax import build, keys, run_folder, sharding
+from clp_jax.config import column
 from clp_jax.data import jsonl
 from clp_jax.data.reader import Numbering, own_numbers
 from clp_jax.errors import ConfigError, as_config_error
@@ -245,13 +246,13 @@ def load_pairs(
     ConfigError: when a file is missing or a line of it is not a pair.
   """
   data = config.data
+  fields = tuple(column(data, x) for x in ("document", "chosen", "rejected"))
   for name in ("train", "eval"):
     if data[name] is None:
       raise ConfigError(
         f"data.{name} is not set; give a JSONL file of pairs: objects with "
-        f'"{data.document_field}", "chosen" and "rejected".'
+        f'"{fields[0]}", "{fields[1]}" and "{fields[2]}".'
       )
-  fields = (data.document_field, "chosen", "rejected")
   with as_config_error():
     return (
       jsonl.read_rows(data.train, fields),

@@ -17,6 +17,7 @@ from clp_jax.batches import (
   eval_batch,
   train_batches,
 )
+from clp_jax.config import column
 from clp_jax.errors import ConfigError
 from clp_jax.initial import Initial, load_initial
 from clp_jax.masked import Mean, masked_sum
@@ -232,7 +233,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   Returns:
     The finetuned model.
   """
-  if config.data.train is not None and config.data.reference_field is None:
+  if config.data.train is not None and column(config.data, "reference") is None:
     raise ConfigError(
       "data.reference_field is None, but supervised finetuning learns from "
       "references; name their field, or set sft.steps=0."
