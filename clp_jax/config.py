@@ -239,6 +239,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.mesh.model = 1
   c.mesh.fsdp = False  # cut parameters over the data axis too
 
+  c.wandb = ml_collections.ConfigDict()
+  # Of Weights & Biases, which then has every metric of every stage too; needs
+  # pip install 'clp_jax[wandb]'.
+  c.wandb.project = config_dict.placeholder(str)
+
   # Presets that plans take for models which the config leaves to be given.
   c.plan = ml_collections.ConfigDict()
   c.plan.model = config_dict.placeholder(str)

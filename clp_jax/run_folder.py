@@ -37,7 +37,7 @@ _FREE = (
   *("sft.checkpoint_every",),
   *("reward_model.steps", "reward_model.checkpoint_every"),
 )
-_FREE_PREFIXES = ("train.log_", "eval.", "mesh.", "plan.")
+_FREE_PREFIXES = ("train.log_", "eval.", "mesh.", "plan.", "wandb.")
 # Of RL; a supervised run and a preference model have rates of their own.
 _RATES = tuple(
   f"optimizer.{name}"

@@ -1,11 +1,17 @@
-"""A run of no steps is a run; TensorBoard shows one that is under way."""
+"""A run of no steps is a run; TensorBoard shows one that is under way, and
+Weights & Biases has what metrics.jsonl has."""
 
 import json
+import struct
+import sys
 
 import pytest
 import runs
+import wandb
 from tensorboard.backend.event_processing import event_accumulator
+from wandb.proto import wandb_internal_pb2
 
+from clp_jax.errors import ConfigError, RunError
 from clp_jax.train import metrics
 
 
@@ -43,3 +49,60 @@ def test_tensorboard_shows_a_run_under_way(tmp_path):
     assert points == [(10, 2.5), (20, 5.0)]
     (text,) = accumulator.Tensors("response")
     assert text.tensor_proto.string_val == ["Zürich".encode()]
+
+
+def wandb_rows(workdir):
+  """(id, config, [(step, {metric: value})]) of each offline run's file."""
+  found = []
+  for path in sorted((workdir / "wandb").glob("offline-run-*/run-*.wandb")):
+    content, start = path.read_bytes(), 7  # of a log as LevelDB's
+    name, config, rows = None, {}, []
+    while start < len(content):
+      _, size, kind = struct.unpack_from("<IHB", content, start)
+      assert kind == 1  # whole: the file is shorter than a block
+      data = content[start + 7 : start + 7 + size]
+      start += 7 + size
+      record = wandb_internal_pb2.Record.FromString(data)
+      if record.HasField("run"):
+        name = record.run.run_id
+        config = {u.key: u.value_json for u in record.run.config.update}
+      if record.HasField("history"):
+        values = {
+          item.key or ".".join(item.nested_key): json.loads(item.value_json)
+          for item in record.history.item
+        }
+        own = {k: v for k, v in values.items() if not k.startswith("_")}
+        rows.append((values["_step"], own))
+    found.append((name, config, rows))
+  return found
+
+
+def test_wandb_has_the_metrics_of_a_run_and_of_its_resumption(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  wandb.teardown()
+  (tmp_path / "config.json").write_text('{"seed": 7, "data": {"train": "x"}}')
+  for start in (0, 2):
+    with metrics.MetricsWriter(str(tmp_path), start, "steering") as writer:
+      for step in (start + 1, start + 2):
+        writer.write(step, {"loss": step / 4, "reward/nli": 0.5})
+  (first, config, rows), (second, _, more) = wandb_rows(tmp_path)
+  assert first == second == (tmp_path / "wandb_id").read_text()
+  assert config["seed"] == "7"
+  assert rows + more == [
+    (s, {"loss": s / 4, "reward/nli": 0.5}) for s in (1, 2, 3, 4)
+  ]
+
+
+def test_wandb_says_what_it_lacks(tmp_path, monkeypatch):
+  (tmp_path / "config.json").write_text("{}")
+  monkeypatch.setenv("HOME", str(tmp_path))  # no login
+  monkeypatch.delenv("WANDB_API_KEY", raising=False)
+  monkeypatch.setenv("WANDB_MODE", "online")
+  wandb.teardown()  # it reads the environment once a process
+  with pytest.raises(RunError, match="wandb login.*WANDB_MODE=offline"):
+    metrics.MetricsWriter(str(tmp_path), 0, "steering")
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(ConfigError, match=r"pip install 'clp_jax\[wandb\]'"):
+    metrics.MetricsWriter(str(tmp_path), 0, "steering")

@@ -37,6 +37,7 @@ _IMPORTERS = {
   "tpu": ["clp_jax"],
   "serve": ["clp_jax/serving"],
   "plan": ["clp_jax/plan"],
+  "wandb": ["clp_jax/train"],
   "test": ["tests"],
   "parity": ["tests/parity", "benchmarks"],
   "docs": ["docs"],
@@ -106,7 +107,12 @@ class TestMetadata:
       for folders in _IMPORTERS.values()
       for folder in folders
     }
-    extras["tests"] |= {"serve", "plan", "docs"}  # as "test" includes them
+    extras["tests"] |= {
+      "serve",
+      "plan",
+      "docs",
+      "wandb",
+    }  # as "test" includes them
     undeclared = set()
     for folder in ("clp_jax", "tests", "benchmarks", "docs", "configs"):
       for path, module in _imports(folder):

@@ -43,6 +43,7 @@ def run(
   before: Callable[[TrainState], TrainState] = lambda state: state,
   keep: int = 1,
   log_samples_every: int = 1,
+  wandb_project: str | None = None,
 ) -> TrainState:
   """Trains to `steps` updates, from the newest checkpoint if there is one.
 
@@ -59,6 +60,7 @@ def run(
     before: what is done to a new state before the first update.
     keep: newest checkpoints that are kept.
     log_samples_every: updates between texts.
+    wandb_project: of Weights & Biases, that is to have the metrics too.
 
   Returns:
     The state after `steps` updates.
@@ -86,7 +88,7 @@ def run(
     batches = batches_from(consumed)
     pending: tuple[int, Step, float] | None = None
     with (
-      MetricsWriter(workdir, step) as writer,
+      MetricsWriter(workdir, step, wandb_project) as writer,
       progress.track(
         steps, label, start=step, shown=distributed.is_first()
       ) as advance,

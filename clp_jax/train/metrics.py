@@ -1,8 +1,10 @@
-"""Where a run's metrics go: metrics.jsonl and TensorBoard, from process 0."""
+"""Where a run's metrics go, from process 0: metrics.jsonl, TensorBoard, and
+Weights & Biases for those who ask."""
 
 import json
 import math
 import os
+import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from tensorboard.plugins.text import metadata as text_plugin
 from tensorboard.summary.writer import record_writer
 from tensorboard.util import tensor_util
 
+from clp_jax.errors import ConfigError, RunError
 from clp_jax.interop import storage
 
 # Steps between points in TensorBoard: writing one takes milliseconds, which
@@ -64,6 +67,55 @@ class EventFile:
     self._file.close()
 
 
+class WandbRun:
+  """A run of Weights & Biases; WANDB_MODE=offline keeps it on this machine.
+
+  A run that is resumed goes on under its id, which the folder keeps.
+  """
+
+  def __init__(self, workdir: str, project: str):
+    """Starts or resumes it.
+
+    Raises:
+      ConfigError: the package is not installed.
+      RunError: without a login, or when the service can't be reached.
+    """
+    try:
+      import wandb
+    except ImportError as error:
+      raise ConfigError(
+        f"wandb.project = {project}, but wandb is not installed; pip install "
+        "'clp_jax[wandb]', or set wandb.project=None."
+      ) from error
+    path = epath.Path(workdir)
+    id_file = path / "wandb_id"
+    if not id_file.exists():
+      storage.write_whole(id_file, secrets.token_hex(4).encode())
+    try:
+      self._run = wandb.init(
+        project=project,
+        id=id_file.read_text(),
+        name=path.name,
+        config=json.loads((path / "config.json").read_text()),
+        dir=None if "://" in str(workdir) else workdir,
+        resume="allow",
+        settings=wandb.Settings(silent=True, console="off", save_code=False),
+      )
+    except wandb.Error as error:
+      raise RunError(
+        f"wandb.project = {project}: {error} Log in with `wandb login`, set "
+        "WANDB_MODE=offline, or set wandb.project=None."
+      ) from error
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """A point of each curve."""
+    self._run.log(dict(values), step=step)
+
+  def close(self, failed: bool) -> None:
+    """Sends what is left."""
+    self._run.finish(exit_code=int(failed))
+
+
 class MetricsWriter:
   """Appends a row a step; a resumed run continues as if never interrupted.
 
@@ -71,15 +123,24 @@ class MetricsWriter:
   of the same config.
   """
 
-  def __init__(self, workdir: str, step: int):
+  def __init__(self, workdir: str, step: int, project: str | None = None):
     """Opens the files, dropping rows of steps after `step`.
 
     Rows past the restored checkpoint were written by a run that was killed;
     the steps are about to run again.
+
+    Args:
+      workdir: the run's folder.
+      step: that it goes on from.
+      project: of Weights & Biases; None writes nothing there.
+
+    Raises:
+      ConfigError, RunError: see `WandbRun`.
     """
     self._enabled = jax.process_index() == 0
     if not self._enabled:
       return
+    self._wandb = None if project is None else WandbRun(workdir, project)
     path = epath.Path(workdir)
     self._path = path / "metrics.jsonl"
     kept = []
@@ -111,6 +172,8 @@ class MetricsWriter:
       self.flush()
     if step % TENSORBOARD_EVERY == 0:
       self._tensorboard.write_scalars(step, values)
+    if self._wandb is not None:
+      self._wandb.write(step, values)
 
   def flush(self) -> None:
     """Lets no row be lost; due before a checkpoint, which they belong to."""
@@ -127,8 +190,10 @@ class MetricsWriter:
   def __enter__(self) -> "MetricsWriter":
     return self
 
-  def __exit__(self, *_) -> None:
-    """Flushes and closes both."""
+  def __exit__(self, error: type[BaseException] | None, *_) -> None:
+    """Flushes and closes all."""
     if self._enabled:
       self._file.close()
       self._tensorboard.close()
+      if self._wandb is not None:
+        self._wandb.close(failed=error is not None)

@@ -138,6 +138,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     before=before,
     keep=config.train.keep,
     log_samples_every=config.train.log_samples_every,
+    wandb_project=config.wandb.project,
   )
 
 

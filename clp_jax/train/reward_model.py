@@ -225,6 +225,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Report:
       Numbering(settings.batch, config.seed, first, *share),
     ),
     step_fn=step_fn,
+    wandb_project=config.wandb.project,
   )
   scorer = models.make_scorer(
     lambda params, rows: preference.score_rows(model, params, rows, token),

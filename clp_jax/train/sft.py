@@ -272,5 +272,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
       config, vocabulary, settings.batch, first, mesh
     ),
     step_fn=step_fn,
+    wandb_project=config.wandb.project,
   )
   return Initial(model_config, state.params, vocabulary)
