@@ -199,3 +199,41 @@ def test_a_path_may_be_spelled_another_way(tmp_path, monkeypatch):
   config.model.init = "other"
   with pytest.raises(ConfigError, match="model.init = 'sft' there"):
     run_folder.start("run", config)
+
+
+outage: list = []  # calls of the reward below that fail, by number
+
+
+def judged(documents, references, responses):
+  """A reward that depends on what may be down."""
+  outage[0] -= 1
+  if outage[0] < 0:
+    raise ConnectionError("the judge is down")
+  return [0.37 * len(text) for text in responses]
+
+
+def test_a_reward_that_fails_twice_ends_a_run_with_its_steps_saved(
+  sft_run, tmp_path
+):
+  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+  fields = {
+    "train.checkpoint_every": 4,  # nothing is saved before the outage
+    "rewards.nli.source": f"{__name__}:judged",
+    "rewards.nli.normalise": "running",
+  }
+
+  def train(workdir, answers):
+    outage[:] = [answers]
+    return runs.clp(*runs.train_arguments(workdir, sft_run, **fields))
+
+  status, _, err = train(stopped, 3)
+  assert status == 1
+  last = err.splitlines()[-1]
+  assert "reward 'nli' at step 3 raised ConnectionError: the judge" in last
+  assert last.endswith("The 3 steps before are saved.")
+  assert outage == [-2]
+  assert runs.checkpoint_steps(stopped) == [3]
+  for workdir in (stopped, whole):
+    assert train(workdir, 100)[0] == 0
+  runs.assert_same_run(whole, stopped, 4)
+  assert len(runs.metrics(stopped)) == 4

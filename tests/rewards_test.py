@@ -1,5 +1,7 @@
 """Host rewards: how they are found, what is checked, and ROUGE."""
 
+import asyncio
+
 import numpy as np
 import pytest
 from rouge_score import rouge_scorer
@@ -18,6 +20,31 @@ RESPONSES = ["the cat lay on a mat", "the dog barked loudly", ""]
 def brevity(documents, references, responses, limit=3):
   """A reward as a user would write it."""
   return [min(1.0, limit / max(1, len(text.split()))) for text in responses]
+
+
+calls: list = []  # of the two below
+
+
+def flaky(documents, references, responses, failures=1):
+  """Fails so many times, then scores."""
+  calls.append(list(responses))
+  if len(calls) <= failures:
+    raise TimeoutError("no answer")
+  return brevity(documents, references, responses)
+
+
+async def judged(documents, references, responses, failures=0):
+  """Scores one response, and counts how many are scored at a time."""
+  (response,) = responses
+  calls.append(response)
+  judged.now += 1
+  judged.most = max(judged.most, judged.now)
+  await asyncio.sleep(0.01 * (1 + len(response) % 3))
+  judged.now -= 1
+  judged.loops.add(asyncio.get_running_loop())
+  if calls.count(response) <= failures:
+    raise TimeoutError("no answer")
+  return brevity(documents, references, responses)
 
 
 class Holder:
@@ -86,13 +113,58 @@ class TestScoreAll:
       score(Reward("brevity", brevity), responses=["a", "b"])
 
 
+class TestUsersFunctions:
+  @pytest.fixture(autouse=True)
+  def fresh(self):
+    calls.clear()
+    judged.now = judged.most = 0
+    judged.loops = set()
+
+  def test_are_tried_twice(self):
+    spec = {"source": f"{__name__}:flaky"}
+    assert score(load_reward("short", spec))[:, 0].tolist() == [0.5, 0.75, 1]
+    assert calls == [RESPONSES, RESPONSES]
+    calls.clear()
+    with pytest.raises(RewardError, match="'short' at step 7 raised Timeout"):
+      score(load_reward("short", spec | {"failures": 2}))
+
+  @pytest.mark.parametrize("in_flight", [1, 4, None])
+  def test_are_awaited_together_within_a_limit(self, in_flight):
+    spec = {"source": f"{__name__}:judged"}
+    if in_flight is not None:
+      spec["in_flight"] = in_flight
+    reward = load_reward("judge", spec)
+    responses = ["word " * n for n in range(40)]
+    for _ in range(2):
+      found = score_all([reward], responses, responses, responses[::-1], step=1)
+      expected = brevity(None, None, responses[::-1])
+      np.testing.assert_allclose(found[:, 0], expected, rtol=1e-6)
+    assert judged.most == (in_flight or 16)
+    assert len(judged.loops) == 1  # a client that is kept stays usable
+
+  def test_one_of_a_batch_is_tried_twice(self):
+    spec = {"source": f"{__name__}:judged", "failures": 1}
+    assert score(load_reward("j", spec))[:, 0].tolist() == [0.5, 0.75, 1]
+    assert sorted(calls) == sorted(RESPONSES * 2)
+    calls.clear()
+    with pytest.raises(RewardError, match="'j' at step 7 raised Timeout"):
+      score(load_reward("j", spec | {"failures": 2}))
+
+  @pytest.mark.parametrize("bad", [0, 1.5, "4"])
+  def test_the_limit_is_checked(self, bad):
+    with pytest.raises(ValueError, match="'j': in_flight must be a whole"):
+      load_reward("j", {"source": f"{__name__}:judged", "in_flight": bad})
+    with pytest.raises(ValueError, match="brevity can't be called.*in_flight"):
+      load_reward("j", {"source": f"{__name__}:brevity", "in_flight": 4})
+
+
 class TestLoadReward:
   def test_imports_a_callable(self):
     reward = load_reward("short", {"source": f"{__name__}:brevity"})
     assert reward.name == "short"
     assert reward.score(DOCUMENTS, REFERENCES, RESPONSES) == [0.5, 0.75, 1]
     nested = load_reward("short", {"source": f"{__name__}:Holder.brevity"})
-    assert nested.score is brevity
+    assert nested.score(DOCUMENTS, REFERENCES, RESPONSES) == [0.5, 0.75, 1]
 
   def test_passes_other_keys_as_arguments_but_not_normalise(self):
     reward = load_reward(

@@ -10,8 +10,10 @@ it by its import path:
 
   {"source": "my_package.my_module:brevity", "limit": 12}
 
-Rewards that are models are built once, for a mesh, into such a callable, and
-then compute on its devices.
+It may be async, such as a judge behind HTTP: then it is called with one
+response at a time, and a whole batch is awaited at once, `in_flight` of it at a
+time. Rewards that are models are built once, for a mesh, into such a callable,
+and then compute on its devices.
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ from jax.sharding import Mesh
 
 from clp_jax import sharding
 from clp_jax.errors import RewardError, importing
+from clp_jax.rewards import host
 
 Texts = Sequence[str]
 Score = Callable[[Texts, Texts, Texts], Any]
@@ -64,8 +67,8 @@ def load_reward(
     name: the reward's name.
     spec: `source`, one of BUILT_IN or MODELS or the import path of a callable,
       "package.module:attribute"; `normalise`, which concerns training and is
-      ignored here; all other keys are keyword arguments for the callable, or
-      for what builds it.
+      ignored here; `in_flight` of an async callable; all other keys are keyword
+      arguments for the callable, or for what builds it.
     mesh: where a model runs; None takes all devices as the data axis.
 
   Returns:
@@ -90,6 +93,8 @@ def load_reward(
     mesh = sharding.make_mesh() if mesh is None else mesh
     called, arguments, path = "build(mesh", (mesh,), MODELS[source]
   function = _import(name, path)
+  if source not in MODELS and host.is_async(function):
+    in_flight = options.pop("in_flight", host.IN_FLIGHT)
   try:
     inspect.signature(function).bind(*arguments, **options)
   except TypeError as error:
@@ -104,9 +109,13 @@ def load_reward(
       return Reward(name, function(mesh, **options))
     except ValueError as error:
       raise ValueError(f"reward {name!r}: {error}") from error
-  if options:
-    function = functools.partial(function, **options)
-  return Reward(name, function)
+  called_with = functools.partial(function, **options)
+  if not host.is_async(function):
+    return Reward(name, host.tried_twice(called_with))
+  try:
+    return Reward(name, host.awaited(called_with, in_flight))
+  except ValueError as error:
+    raise ValueError(f"reward {name!r}: {error}") from error
 
 
 def _names() -> str:

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from clp_jax import distributed, progress, saved_params
-from clp_jax.errors import Preempted, RunError
+from clp_jax.errors import Preempted, RewardError, RunError
 from clp_jax.masked import Mean
 from clp_jax.train.checkpoints import Checkpoints
 from clp_jax.train.metrics import MetricsWriter
@@ -67,6 +67,7 @@ def run(
 
   Raises:
     Preempted: after SIGTERM, once everything is saved.
+    RewardError: when a reward fails, once the steps before are saved.
     RunError: when the loss or the gradient is not finite, or a checkpoint
       can't be read or written; what was saved before stays.
   """
@@ -87,6 +88,7 @@ def run(
       return state
     batches = batches_from(consumed)
     pending: tuple[int, Step, float] | None = None
+    failed: RewardError | None = None
     with (
       MetricsWriter(workdir, step, wandb_project) as writer,
       progress.track(
@@ -97,7 +99,11 @@ def run(
       while step < steps and not stopping:
         stopping.ask()
         wants_texts = (step + 1) % log_samples_every == 0
-        result = step_fn(state, step, next(batches), wants_texts)
+        try:
+          result = step_fn(state, step, next(batches), wants_texts)
+        except RewardError as error:
+          failed = error
+          break
         state, step, consumed = result.state, step + 1, consumed + 1
         # Metrics are read one step late, when the device has finished them.
         if pending is not None:
@@ -115,6 +121,10 @@ def run(
     if step < steps:
       checkpoints.save(state, consumed)
       checkpoints.wait()
+      if failed is not None:
+        raise RewardError(
+          f"{failed} The {step} steps before are saved."
+        ) from failed
       raise Preempted(
         f"stopped by SIGTERM after {step} of {steps} steps, all saved; start "
         "the same command again to go on."

@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from clp_jax import (
   adapter_folders,
   build,
+  distributed,
   keys,
   run_folder,
   saved_params,
@@ -36,6 +37,7 @@ from clp_jax import (
 from clp_jax.batches import check_data, train_batches
 from clp_jax.data import tokenizer
 from clp_jax.data.reader import Batch
+from clp_jax.errors import RewardError
 from clp_jax.initial import load_initial
 from clp_jax.models import families
 from clp_jax.rewards import base as rewards_lib
@@ -172,20 +174,31 @@ class Scorer:
     """Rewards of a rollout whose prompts are `batch`.
 
     Raises:
-      RewardError: when a reward fails its checks, naming the step.
+      RewardError: when a reward fails its checks, naming the step; on all
+        processes.
     """
     samples = self.config.rollout.samples
     mask = sharding.to_host(rollout.mask)
     responses = tokenizer.texts(
       self.vocabulary, sharding.to_host(rollout.tokens), mask
     )
-    rewards = rewards_lib.score_all(
-      self.rewards,
-      [d for d in batch.documents for _ in range(samples)],
-      [r for r in batch.references for _ in range(samples)],
-      responses,
-      step=step,
-    )
+    failed = None
+    try:
+      rewards = rewards_lib.score_all(
+        self.rewards,
+        [d for d in batch.documents for _ in range(samples)],
+        [r for r in batch.references for _ in range(samples)],
+        responses,
+        step=step,
+      )
+    except RewardError as error:
+      failed = error
+    # So that all save what there is, and none waits for the one that failed.
+    if not distributed.all_agree(failed is None):
+      raise failed or RewardError(
+        f"a reward failed at step {step} on another process, whose log says "
+        "which."
+      )
     return Scored(
       sharding.to_devices(self.mesh, rewards, rollout.tokens.shape[0]),
       responses,
