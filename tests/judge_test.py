@@ -13,17 +13,19 @@ import signal
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 import runs
 import scipy.stats
+import small_decoder
 import small_t5
 
 from clp_jax import config as config_lib
-from clp_jax import run_folder, saved_params
+from clp_jax import interop, run_folder, saved_params
 from clp_jax.data import vocabulary
 from clp_jax.errors import JudgeError
-from clp_jax.evaluation import judge, judge_endpoint
+from clp_jax.evaluation import judge, judge_endpoint, judge_local
 from clp_jax.evaluation.judge import Pair, Question
 
 
@@ -716,3 +718,65 @@ def test_a_killed_command_goes_on(tmp_path):
     status, _, err = runs.clp(*arguments)
     assert status == 0, err
     assert len(server.requests) == 7 + 12 - 6
+
+
+@pytest.fixture(scope="module")
+def instruct_model(tmp_path_factory):
+  """Folder of a small decoder with a chat template."""
+  folder = tmp_path_factory.mktemp("instruct")
+  small_decoder.save(folder)
+  return str(folder)
+
+
+def test_a_local_judge_says_how_likely_each_answer_is(instruct_model):
+  """Against the logits of one question at a time, without padding."""
+  asked = [
+    judge.Question("a b " * n, "one " * (n % 3 + 1), "two")
+    for n in range(1, 10)
+  ]
+  local = judge_local.local_judge(instruct_model)
+  found = dict(local.ask(asked))
+  assert list(found) == list(range(9))
+  assert len(set(found.values())) > 5  # the model reads what it is asked
+  model, params = interop.load_model(instruct_model)
+  words = small_decoder.make_tokenizer()
+  score = jax.jit(model.score)
+  for i in (2, 8):
+    turn = {"role": "user", "content": judge.prompt(asked[i])}
+    prompt, _ = words.prompt([turn], None, 10_000)
+    expected = []
+    for answer in ("1", "2", "tie"):
+      target = [*words.encode(f"Answer: {answer}"), words.eos_ids[0]]
+      logits, _ = score(params, np.asarray([prompt]), np.asarray([target]))
+      logp = jax.nn.log_softmax(logits[0])[np.arange(len(target)), target]
+      expected.append(float(logp.sum()))
+    expected = np.exp(expected) / np.exp(expected).sum()
+    shown = re.findall(r": (\d\.\d+)", found[i])
+    np.testing.assert_allclose([float(x) for x in shown], expected, atol=1e-3)
+    verdict = ("1", "2", "tie")[int(np.argmax(expected))]
+    assert judge.parse(found[i]) == verdict
+
+
+def test_the_command_with_an_instruct_model(tmp_path, instruct_model):
+  files = [samples_file(tmp_path / n, f"w{n}") for n in ("7", "8")]
+  arguments = ("judge", *files, "--output", tmp_path / "out")
+  status, _, err = runs.clp(*arguments, "--local", instruct_model)
+  assert status == 0, err
+  result = json.loads((tmp_path / "out" / "judge.json").read_text())
+  assert result["judge"]["judge"] == "local"
+  assert result["pairs"] == 6 and result["nonsense"] == 0
+  (tmp_path / "question").write_text("which?")
+  fails(
+    2,
+    "no {data}",
+    [*arguments, "--local", instruct_model, "--prompt", tmp_path / "question"],
+  )
+  fails(2, "no such folder", [*arguments, "--local", tmp_path / "absent"])
+  fails(2, "name one judge", [*arguments, "--local", "x", "--entailment", "y"])
+
+
+def test_a_question_that_is_too_long_is_not_cut(instruct_model, monkeypatch):
+  monkeypatch.setattr(judge_local, "LONGEST", 100)
+  local = judge_local.local_judge(instruct_model)
+  with pytest.raises(JudgeError, match="longer than 100 tokens"):
+    list(local.ask([judge.Question("a", "b", "c")]))

@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--output", required=True, metavar="DIR", help="for answers and result"
   )
+  parser.add_argument(
+    "--prompt",
+    metavar="FILE",
+    help="another question for a language model; {data} is where texts go",
+  )
   model = parser.add_argument_group("a language model behind HTTP")
   model.add_argument(
     "--endpoint",
@@ -58,22 +63,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="environment variable that holds the API key; none is sent where it "
     f"is not set (default: {KEY_VARIABLE})",
   )
-  model.add_argument(
-    "--prompt",
-    metavar="FILE",
-    help="another question, with {data} where the texts go",
-  )
   help = "seconds (default: 60)"
   model.add_argument("--timeout", type=float, default=60.0, help=help)
   help = "of a request, before the judge counts as down"
   arguments.add_count(model, "--attempts", help, 6)
   arguments.add_count(model, "--parallel", "requests at a time", 4)
   arguments.add_count(model, "--max-tokens", "of an answer", 512)
-  local = parser.add_argument_group("or a local T5 entailment model")
+  local = parser.add_argument_group("or a model on this machine")
+  local.add_argument(
+    "--local",
+    metavar="DIR",
+    help="folder of any instruct model that clp_jax loads; its answer is the "
+    "likeliest of the three",
+  )
   local.add_argument(
     "--entailment",
     metavar="DIR",
-    help="its folder; it prefers the summary that the document entails more",
+    help="folder of a T5 entailment model; it prefers the summary that the "
+    "document entails more",
   )
   help = "probabilities no further apart tie"
   arguments.add(local, "--margin", help, 0.05, type=float)
@@ -111,9 +118,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _judge(args: argparse.Namespace):
-  if (args.endpoint is None) == (args.entailment is None):
+  judges = (args.endpoint, args.local, args.entailment)
+  if sum(judge is not None for judge in judges) != 1:
     raise ConfigError(
-      "name one judge: --endpoint URL --model NAME, or --entailment DIR."
+      "name one judge: --endpoint URL --model NAME, --local DIR, or "
+      "--entailment DIR."
     )
   from clp_jax.evaluation import judge as judge_lib
   from clp_jax.evaluation import judge_endpoint
@@ -128,6 +137,13 @@ def _judge(args: argparse.Namespace):
       return judge_lib.entailment_judge(
         score, margin=args.margin, identity=identity
       )
+    template = judge_lib.PROMPT
+    if args.prompt is not None:
+      template = pathlib.Path(args.prompt).read_text(encoding="utf-8")
+    if args.local is not None:
+      from clp_jax.evaluation import judge_local
+
+      return judge_local.local_judge(args.local, template)
     if args.model is None:
       raise ConfigError("--endpoint needs --model NAME.")
     key = os.environ.get(args.key_variable)
@@ -143,9 +159,6 @@ def _judge(args: argparse.Namespace):
       parallel=args.parallel,
       max_tokens=args.max_tokens,
     )
-    template = judge_lib.PROMPT
-    if args.prompt is not None:
-      template = pathlib.Path(args.prompt).read_text(encoding="utf-8")
     return judge_endpoint.endpoint_judge(endpoint, template)
   except (OSError, UnicodeDecodeError) as error:
     raise ConfigError(f"--prompt {args.prompt}: {error}") from error

@@ -12,8 +12,8 @@
 4. Position bias is the share of decided answers that chose what was shown
    first: a half, without bias, since both orders are asked.
 
-A judge is any function of `Ask`: an HTTP endpoint (judge_endpoint.py), or
-`entailment_judge` below.
+A judge is any function of `Ask`: an HTTP endpoint (judge_endpoint.py), a model
+on this machine (judge_local.py), or `entailment_judge` below.
 """
 
 import collections
