@@ -28,7 +28,6 @@ Params = Any
 
 BASE = "base"  # the folder of the model that is adapted
 KL_SET = "kl"  # the name of the set of the KL term
-README = "README.md"
 
 
 def names(policy: Policy) -> list[str]:
@@ -63,18 +62,21 @@ def save(
   alpha: float | None = None,
   *,
   dtype: str = "float32",
-) -> None:
-  """Writes a run's adapters, what they adapt, and how to use them.
+) -> tuple[str, str]:
+  """Writes a run's adapters and what they adapt.
 
   Args:
     policy: of steering lora or svd_lora.
     path: the folder: an adapter's own where a weighting is given; else it
       holds a folder NAME for each objective, and kl where the run has a set
       for the KL term. Where the base is not a Hugging Face folder already,
-      base/ is that, with the tokenizer. README.md has the recipe.
+      base/ is that, with the tokenizer.
     weights: one weighting; with None and no alpha, all sets.
     alpha: likewise.
     dtype: of what is written.
+
+  Returns:
+    A title, and how they are loaded, as markdown.
 
   Raises:
     ValueError: see `names`, and `Policy.coefficients`.
@@ -103,8 +105,7 @@ def save(
       policy.bank.adapter.scale,
       base or str(target / BASE),
     )
-  text = _readme(policy, adapters, base or BASE, weights, alpha)
-  (target / README).write_text(text)
+  return _usage(policy, adapters, base or BASE, weights, alpha)
 
 
 def _factors(
@@ -159,13 +160,13 @@ def _save_base(policy: Policy, path: epath.Path, dtype: str) -> None:
   )
 
 
-def _readme(
+def _usage(
   policy: Policy,
   adapters: list[str],
   base: str,
   weights: Weights | None,
   alpha: float | None,
-) -> str:
+) -> tuple[str, str]:
   _, auto = peft.task(policy.model_config)
   lines = [
     "from peft import PeftModel",
@@ -189,15 +190,14 @@ def _readme(
       given["alpha"] = alpha
     about = f"Of {', '.join(f'{k} = {v:g}' for k, v in given.items())}:"
     lines.append('model = PeftModel.from_pretrained(model, ".")')
-  data = policy.config.data
   code = "\n".join(lines)
-  return (
-    f"# {title}\n\n"
-    f"From step {policy.step} of a run of clp_jax. {about}\n\n"
-    f"```python\n{code}\n```\n\n"
-    "Run it in this folder. The policy was trained on prompts of at most "
-    f"{data.source_length} tokens and responses of {data.target_length}, a "
-    f"prompt made of a document as {_described(data.template)}.\n"
+  vllm = (
+    " vLLM serves the adapters of one weighting, from `clp export --weights`, "
+    "with `--enable-lora --lora-modules NAME=FOLDER`."
+  )
+  return title, (
+    f"{about}\n\n```python\n{code}\n```\n\nRun it in this folder."
+    + (vllm if auto == "AutoModelForCausalLM" else "")
   )
 
 
@@ -240,12 +240,6 @@ def _recipe(policy: Policy, adapters: list[str]) -> list[str]:
 
 def _dict(values: Mapping[str, float]) -> str:
   return "{" + ", ".join(f'"{k}": {v:g}' for k, v in values.items()) + "}"
-
-
-def _described(template) -> str:
-  if template is None:
-    return "it is"
-  return f"`{template}`"
 
 
 def load_starts(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:

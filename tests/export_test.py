@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import runs
 import small_t5
+import yaml
 from small_t5 import V1_0, V1_1
 
 import clp_jax
@@ -16,6 +17,7 @@ from clp_jax import conditioning, interop, run_folder, saved_params
 from clp_jax import config as config_lib
 from clp_jax.data.vocabulary import word_model
 from clp_jax.errors import ConfigError
+from clp_jax.evaluation import model_card
 from clp_jax.initial import load_initial
 from clp_jax.interop import leaves
 from clp_jax.models import t5
@@ -255,11 +257,10 @@ class TestExport:
       small_t5.assert_same(params, jax.tree.map(lambda p: p[0], sets))
       (output / "README.md").write_text("mine")
     assert sorted(p.name for p in output.iterdir()) == [
-      "README.md",
-      "checkpoint_7",
-      "export.json",
-      "spiece.model",
+      *("README.md", "checkpoint_7", "export.json"),
+      *("reward_statistics.json", "spiece.model", "training_config.json"),
     ]
+    assert (output / "README.md").read_text() == "mine"
 
   def test_other_folders_are_left_alone(self, tmp_path, trained, initial):
     workdir, _ = trained
@@ -335,3 +336,74 @@ def test_the_warning_about_a_logit_layer_is_one_line(tmp_path, caplog):
     interop.load_t5(tmp_path)
   (record,) = caplog.records
   assert "taken for a layer of its own" in record.getMessage()
+
+
+class TestModelCard:
+  @pytest.fixture(scope="class")
+  @staticmethod
+  def evaluated(tmp_path_factory, sft_run):
+    """(a run with a normalised reward, its front, what an export wrote)."""
+    folder = tmp_path_factory.mktemp("card")
+    fields = {"rewards.rouge.normalise": "fixed", "train.steps": 1}
+    for arguments in (
+      runs.train_arguments(folder / "run", sft_run, **fields),
+      ("evaluate", "--workdir", folder / "run"),
+      (
+        *("export", "--workdir", folder / "run", "--format", "hf"),
+        *("--weights", "rouge=0.25,nli=0.75", "--output", folder / "out"),
+      ),
+    ):
+      status, _, err = runs.clp(*arguments)
+      assert status == 0, err
+    front = json.loads((folder / "run/evaluation/front.json").read_text())
+    return folder / "run", front, folder / "out"
+
+  def test_says_what_it_is(self, evaluated):
+    workdir, front, output = evaluated
+    card = (output / "README.md").read_text()
+    matter = yaml.safe_load(card.split("---")[1])
+    assert matter["library_name"] == "transformers"
+    assert matter["license"] is None and "base_model" not in matter
+    config = run_folder.load_config(str(workdir))
+    for part in (
+      *("# A policy for rouge = 0.25, nli = 0.75", config.model.init),
+      *("task `newsroom`, split `train`", f"alpha = {config.weightings.alpha}"),
+      "| nli | `clp_jax.data.newsroom:entailment` | none | 0.75 |",
+      *("steering `full`", "AutoModelForSeq2SeqLM", "Fill in"),
+    ):
+      assert part in card, part
+    for point in front["points"]:
+      kl = f"{point['kl']['mean']:.3f} ± {1.96 * point['kl']['stderr']:.3f}"
+      raw = point["raw"]["rouge"]
+      raw = f"{raw['mean']:.3f} ± {1.96 * raw['stderr']:.3f}"
+      rows = [r for r in card.splitlines() if r.endswith(f"| {kl} |")]
+      assert any(raw in row for row in rows)
+    assert f"{front['hypervolume']:.4f}" in card
+
+  def test_has_the_config_and_the_statistics_beside_it(self, evaluated):
+    workdir, front, output = evaluated
+    written = json.loads((output / "training_config.json").read_text())
+    config = config_lib.from_json(written)
+    assert config == run_folder.load_config(str(workdir))
+    statistics = json.loads((output / "reward_statistics.json").read_text())
+    assert statistics["nli"] == {
+      "normalise": "none",
+      "mean": 0.0,
+      "deviation": 1.0,
+    }
+    assert front["units"]["rouge"]["mean"] > 0
+    assert (
+      statistics["rouge"] == {"normalise": "fixed"} | front["units"]["rouge"]
+    )
+
+  def test_without_a_front_of_that_step_shows_none(self, tmp_path, trained):
+    workdir, _ = trained
+    export(workdir, tmp_path / "out", format="orbax")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "What steering does" not in card
+    assert "from_pretrained" not in card and "interop.load_model" in card
+
+  def test_names_a_base_of_the_hub(self):
+    config = config_for("org/name@main")
+    card = model_card._front_matter(config, "peft")
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "org/name"

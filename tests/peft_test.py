@@ -15,6 +15,10 @@ import clp_jax
 from clp_jax import interop
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+BESIDE = (
+  *("README.md", "export.json", "reward_statistics.json"),
+  "training_config.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +101,7 @@ def test_adapters_add_up_to_every_weighting(
     names.append("kl")
   has_base = "conditioning.shared" in fields
   assert sorted(p.name for p in output.iterdir()) == sorted(
-    [*names, "README.md", "export.json"] + ["base"] * has_base
+    [*names, *BESIDE] + ["base"] * has_base
   )
   base = output / "base" if has_base else bases[family]
   for name in names:
@@ -161,7 +165,7 @@ def test_an_export_leaves_nothing_of_the_last_one(bases, tmp_path):
   export(workdir, output)
   export(workdir, output, "--weights", "long=1")
   assert sorted(p.name for p in output.iterdir()) == [
-    *("README.md", CONFIG, TENSORS, "base", "export.json")
+    *("README.md", CONFIG, TENSORS, "base", *BESIDE[1:])
   ]
   export(workdir, output, "--weights", "long=1", format="hf")
   assert interop.load_t5(output)[0] == small_t5.V1_1

@@ -1,9 +1,8 @@
 """`clp export`: a run's policy as an ordinary checkpoint, or its adapters."""
 
 import argparse
-import functools
 import json
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 
 from clp_jax.cli import arguments
 from clp_jax.errors import ConfigError, as_config_error
@@ -23,10 +22,8 @@ _WRITTEN = (
   "checkpoint_*",
   *("params", "model.json", "vocabulary.model"),
 )
-# And what peft's was, where it was the format: README.md may be the user's.
-_WRITTEN_PEFT = (
-  *("adapter_config.json", "adapter_model.safetensors", "README.md", "base"),
-)
+# And where it was peft's.
+_WRITTEN_PEFT = ("adapter_config.json", "adapter_model.safetensors", "base")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
   from etils import epath
 
   from clp_jax import adapter_folders
+  from clp_jax.evaluation import model_card
+  from clp_jax.interop import peft
   from clp_jax.policy import Policy
   from clp_jax.run_folder import write_json
 
@@ -104,14 +103,44 @@ def run(args: argparse.Namespace) -> None:
   for pattern in patterns:
     for old in output.glob(pattern):
       old.rmtree() if old.is_dir() else old.unlink()
-  save: Callable = functools.partial(policy.export, format=args.format)
-  if is_peft:
-    save = functools.partial(adapter_folders.save, policy)
+  given = {"weights": args.weights, "alpha": args.alpha}
   try:
-    save(args.output, weights=args.weights, alpha=args.alpha, dtype=args.dtype)
+    if is_peft:
+      title, usage = adapter_folders.save(
+        policy, args.output, dtype=args.dtype, **given
+      )
+    else:
+      policy.export(args.output, args.format, dtype=args.dtype, **given)
+      _, auto = peft.task(policy.model_config)
+      title = _title(policy.objectives, **given)
+      usage = model_card.of_checkpoint(auto, args.format)
   except ValueError as error:
     raise ConfigError(f"--format {args.format}: {error}") from error
+  library = {"hf": "transformers", "orbax": "clp_jax"}
+  model_card.write(
+    output,
+    policy.config,
+    args.workdir,
+    step=policy.step,
+    title=title,
+    library=library.get(args.format, args.format),
+    usage=usage,
+    **given,
+  )
   print(args.output)
+
+
+def _title(
+  objectives: Sequence[str],
+  weights: Mapping[str, float] | None,
+  alpha: float | None,
+) -> str:
+  if not objectives:
+    return "A finetuned model"
+  given = dict(weights or dict.fromkeys(objectives[:1], 1.0))
+  if alpha is not None:
+    given["alpha"] = alpha
+  return f"A policy for {', '.join(f'{k} = {v:g}' for k, v in given.items())}"
 
 
 def _check_is_free(output) -> str | None:
