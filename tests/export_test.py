@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from clp_jax import conditioning, interop, run_folder, saved_params
 from clp_jax import config as config_lib
 from clp_jax.data.vocabulary import word_model
 from clp_jax.errors import ConfigError
+from clp_jax.evaluation import front as front_lib
 from clp_jax.evaluation import model_card
 from clp_jax.initial import load_initial
 from clp_jax.interop import leaves
@@ -358,6 +360,7 @@ class TestModelCard:
     front = json.loads((folder / "run/evaluation/front.json").read_text())
     return folder / "run", front, folder / "out"
 
+  @pytest.mark.slow
   def test_says_what_it_is(self, evaluated):
     workdir, front, output = evaluated
     card = (output / "README.md").read_text()
@@ -380,6 +383,7 @@ class TestModelCard:
       assert any(raw in row for row in rows)
     assert f"{front['hypervolume']:.4f}" in card
 
+  @pytest.mark.slow
   def test_has_the_config_and_the_statistics_beside_it(self, evaluated):
     workdir, front, output = evaluated
     written = json.loads((output / "training_config.json").read_text())
@@ -396,12 +400,39 @@ class TestModelCard:
       statistics["rouge"] == {"normalise": "fixed"} | front["units"]["rouge"]
     )
 
-  def test_without_a_front_of_that_step_shows_none(self, tmp_path, trained):
-    workdir, _ = trained
-    export(workdir, tmp_path / "out", format="orbax")
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "What steering does" not in card
-    assert "from_pretrained" not in card and "interop.load_model" in card
+  def test_shows_a_front_of_its_own_step_alone(self, tmp_path, trained):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained[0], workdir)
+    point = front_lib.Point(
+      weights={"long": 0.25, "short": 0.75},
+      alpha=0.01,
+      rewards={
+        "long": front_lib.Estimate(0.512, 0.01),
+        "short": front_lib.Estimate(-1.25, 0.1),
+      },
+      kl=front_lib.Estimate(2.0, 0.05),
+      value=front_lib.Estimate(0.3, 0.01),
+    )
+    for step, shown in ((7, True), (6, False)):
+      front = front_lib.front_from_points(
+        [point],
+        method="full-CLP",
+        objectives=("long", "short"),
+        step=step,
+        prompts=64,
+        decoding={"temperature": 0.5, "split": "validation"},
+        reference_point=(0.0, -3.0),
+      )
+      front_lib.save_front(workdir / "evaluation", front)
+      export(workdir, tmp_path / "out", format="orbax")
+      card = (tmp_path / "out" / "README.md").read_text()
+      row = "| 0.512 ± 0.020 | -1.250 ± 0.196 | 2.000 ± 0.098 |"
+      assert (row in card) == shown
+      assert ("64 prompts of the split `validation`" in card) == shown
+      assert "from_pretrained" not in card and "interop.load_model" in card
+    written = json.loads((tmp_path / "out/training_config.json").read_text())
+    config = run_folder.load_config(str(workdir))
+    assert config_lib.from_json(written) == config
 
   def test_names_a_base_of_the_hub(self):
     config = config_for("org/name@main")
