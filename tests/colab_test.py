@@ -45,6 +45,11 @@ def test_it_trains_shows_the_front_and_steers(tmp_path):
     **{"SFT_STEPS": 4, "STEPS": 2, "GRID": 3, "PROMPTS": 8},
   }
   settings.source += "".join(f"\n{k} = {v!r}" for k, v in tiny.items())
+  (chat,) = [c for c in cells if c.id == "chat-settings"]
+  chat.source += (
+    f"\nCHAT_WORKDIR = {str(tmp_path / 'chat')!r}\n"
+    "CHAT_SFT_STEPS, CHAT_STEPS = 4, 2"
+  )
   nbclient.NotebookClient(
     notebook,
     timeout=1200,
@@ -59,8 +64,12 @@ def test_it_trains_shows_the_front_and_steers(tmp_path):
   assert result("train").data["text/plain"] == "2"
   assert result("front").data["image/png"]
   assert isinstance(ast.literal_eval(result("steer").data["text/plain"]), str)
-  (compare,) = [c for c in cells if c.id == "compare"]
-  printed = "".join(o.text for o in compare.outputs if o.name == "stdout")
-  assert [line[:12] for line in printed.splitlines()[-5:]] == [
-    f"  rouge {w:4.2f}" for w in (0, 0.25, 0.5, 0.75, 1)
-  ]
+  assert result("chat-config").data["text/plain"] == "'tiny-decoder'"
+  assert result("chat-train").data["text/plain"] == "2"
+  assert result("chat-front").data["image/png"]
+  for name, objective in (("compare", "rouge"), ("chat-steer", "helpful")):
+    (cell,) = [c for c in cells if c.id == name]
+    printed = "".join(o.text for o in cell.outputs if o.name == "stdout")
+    assert [line.split("  ")[1] for line in printed.splitlines()[-5:]] == [
+      f"{objective} {w:4.2f}" for w in (0, 0.25, 0.5, 0.75, 1)
+    ]
