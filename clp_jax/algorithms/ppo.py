@@ -55,21 +55,17 @@ class Settings:
   target_kl: float | None
 
   def __post_init__(self):
-    for name in ("epochs", "minibatches"):
-      value = getattr(self, name)
-      if value is None or not value > 0:
-        raise ValueError(f"ppo.{name} must be > 0, got {value}.")
-    for name in ("clip", "value_clip", "target_kl"):
-      value = getattr(self, name)
-      if value is not None and not value > 0:  # also false for NaN
-        raise ValueError(
-          f"ppo.{name} must be > 0, or None for off, got {value}."
-        )
-    for name in ("discount", "gae_lambda"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise ValueError(
-          f"ppo.{name} must be in [0, 1], got {getattr(self, name)}."
-        )
+    for name, value in vars(self).items():
+      if name in ("epochs", "minibatches"):
+        valid, what = value is not None and value > 0, "> 0"
+      elif name in ("clip", "value_clip", "target_kl"):  # False for NaN, too
+        valid, what = value is None or value > 0, "> 0, or None for off"
+      elif name in ("discount", "gae_lambda"):
+        valid, what = 0 <= value <= 1, "in [0, 1]"
+      else:
+        continue
+      if not valid:
+        raise ValueError(f"ppo.{name} must be {what}, got {value}.")
 
 
 # One step on the sampled returns less the critic's values.
