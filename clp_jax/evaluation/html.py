@@ -140,11 +140,7 @@ def render(
 
 
 def save(path: str | os.PathLike[str], text: str) -> str:
-  """Writes a page, whole or not at all.
-
-  Args:
-    path: of the file; may be gs://.
-    text: from `render`.
+  """Writes a page, whole or not at all, to a path that may be gs://.
 
   Returns:
     Its address, which a browser opens: file://... for a local path.
