@@ -308,10 +308,8 @@ def orthogonality(params: Params) -> jax.Array:
 def keep_orthogonal(weight: float) -> optax.GradientTransformation:
   """Adds the gradient of weight x `orthogonality` to that of a loss.
 
-  A step of the optimizer, so that no algorithm's loss has to know of it.
-
-  Args:
-    weight: of the penalty, >= 0.
+  A step of the optimizer, so that no algorithm's loss has to know of it. The
+  weight is >= 0.
   """
 
   def update(updates, state, params):

@@ -209,14 +209,7 @@ def whiten(advantages: jax.Array, mask: jax.Array) -> jax.Array:
   """Advantages of mean 0 and deviation 1 over the tokens of all weightings.
 
   Over all, because the weightings' shares of the objective would change if each
-  were scaled by itself.
-
-  Args:
-    advantages: [...] float32.
-    mask: [...] bool.
-
-  Returns:
-    [...] float32, 0 where masked.
+  were scaled by itself. Advantages are [...] float32, 0 where masked.
   """
   count = jnp.maximum(mask.sum(), 1)
   centred = jnp.where(
@@ -299,16 +292,10 @@ def value_loss(
 def explained_variance(
   values: jax.Array, targets: jax.Array, mask: jax.Array
 ) -> jax.Array:
-  """1 - Var(targets - values) / Var(targets) of each objective.
+  """1 - Var(targets - values) / Var(targets) of each objective: [K] float32.
 
-  Args:
-    values: [..., T, K] float32.
-    targets: [..., T, K] float32.
-    mask: [..., T] bool.
-
-  Returns:
-    [K] float32: 1 is perfect, 0 no better than the mean; 0 where the targets do
-    not vary.
+  Of values and targets [..., T, K] float32 where the mask [..., T] is True.
+  1 is perfect, 0 no better than the mean; 0 where the targets do not vary.
   """
   axes = tuple(range(mask.ndim))
   inside = mask[..., None]
