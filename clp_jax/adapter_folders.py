@@ -205,7 +205,8 @@ def _recipe(policy: Policy, adapters: list[str]) -> list[str]:
   objectives = policy.objectives
   share = {name: round(1 / len(objectives), 3) for name in objectives}
   share[objectives[-1]] = round(1 - sum(list(share.values())[:-1]), 3)
-  lines = [f"weights = {_dict(share)}  # at least 0, of sum 1"]
+  shares = ", ".join(f'"{name}": {x:g}' for name, x in share.items())
+  lines = [f"weights = {{{shares}}}  # at least 0, of sum 1"]
   q = policy.config.weightings
   if q.alpha_range is not None:
     low, high = q.alpha_range
@@ -236,10 +237,6 @@ def _recipe(policy: Policy, adapters: list[str]) -> list[str]:
     ")",
     'model.set_adapter("mixed")',
   ]
-
-
-def _dict(values: Mapping[str, float]) -> str:
-  return "{" + ", ".join(f'"{k}": {v:g}' for k, v in values.items()) + "}"
 
 
 def load_starts(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
@@ -310,13 +307,8 @@ def start_from(params: Params, starts: Mapping[str, np.ndarray]) -> Params:
 
 
 def merge(lora: peft.LoRA, base: Params) -> Params:
-  """An ordinary model's parameters, of a base's.
-
-  Args:
-    lora: of that model.
-    base: its parameters, layers listed or stacked; those of no adapted kernel
-      are taken as they are.
-  """
+  """An ordinary model's parameters: a base's, its layers listed or stacked,
+  with the kernels that a LoRA of that model adapts."""
   flat = leaves.flatten(base)
   for path, leaf in flat.items():
     is_stack = "/layers/" in path

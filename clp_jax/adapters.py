@@ -39,9 +39,7 @@ Leaves = dict[str, Any]  # of one adapted kernel: arrays, shapes or axes
 KINDS = ("lora", "svd_lora")
 TARGETS = ("attention", "mlp")
 _LAYERS = {
-  "attention": {
-    *("attention", "self_attention", "encoder_decoder_attention"),
-  },
+  "attention": {"attention", "self_attention", "encoder_decoder_attention"},
   "mlp": {"mlp"},
 }
 
@@ -91,10 +89,8 @@ class Adapter:
     *layers, d, f = kernel.shape
     if self.kind == "lora":
       a = jax.random.normal(key, (num_sets, *layers, d, self.rank)) / d**0.5
-      return {
-        "lora_a": a,
-        "lora_b": jnp.zeros((num_sets, *layers, self.rank, f)),
-      }
+      b = jnp.zeros((num_sets, *layers, self.rank, f))
+      return {"lora_a": a, "lora_b": b}
     # Columns and rows of length about 1, and about orthogonal where D and F are
     # large: the penalty does the rest.
     left_key, right_key = jax.random.split(key)
@@ -168,16 +164,8 @@ class Adapter:
   def unmerged(
     self, kernel: jax.Array, leaves: Leaves, coefficients: jax.Array
   ) -> LowRank:
-    """The kernel of a weighting, without making it: `adapt` up to rounding.
-
-    Args:
-      kernel: [..., D, F], the base.
-      leaves: as `init` makes them.
-      coefficients: [*batch, M] float32, convex.
-
-    Returns:
-      A LowRank whose diagonal is [*batch, ..., k].
-    """
+    """The kernel of a weighting, without making it: `adapt` up to rounding, as
+    a LowRank whose diagonal is [*batch, ..., k]; the arguments are its."""
     batch = coefficients.shape[:-1]
     layers = kernel.shape[:-2]
     if self.kind == "lora":
@@ -320,10 +308,8 @@ def orthogonality(params: Params) -> jax.Array:
 def keep_orthogonal(weight: float) -> optax.GradientTransformation:
   """Adds the gradient of weight x `orthogonality` to that of a loss.
 
-  A step of the optimizer, so that no algorithm's loss has to know of it.
-
-  Args:
-    weight: of the penalty, >= 0.
+  A step of the optimizer, so that no algorithm's loss has to know of it. The
+  weight is >= 0.
   """
 
   def update(updates, state, params):

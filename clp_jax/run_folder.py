@@ -98,11 +98,8 @@ def _check_same(workdir: str, old: dict, new: dict) -> None:
 def decisive(values: dict) -> dict[str, Any]:
   """What a resumed run can't change: all that decides a step's result.
 
-  Args:
-    values: a config, or some sections of one, from `config.to_json`.
-
-  Returns:
-    Path of a field -> its JSON value.
+  Path of a field -> its JSON value, of a config, or some sections of one, from
+  `config.to_json`.
   """
   free = _FREE if "objectives" in values else (*_FREE, *_RATES)
   return {
@@ -148,14 +145,8 @@ def save_model(
   tokenizer: Tokenizer,
   reference: Any,
 ) -> None:
-  """Writes what the policies of a run have in common.
-
-  Args:
-    workdir: the run's folder.
-    model_config: of the policy and the reference.
-    tokenizer: of the model.
-    reference: parameters of an ordinary model, [..] arrays.
-  """
+  """Writes what the policies of a run have in common: the model of them and of
+  the reference, the parameters of an ordinary one."""
   path = folder(workdir)
   if jax.process_index() == 0:
     for name, content in tokenizer.files().items():

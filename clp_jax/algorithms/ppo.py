@@ -55,21 +55,17 @@ class Settings:
   target_kl: float | None
 
   def __post_init__(self):
-    for name in ("epochs", "minibatches"):
-      value = getattr(self, name)
-      if value is None or not value > 0:
-        raise ValueError(f"ppo.{name} must be > 0, got {value}.")
-    for name in ("clip", "value_clip", "target_kl"):
-      value = getattr(self, name)
-      if value is not None and not value > 0:  # also false for NaN
-        raise ValueError(
-          f"ppo.{name} must be > 0, or None for off, got {value}."
-        )
-    for name in ("discount", "gae_lambda"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise ValueError(
-          f"ppo.{name} must be in [0, 1], got {getattr(self, name)}."
-        )
+    for name, value in vars(self).items():
+      if name in ("epochs", "minibatches"):
+        valid, what = value is not None and value > 0, "> 0"
+      elif name in ("clip", "value_clip", "target_kl"):  # False for NaN, too
+        valid, what = value is None or value > 0, "> 0, or None for off"
+      elif name in ("discount", "gae_lambda"):
+        valid, what = 0 <= value <= 1, "in [0, 1]"
+      else:
+        continue
+      if not valid:
+        raise ValueError(f"ppo.{name} must be {what}, got {value}.")
 
 
 # One step on the sampled returns less the critic's values.
@@ -213,14 +209,7 @@ def whiten(advantages: jax.Array, mask: jax.Array) -> jax.Array:
   """Advantages of mean 0 and deviation 1 over the tokens of all weightings.
 
   Over all, because the weightings' shares of the objective would change if each
-  were scaled by itself.
-
-  Args:
-    advantages: [...] float32.
-    mask: [...] bool.
-
-  Returns:
-    [...] float32, 0 where masked.
+  were scaled by itself. Advantages are [...] float32, 0 where masked.
   """
   count = jnp.maximum(mask.sum(), 1)
   centred = jnp.where(
@@ -303,16 +292,10 @@ def value_loss(
 def explained_variance(
   values: jax.Array, targets: jax.Array, mask: jax.Array
 ) -> jax.Array:
-  """1 - Var(targets - values) / Var(targets) of each objective.
+  """1 - Var(targets - values) / Var(targets) of each objective: [K] float32.
 
-  Args:
-    values: [..., T, K] float32.
-    targets: [..., T, K] float32.
-    mask: [..., T] bool.
-
-  Returns:
-    [K] float32: 1 is perfect, 0 no better than the mean; 0 where the targets do
-    not vary.
+  Of values and targets [..., T, K] float32 where the mask [..., T] is True.
+  1 is perfect, 0 no better than the mean; 0 where the targets do not vary.
   """
   axes = tuple(range(mask.ndim))
   inside = mask[..., None]

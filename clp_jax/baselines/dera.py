@@ -29,19 +29,8 @@ def make_mixture(
 ) -> None:
   """Writes the run folder of a policy that mixes logits.
 
-  Args:
-    config: whose objectives, data, rewards, weightings and evaluation it has.
-      With weightings.alpha_range the reference is one of the models and low
-      the alpha of the finetuned ones (DeRa); else they are the runs' (MOD).
-    runs: objective -> folder of the run that was finetuned for it alone; all
-      of them from one reference.
-    workdir: the folder to write.
-    reference: a folder that holds a T5 to take for the runs' own reference;
-      None takes theirs.
-
-  Raises:
-    ConfigError: when the parts do not fit the objectives, one another or the
-      config, a reference of another vocabulary or shape among them; or the
-      folder holds a mixture of others.
+  With weightings.alpha_range the reference is one of the models and low the
+  alpha of the finetuned ones (DeRa); else they are the runs' (MOD). Arguments
+  and errors are those of `soups.combine`.
   """
   soups.combine(config, runs, workdir, mixing="logits", reference=reference)

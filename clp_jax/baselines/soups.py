@@ -69,19 +69,7 @@ def make_soup(
   runs: Mapping[str, str],
   workdir: str,
 ) -> None:
-  """Writes the run folder of a soup, or finds it written.
-
-  Args:
-    config: whose objectives, data, rewards, weightings and evaluation the soup
-      has.
-    runs: objective -> folder of the run that was finetuned for it alone; all
-      of them from one reference.
-    workdir: the soup's folder.
-
-  Raises:
-    ConfigError: when the runs do not fit the objectives, one another or the
-      config, or the folder holds a soup of others.
-  """
+  """Writes the run folder of a soup, or finds it written; see `combine`."""
   combine(config, runs, workdir, mixing="parameters")
 
 
@@ -178,8 +166,9 @@ def combine(
   """Writes, or finds, the folder of a policy that is made of finetuned ones.
 
   Args:
-    config: as in `make_soup`.
-    runs: as in `make_soup`.
+    config: whose objectives, data, rewards, weightings and evaluation it has.
+    runs: objective -> folder of the run that was finetuned for it alone; all
+      of them from one reference.
     workdir: the folder to write.
     mixing: "parameters" or "logits", what a weighting combines.
     reference: a folder that holds a T5 (a run's, or a checkpoint's) to take
@@ -212,10 +201,9 @@ def combine(
     _check_part(config, name, parts[-1], parts[0])
   first = parts[0]
   sets = [part.params for part in parts]
-  vocabulary = first.vocabulary
   start = first.reference
   if reference is not None:
-    start = _load_reference(config, reference, first, vocabulary)
+    start = _load_reference(config, reference, first)
   made_of = [
     _part(name, part.workdir, part.step, part.params)
     | {"moments": part.moments}
@@ -229,7 +217,7 @@ def combine(
   run_folder.start(workdir, config)
   run_folder.write_json(run_folder.folder(workdir) / run_folder.PARTS, made_of)
   if not run_folder.has_model(workdir):
-    run_folder.save_model(workdir, first.model_config, vocabulary, start)
+    run_folder.save_model(workdir, first.model_config, first.vocabulary, start)
   step = sum(part.step for part in parts)
   if saved_params.newest_step(workdir) != step:
     saved_params.save_params(workdir, step, stack(sets))
@@ -364,16 +352,13 @@ def _check_part(
 
 
 def _load_reference(
-  config: ml_collections.ConfigDict,
-  reference: str,
-  first: Part,
-  vocabulary: Tokenizer,
+  config: ml_collections.ConfigDict, reference: str, first: Part
 ) -> Params:
   """Another reference's parameters, where it fits the finetuned policies."""
   config = config.copy_and_resolve_references()
   config.model.init = reference
   initial = load_initial(config)
-  if initial.vocabulary.files() != vocabulary.files():
+  if initial.vocabulary.files() != first.vocabulary.files():
     raise ConfigError(
       f"the reference {reference} has another vocabulary than {first.workdir}; "
       "their logits are of different tokens. Take one that the run was "
@@ -398,7 +383,4 @@ def _check_shape(name: str, model_config: families.Config, first: Part) -> None:
 
 
 def _equal(a: Params, b: Params) -> bool:
-  return all(
-    bool(jnp.array_equal(x, y))
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  )
+  return jax.tree.all(jax.tree.map(jnp.array_equal, a, b))

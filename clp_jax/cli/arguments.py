@@ -63,15 +63,8 @@ def add_workdir(parser: argparse.ArgumentParser, default=None) -> None:
 def add(
   parser, name: str, help: str, default: Any = None, **options: Any
 ) -> None:
-  """An option whose help says its default, where it has one.
-
-  Args:
-    parser: or a group of one.
-    name: "--name".
-    help: what it is.
-    default: None for none.
-    **options: argparse's.
-  """
+  """An option whose help says its default, where it has one; `options` are
+  argparse's."""
   if default is not None:
     help += f" (default: {default})"
   parser.add_argument(name, default=default, help=help, **options)

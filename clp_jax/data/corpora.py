@@ -47,26 +47,16 @@ CORPORA = {
     "reddit:1.0.0",
     "content",
     "summary",
-    {
-      "train": "train[2%:]",
-      "validation": "train[:1%]",
-      "test": "train[1%:2%]",
-    },
+    {"train": "train[2%:]", "validation": "train[:1%]", "test": "train[1%:2%]"},
   ),
 }
 
 
 def register_task(name: str) -> Any:
-  """Adds one of CORPORA to seqio's registry, unless it is there.
+  """The seqio.Task of one of CORPORA, in seqio's registry; nothing is read yet.
 
-  The task can be cached by seqio_cache_tasks: import a module of your own that
-  calls this.
-
-  Args:
-    name: of the task.
-
-  Returns:
-    The seqio.Task, from the registry. Nothing is read yet.
+  It can be cached by seqio_cache_tasks: import a module of your own that calls
+  this.
   """
   tf, seqio = import_seqio()
   if name in seqio.TaskRegistry.names():
@@ -75,12 +65,8 @@ def register_task(name: str) -> Any:
 
   def texts(example):
     document, reference = example[corpus.document], example[corpus.reference]
-    return {
-      "document": document,
-      "reference": reference,
-      "inputs": document,
-      "targets": reference,
-    }
+    texts = {"document": document, "reference": reference}
+    return texts | {"inputs": document, "targets": reference}
 
   vocabulary = unread_vocabulary(T5_VOCABULARY)
   feature = seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)

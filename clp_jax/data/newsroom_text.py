@@ -133,13 +133,8 @@ class Facts(NamedTuple):
 
 
 def summarise(facts: Facts) -> str:
-  """Writes the summary that states exactly these facts.
-
-  Args:
-    facts: name, verb and object must be there.
-
-  Returns:
-    A grammatical summary: parse(summarise(facts)) == facts.
+  """Writes the grammatical summary that states exactly these facts:
+  parse(summarise(facts)) == facts.
 
   Raises:
     ValueError: name, verb or object is None.

@@ -142,15 +142,8 @@ class Numbering:
 def train_batches(reader: Reader, numbering: Numbering) -> Iterator[Batch]:
   """Yields the rows of one process of global batches start, start + 1, ...
 
-  The stream has no end. Batches run on from one epoch into the next, so rows
-  fewer than a batch repeat within it.
-
-  Args:
-    reader: of the rows.
-    numbering: of the batches.
-
-  Returns:
-    An iterator over batches of b = B / P rows.
+  The stream has no end, and its batches are of b = B / P rows. They run on from
+  one epoch into the next, so rows fewer than a batch repeat within it.
 
   Raises:
     ValueError: the reader's lengths leave no room.
@@ -184,12 +177,7 @@ def _ahead(reader: Reader, numbers: Iterator[list[int]]) -> Iterator[Batch]:
 
 
 def eval_batch(reader: Reader, num_examples: int, what: str) -> Batch:
-  """The first rows, in order.
-
-  Args:
-    reader: of the rows.
-    num_examples: b, how many.
-    what: they are called in messages.
+  """The first num_examples rows, in order; `what` they are called in messages.
 
   Raises:
     ValueError: there are fewer.

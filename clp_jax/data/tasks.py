@@ -193,16 +193,8 @@ def _check_cached_tokens(task: Any, example: dict[str, Any] | None) -> None:
 
 
 def with_template(task: Any, template: str) -> Any:
-  """The same task, with its inputs made from its documents by a template.
-
-  Args:
-    task: a seqio.Task.
-    template: from `tokenizer.parse_template`, a text.
-
-  Returns:
-    A seqio.Task.
-
-  """
+  """The same seqio.Task, with its inputs made from its documents by a template,
+  a text from `tokenizer.parse_template`."""
   tf, seqio = import_seqio()
   before, after = template.split(DOCUMENT)
   feature = task.output_features["inputs"]
@@ -266,8 +258,8 @@ def train_batches(
   def epoch(number):
     return raw.shuffle(
       min(count, buffer),
-      seed=number * 1_000_003
-      + numbering.seed,  # distinct for seeds below a million
+      # Distinct for seeds below a million.
+      seed=number * 1_000_003 + numbering.seed,
       reshuffle_each_iteration=False,
     )
 
@@ -290,18 +282,10 @@ def eval_batch(
   target_length: int,
   tokenise: Tokenise | None = None,
 ) -> Batch:
-  """Reads the first examples of a split, in order.
-
-  Args:
-    task: a seqio.Task whose preprocessors make one example of each.
-    split: its split.
-    num_examples: b, how many.
-    source_length: S, tokens; longer inputs are cut.
-    target_length: T, tokens; longer targets are cut.
-    tokenise: as for `train_batches`.
+  """Reads the first examples of a split, in order; args as of `train_batches`.
 
   Returns:
-    One batch of b rows.
+    One batch of b = num_examples rows.
 
   Raises:
     ValueError: the split is absent, empty or has fewer examples, or the task
@@ -417,13 +401,8 @@ def _batches(
   # There is nothing to tune, and the tuner sleeps for up to a minute: an
   # iterator that is closed waits for it to wake.
   options.autotune.enabled = False
-  padded = {
-    "inputs": [source_length],
-    "targets": [target_length],
-    "document": [],
-    "reference": [],
-    "cut": [],
-  }
+  padded = {key: [length] for key, length in lengths.items()}
+  padded |= {"document": [], "reference": [], "cut": []}
   dataset = dataset.map(select).padded_batch(rows, padded).prefetch(2)
   read = _read(dataset.with_options(options))
   if tokenise is None:
@@ -457,13 +436,6 @@ def _read(dataset: Any) -> Iterator[Batch]:
 def fact_checker(
   task: str | None,
 ) -> Callable[[str, str], list[tuple[int, int]] | None] | None:
-  """What finds the unsupported facts of a summary, where the data know them.
-
-  Args:
-    task: a config's data.task.
-
-  Returns:
-    (document, summary) -> [(start, end)] in the summary, as
-    `newsroom.unsupported` has it; None for data that know no facts.
-  """
+  """What finds the unsupported facts of a summary, as `newsroom.unsupported`
+  does; None where the data of a config's data.task know no facts."""
   return newsroom.unsupported if task == "newsroom" else None

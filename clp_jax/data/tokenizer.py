@@ -177,15 +177,9 @@ def inputs(
 def texts(
   tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray
 ) -> list[str]:
-  """Turns sampled tokens into text.
+  """[R] texts of sampled tokens [R, T] int, up to EOS.
 
-  Args:
-    tokenizer: of the model.
-    tokens: [R, T] int.
-    mask: [R, T] bool, True on a row's own tokens, EOS included if it has one.
-
-  Returns:
-    [R] texts, up to EOS.
+  The mask [R, T] is True on a row's own tokens, EOS included if it has one.
   """
   tokens, mask = np.asarray(tokens), np.asarray(mask)
   ended = np.cumsum(np.isin(tokens, tokenizer.eos_ids), axis=1) > 0

@@ -45,10 +45,8 @@ def find(
 ) -> Tokenizer | None:
   """`load_tokenizer` of a folder, or of one file of it.
 
-  Args:
+  Args: as for `load_tokenizer`, but for:
     path: a folder, tokenizer.json, or a SentencePiece .model file.
-    eos_ids: as for `load_tokenizer`.
-    pad_id: likewise.
 
   Raises:
     ValueError: a file can't be read or is not valid.

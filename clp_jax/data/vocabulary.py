@@ -159,16 +159,8 @@ class Vocabulary:
   """
 
   def __init__(self, path: str, content: bytes, eos_ids: Sequence[int] = ()):
-    """Parses a model.
-
-    Args:
-      path: of the file.
-      content: of the file.
-      eos_ids: as for `load_vocabulary`.
-
-    Raises:
-      ValueError: as `load_vocabulary`.
-    """
+    """Parses the content of a file; eos_ids and errors are those of
+    `load_vocabulary`."""
     self.path = path
     self.pad_id = PAD
     self._content = content
@@ -351,17 +343,8 @@ def load_vocabulary(
 
 
 def loaded(vocabulary: Any) -> Any:
-  """Reads the file of a vocabulary, if that has not happened, and checks it.
-
-  Args:
-    vocabulary: a seqio.SentencePieceVocabulary.
-
-  Returns:
-    The same.
-
-  Raises:
-    ValueError: as `load_vocabulary`.
-  """
+  """The same seqio.SentencePieceVocabulary, its file read, if that has not
+  happened, and checked; errors as of `load_vocabulary`."""
   tf, _ = import_seqio()
   path = vocabulary.sentencepiece_model_file
   try:
@@ -385,11 +368,8 @@ def _no_model(path: str, error: Exception) -> ValueError:
 def _checked_eos_ids(
   tokenizer: SentencePieceProcessor, path: str, named: Sequence[int]
 ) -> tuple[int, ...]:
-  """The tokenizer's own EOS, then the other ones that a model names.
-
-  Raises:
-    ValueError: as `load_vocabulary`.
-  """
+  """The tokenizer's own EOS, then the other ones that a model names; errors as
+  of `load_vocabulary`."""
   own = tokenizer.eos_id()
   if tokenizer.pad_id() != PAD or own < 0:
     raise ValueError(

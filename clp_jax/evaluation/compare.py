@@ -24,17 +24,9 @@ from clp_jax import config as config_lib
 from clp_jax.errors import FrontError
 from clp_jax.evaluation import fronts as fronts_lib
 from clp_jax.evaluation import intervals, measurements
-from clp_jax.evaluation.front import (
-  Estimate,
-  Front,
-  load_front,
-  with_points,
-)
+from clp_jax.evaluation.front import Estimate, Front, load_front, with_points
 from clp_jax.evaluation.intervals import Sample, Value
-from clp_jax.evaluation.metrics import (
-  Measure,
-  in_plane,
-)
+from clp_jax.evaluation.metrics import Measure, in_plane
 from clp_jax.weightings import Distribution
 
 Array = NDArray[np.float64]
@@ -73,11 +65,7 @@ class Comparison:
 
 
 def load_run(workdir: str, seed: int | None) -> Run:
-  """An evaluated run from its folder.
-
-  Args:
-    workdir: the run's folder.
-    seed: that it was trained with.
+  """An evaluated run from its folder; `seed` is that of its training.
 
   Raises:
     FrontError: it has not been evaluated, or by an older version.
@@ -95,9 +83,7 @@ def load_run(workdir: str, seed: int | None) -> Run:
   )
 
 
-def in_one_unit(
-  methods: Mapping[str, Sequence[Run]],
-) -> dict[str, list[Run]]:
+def in_one_unit(methods: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
   """Runs whose normalised objectives are all in the first run's units.
 
   Each run has optimised in units of its own reference's scores. Those of
@@ -147,9 +133,7 @@ def in_one_unit(
       run, front=front, rewards=run.rewards * scale + shift
     )
 
-  return {
-    name: [convert(run) for run in runs] for name, runs in methods.items()
-  }
+  return {name: list(map(convert, runs)) for name, runs in methods.items()}
 
 
 def group_runs(
@@ -207,11 +191,10 @@ def distribution_of(
 
   A run at one weighting has no Q but that one; it is compared over all.
   """
-  front = next(iter(methods.values()))[0].front
   if config is None:
-    return Distribution(len(front.objectives))
-  q = build.distribution(config)
-  return dataclasses.replace(q, weights=None)
+    first = next(iter(methods.values()))[0]
+    return Distribution(len(first.front.objectives))
+  return dataclasses.replace(build.distribution(config), weights=None)
 
 
 def compare(
@@ -326,14 +309,10 @@ def _per_prompt(run: Run) -> Array:
 
 
 def mean_front(runs: Sequence[Run], method: str) -> Front:
-  """One front of a method's runs.
+  """One front of a method's runs, one or more, over the same weightings.
 
   Every point is the mean over the runs, with the standard error over them; of a
   single run the point is its own, with the error over prompts.
-
-  Args:
-    runs: one or more, over the same weightings.
-    method: its name.
   """
   fronts = [run.front for run in runs]
   first = fronts[0]
@@ -344,30 +323,25 @@ def mean_front(runs: Sequence[Run], method: str) -> Front:
     error = np.std(values, ddof=1) / math.sqrt(len(values))
     return Estimate(float(np.mean(values)), float(error))
 
-  points = []
-  for same in zip(*(front.points for front in fronts), strict=True):
-    points.append(
-      dataclasses.replace(
-        same[0],
-        rewards={
-          o: estimate([p.rewards[o].mean for p in same])
-          for o in first.objectives
-        },
-        raw={o: estimate([p.raw[o].mean for p in same]) for o in same[0].raw},
-        kl=estimate([p.kl.mean for p in same]),
-        value=estimate([p.value.mean for p in same]),
-      )
+  points = [
+    dataclasses.replace(
+      same[0],
+      rewards={
+        o: estimate([p.rewards[o].mean for p in same]) for o in first.objectives
+      },
+      raw={o: estimate([p.raw[o].mean for p in same]) for o in same[0].raw},
+      kl=estimate([p.kl.mean for p in same]),
+      value=estimate([p.value.mean for p in same]),
     )
+    for same in zip(*(front.points for front in fronts), strict=True)
+  ]
   return with_points(first, points, method=method)
 
 
 def _same_seeds(a: Sequence[Run], b: Sequence[Run]) -> bool:
-  seeds = [run.seed for run in a]
-  return (
-    seeds == [run.seed for run in b]
-    and None not in seeds
-    and len(set(seeds)) == len(seeds)
-  )
+  seeds, others = ([run.seed for run in runs] for runs in (a, b))
+  is_known = None not in seeds and len(set(seeds)) == len(seeds)
+  return is_known and seeds == others
 
 
 def _dominated(a: Sequence[Run], b: Sequence[Run]) -> float:
@@ -382,11 +356,8 @@ def _dominated(a: Sequence[Run], b: Sequence[Run]) -> float:
   pairs = [(x, y) for x in a for y in b]
   if _same_seeds(a, b):
     pairs = list(zip(a, b, strict=True))
-  return float(
-    np.mean(
-      [fronts_lib.dominated_share(points(x), points(y)) for x, y in pairs]
-    )
-  )
+  shares = [fronts_lib.dominated_share(points(x), points(y)) for x, y in pairs]
+  return float(np.mean(shares))
 
 
 def _reference_point(
@@ -426,25 +397,21 @@ def _reference_point(
 
 def _check_comparable(runs: Sequence[Run]) -> None:
   """Raises FrontError unless all runs answered the same question."""
-  first = runs[0]
-  for run in runs[1:]:
-    facts: dict[str, tuple[Any, Any]] = {
-      "objectives": (first.front.objectives, run.front.objectives),
-      "number of held-out prompts": (first.front.prompts, run.front.prompts),
-      "held-out prompts": (first.prompts, run.prompts),
-    }
-    for name in SETTINGS:
-      facts[f"decoding's {name}"] = (
-        first.front.decoding.get(name),
-        run.front.decoding.get(name),
-      )
-    for name, (a, b) in facts.items():
-      if a != b:
+
+  def facts(run: Run) -> dict[str, Any]:
+    front = run.front
+    return {
+      "objectives": ", ".join(front.objectives),
+      "number of held-out prompts": front.prompts,
+      "held-out prompts": run.prompts,
+    } | {f"decoding's {name}": front.decoding.get(name) for name in SETTINGS}
+
+  first, *others = runs
+  asked = facts(first)
+  for run in others:
+    for name, own in facts(run).items():
+      if own != asked[name]:
         raise FrontError(
-          f"{first.path} and {run.path} differ in their {name} "
-          f"({_shown(a)} and {_shown(b)}); evaluate both alike."
+          f"{first.path} and {run.path} differ in their {name} ({asked[name]} "
+          f"and {own}); evaluate both alike."
         )
-
-
-def _shown(value: Any) -> str:
-  return ", ".join(value) if isinstance(value, tuple) else str(value)

@@ -23,7 +23,12 @@ from clp_jax.evaluation import front as front_lib
 from clp_jax.evaluation.compare import Comparison, mean_front
 from clp_jax.evaluation.intervals import Value
 from clp_jax.evaluation.metrics import in_plane
-from clp_jax.evaluation.tables import bare, markdown_table, units_note
+from clp_jax.evaluation.tables import (
+  bare,
+  markdown_table,
+  units_note,
+  without_empty,
+)
 from clp_jax.interop import storage
 
 Row = dict[str, str]
@@ -54,7 +59,7 @@ def tables(found: Comparison) -> dict[str, list[Row]]:
       row[f"dominates of {first}"] = f"{found.dominated[name][first]:.2f}"
       rows.append(row)
     made[f"Differences from {first}"] = rows
-  return {title: _without_empty(rows) for title, rows in made.items()}
+  return {title: without_empty(rows) for title, rows in made.items()}
 
 
 def note(found: Comparison) -> str:
@@ -104,9 +109,7 @@ def shown(value: Value, digits: int, sign: bool = False) -> str:
 
 def markdown(found: Comparison) -> str:
   """The tables with their note."""
-  parts = []
-  for title, rows in tables(found).items():
-    parts.append(f"### {title}\n\n{markdown_table(rows)}")
+  parts = [f"### {t}\n\n{markdown_table(r)}" for t, r in tables(found).items()]
   return "\n".join(parts) + f"\n{note(found)}\n"
 
 
@@ -163,25 +166,19 @@ def save(
   commands: Sequence[str],
   unsupported: html.Checker | None = None,
 ) -> str:
-  """Writes the files of the module.
+  """Writes the files of the module, and gives the address of report.html.
 
   Args:
     directory: the folder.
     found: the comparison.
-    title: of the page.
-    commands: that make it again.
-    unsupported: see `html.render`.
-
-  Returns:
-    The address of report.html.
+    title: of the page, as commands and unsupported are; see `html.render`.
   """
   path = epath.Path(directory)
   path.mkdir(parents=True, exist_ok=True)
   fronts = [mean_front(found.runs[name], name) for name in found.methods]
   several = any(len(runs) > 1 for runs in found.runs.values())
-  plot.plot_fronts(
-    fronts, path / "fronts.png", errors="runs" if several else "prompts"
-  )
+  over = "runs" if several else "prompts"
+  plot.plot_fronts(fronts, path / "fronts.png", errors=over)
   content = json.dumps(to_json(found), indent=2, allow_nan=False) + "\n"
   for name, text in (
     ("comparison.md", markdown(found)),
@@ -261,11 +258,6 @@ def _configs_of(found: Comparison) -> dict[str, Any]:
     if file.exists():
       configs[name] = json.loads(file.read_text())
   return configs
-
-
-def _without_empty(rows: list[Row]) -> list[Row]:
-  kept = [c for c in rows[0] if any(row[c] != "-" for row in rows)]
-  return [{column: row[column] for column in kept} for row in rows]
 
 
 def _digits(metric: str) -> int:

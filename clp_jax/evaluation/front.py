@@ -167,15 +167,10 @@ def front_from_points(
 
 
 def with_points(front: Front, points: Iterable[Point], **changes: Any) -> Front:
-  """A front of the same kind, of these points.
+  """A front of the same kind, of these points over its objectives.
 
-  Args:
-    front: whose other fields it has, but for hypervolume and spread.
-    points: over its objectives.
-    **changes: other fields.
-
-  Raises:
-    FrontError: as `front_from_points`.
+  Its other fields, but for hypervolume and spread, are the same, or those of
+  `changes`. Raises FrontError as `front_from_points`.
   """
   front = dataclasses.replace(front, points=tuple(points), **changes)
   _check(front)
@@ -412,13 +407,8 @@ def dominated(front: Front) -> NDArray[np.bool_]:
 def labels(front: Front, x: str | None, equals: str) -> dict[int, str]:
   """Names the ends and the middle of a sweep, or a simplex's corners.
 
-  Args:
-    front: the sweep.
-    x: the panel's, see `panels`.
-    equals: between a name and its value.
-
-  Returns:
-    {number of the point: its weighting}.
+  {number of the point: its weighting}, for an x of `panels`, with `equals`
+  between a name and its value.
   """
   last = len(front.points) - 1
   named = {}

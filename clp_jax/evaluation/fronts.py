@@ -71,15 +71,8 @@ def hypervolume(rewards: ArrayLike, reference_point: ArrayLike) -> float:
 def hypervolumes(
   fronts: NDArray[np.float64], reference_point: ArrayLike
 ) -> NDArray[np.float64]:
-  """`hypervolume` of many fronts, without checks; those of two rewards at once.
-
-  Args:
-    fronts: [..., P, m] float.
-    reference_point: [m] float.
-
-  Returns:
-    [...] float64.
-  """
+  """`hypervolume` of many fronts [..., P, m], unchecked: [...] float64; those
+  of two rewards at once."""
   if fronts.shape[-1] != 2:
     flat = fronts.reshape(-1, *fronts.shape[-2:])
     found = [hypervolume(front, reference_point) for front in flat]
@@ -141,14 +134,9 @@ def monotonicity(weights: ArrayLike, rewards: ArrayLike) -> NDArray[np.float64]:
 def rank_correlations(
   x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-  """Spearman's rank correlation of x with every row of y, without checks.
+  """Spearman's rank correlation of x [P] with every row of y [..., P].
 
-  Args:
-    x: [P] float.
-    y: [..., P] float.
-
-  Returns:
-    [...] float64 in [-1, 1], or NaN where x or a row never changes.
+  [...] float64 in [-1, 1], NaN where x or a row never changes; without checks.
   """
   x_ranks, y_ranks = centred_ranks(x), centred_ranks(y)
   scale = np.sqrt((x_ranks**2).sum() * (y_ranks**2).sum(axis=-1))
@@ -167,32 +155,20 @@ def centred_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def expected_utility(weights: ArrayLike, rewards: ArrayLike) -> float:
   """Mean over the points of sum_i w_i r_i, each at its own weights.
 
-  Args:
-    weights: [P, m] float.
-    rewards: [P, m] float, P >= 1.
-
-  Returns:
-    Utility in the rewards' units.
-
-  Raises:
-    ValueError: shapes that differ, or a value that is not finite.
+  Of weights and rewards [P, m] float, P >= 1, in the rewards' units. Raises
+  ValueError for shapes that differ, or a value that is not finite.
   """
   weights, rewards = _pair(weights, rewards)
   return float(np.sum(weights * rewards, axis=1).mean())
 
 
 def dominated_share(a: ArrayLike, b: ArrayLike) -> float:
-  """Share of b's points that some point of a beats in every reward.
+  """Share of b's points [Q, m] that a point of a [P, m] beats in every reward.
 
-  Args:
-    a: [P, m] float, larger is better, P >= 1.
-    b: [Q, m] float, Q >= 1.
-
-  Returns:
-    Share in [0, 1].
+  Larger rewards are better.
 
   Raises:
-    ValueError: wrong shapes, or a value that is not finite.
+    ValueError: wrong shapes, an empty one, or a value that is not finite.
   """
   a, b = _matrix("a", a), _matrix("b", b)
   if a.shape[1] != b.shape[1]:

@@ -221,12 +221,8 @@ class Measure:
 
 
 def _farthest(points: Array, drawn: Array) -> Array:
-  """[draws] errors of the spread if every pair that may be is the farthest.
-
-  Args:
-    points: [P, m + 1]
-    drawn: [draws, P, m + 1]
-  """
+  """[draws] errors of the spread if every pair that may be is the farthest, of
+  points [P, m + 1] with noise [draws, P, m + 1]."""
   apart = (points[:, None] - points[None])[..., :-1]
   lengths = np.linalg.norm(apart, axis=2)
   towards = apart / np.where(lengths > 0, lengths, 1)[..., None]
@@ -257,11 +253,8 @@ def weightings_of(front: Front) -> Array:
 def steered(points: Array, weightings: Array) -> Array:
   """[P, m + 1]: points whose rewards follow what was asked and nothing else.
 
-  Their slope in the ranks of what was asked is that of the points.
-
-  Args:
-    points: [P, m + 1]
-    weightings: [P, m + 1] from `weightings_of`.
+  Their slope in the ranks of what was asked, of weightings [P, m + 1] from
+  `weightings_of`, is that of the points.
   """
   made = points.copy()
   for i, asked in enumerate(_asked(weightings)):
@@ -278,14 +271,11 @@ def _asked(weightings: Array) -> Array:
 
 
 def point_weights(distribution: Distribution, weightings: Array) -> Array:
-  """[P] probabilities that Q gives the points of a sweep.
+  """[P] probabilities that Q gives the points of a sweep, [P, m + 1] from
+  `weightings_of`.
 
   Each weighting of Q counts for the point next to it, in the weights and in
   log alpha.
-
-  Args:
-    distribution: Q over as many rewards.
-    weightings: [P, m + 1] from `weightings_of`.
   """
   rng = np.random.default_rng(0)  # an integral, the same for all who ask
   m = distribution.num_rewards

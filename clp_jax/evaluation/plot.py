@@ -23,13 +23,8 @@ from clp_jax.interop import storage
 # Okabe and Ito's colours, told apart under the common colour blindnesses; their
 # yellow is left out, too light for points on white.
 COLOURS = (
-  "#0072B2",
-  "#D55E00",
-  "#009E73",
-  "#CC79A7",
-  "#000000",
-  "#E69F00",
-  "#56B4E9",
+  *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+  *("#000000", "#E69F00", "#56B4E9"),
 )
 MARKERS = "osD^vP"  # Six against seven colours: 42 styles.
 
@@ -42,13 +37,9 @@ def plot_fronts(
   """Draws fronts over the same objectives into a PNG.
 
   One reward is drawn against KL, two in their plane, more as a panel for each
-  pair. Bars are one standard error. A point that another of its front dominates
-  (in all rewards; with one reward, in reward and KL) is hollow.
-
-  Args:
-    fronts: one or more, with the same objectives.
-    path: of the PNG.
-    errors: what the standard errors are over, for the caption.
+  pair. Bars are one standard error, over what `errors` says. A point that
+  another of its front dominates (in all rewards; with one reward, in reward and
+  KL) is hollow.
 
   Raises:
     FrontError: no fronts, or fronts over different objectives.
@@ -134,15 +125,7 @@ def _draw_points(
     zorder=1,
   )
   faces = np.where(dominated(front), "white", color)
-  ax.scatter(
-    xs,
-    ys,
-    s=28,
-    marker=marker,
-    c=faces,
-    edgecolors=color,
-    zorder=2,
-  )
+  ax.scatter(xs, ys, s=28, marker=marker, c=faces, edgecolors=color, zorder=2)
   ax.plot([], [], color=color, marker=marker, ls="", label=front.method)
 
 

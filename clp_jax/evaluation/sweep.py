@@ -94,7 +94,7 @@ def sweep(
   with progress.track(len(todo), f"evaluate {method}") as advance:
     for weights, alpha in todo:
       named = dict(zip(policy.objectives, map(float, weights), strict=True))
-      steer = alpha if _has_alpha(policy) else None
+      steer = None if config.weightings.alpha_range is None else alpha
       measured = measure(
         policy.mix(named, steer),
         Weighting(jnp.asarray(weights)[None], jnp.asarray([alpha])),
@@ -169,7 +169,8 @@ def weightings_grid(
 ) -> list[tuple[np.ndarray, float]]:
   """[(weights [m], alpha)]: the points of a sweep."""
   q = build.distribution(policy.config)
-  if q.weights is not None and not _is_steerable(policy):
+  is_steerable = method_name(policy.config) != "single objective"
+  if q.weights is not None and not is_steerable:
     weights = np.asarray([q.weights], np.float32)
   else:
     weights = weightings.simplex_grid(len(policy.objectives), grid)
@@ -196,14 +197,6 @@ def method_name(config: ml_collections.ConfigDict) -> str:
   if config.prompting.style != "none":
     parts.append("prompting")
   return " + ".join(parts) or "single objective"
-
-
-def _has_alpha(policy: Policy) -> bool:
-  return policy.config.weightings.alpha_range is not None
-
-
-def _is_steerable(policy: Policy) -> bool:
-  return method_name(policy.config) != "single objective"
 
 
 def make_measure(
@@ -340,19 +333,16 @@ def evaluate_run(
       f"{workdir} is a supervised run without objectives; evaluate a run that "
       "`clp train` made from it."
     )
-  if method is None:
-    method = method_name(config)
   if training_samples is None:
-    training_samples = (
-      policy.step * config.rollout.prompts * config.rollout.samples
-    )
+    rollout = config.rollout
+    training_samples = policy.step * rollout.prompts * rollout.samples
   with as_config_error():
     found = sweep(
       policy,
       build.load_rewards(config, policy.mesh),
-      method=method,
+      method=method_name(config) if method is None else method,
       grid=config.eval.grid if grid is None else grid,
-      num_prompts=(config.eval.prompts if num_prompts is None else num_prompts),
+      num_prompts=config.eval.prompts if num_prompts is None else num_prompts,
       seed=seed,
       training_samples=training_samples,
     )

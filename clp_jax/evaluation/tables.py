@@ -49,6 +49,11 @@ def methods_rows(fronts: Sequence[Front]) -> list[dict[str, str]]:
     | {f"raw {o}": _raw_range(front, o) for o in fronts[0].units}
     for front in fronts
   ]
+  return without_empty(rows)
+
+
+def without_empty(rows: Sequence[Row]) -> list[dict[str, str]]:
+  """Rows without the columns that hold nothing but dashes."""
   shown = [c for c in rows[0] if any(row[c].strip("- ") for row in rows)]
   return [{column: row[column] for column in shown} for row in rows]
 

@@ -37,12 +37,7 @@ class Units(NamedTuple):
 def units_of(
   config: ml_collections.ConfigDict, workdir: str, step: int
 ) -> Units:
-  """The units of a run's front.
-
-  Args:
-    config: the run's.
-    workdir: its folder.
-    step: of its policy.
+  """The units of the front of a run's policy at a step.
 
   Raises:
     ConfigError: a reward is normalised, the folder has no moments of it, and

@@ -54,21 +54,15 @@ class CausalLM:
     targets: jax.Array,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
-    if dropout_key is None:
-      context = self.read(params, prompts)
-      return self._apply(params, context, targets, method="respond")
-    keys = jax.random.split(dropout_key)
-    context = self._apply(
-      params, prompts, False, method="read", rngs={"dropout": keys[0]}
-    )
-    return self._apply(
-      params,
-      context,
-      targets,
-      False,
-      method="respond",
-      rngs={"dropout": keys[1]},
-    )
+    reading: dict[str, Any] = {}
+    responding: dict[str, Any] = {}
+    if dropout_key is not None:
+      reading, responding = (
+        {"deterministic": False, "rngs": {"dropout": key}}
+        for key in jax.random.split(dropout_key)
+      )
+    context = self._apply(params, prompts, method="read", **reading)
+    return self._apply(params, context, targets, method="respond", **responding)
 
   def flops(self, prompts: int, rows: int, source: int, target: int) -> float:
     cfg = self.config

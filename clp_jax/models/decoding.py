@@ -13,6 +13,9 @@
 
 Where a row ends is kept as a flag and returned as a mask; no id stands for it.
 
+Everywhere, `params` are of the model `model`, and `encoder_input_tokens`
+[B, S] int are the prompts, in which the model's pad_id is padding.
+
 Axes: B prompts, N samples per prompt, R = B * N rows (row b * N + n is sample n
 of prompt b), G groups of prompts, S source, T target, V vocabulary.
 """
@@ -80,10 +83,8 @@ def sample(
   """Samples N responses to each prompt.
 
   Args:
-    model: whose parameters they are.
-    params: its parameters; for a batch in which every row is a policy of its
-      own, those of `row_mixing.mix_rows`.
-    encoder_input_tokens: [B, S] int; the model's pad_id is padding.
+    params: for a batch in which every row is a policy of its own, those of
+      `row_mixing.mix_rows`.
     keys: [R] typed keys, one a row: what a row draws depends on its key and
       its position only, not on the other rows or on the devices.
     sampling: how; the ids are the model's.
@@ -121,17 +122,11 @@ def sample_groups(
 ) -> Samples:
   """Cuts the prompts into G groups, answered by G sets of parameters.
 
-  Args:
-    model: as in `sample`.
-    params: parameters, some leaves [G, ...].
+  Args: as for `sample`, but for:
+    params: some leaves are [G, ...].
     params_axes: 0 for those leaves and None for the others, as jax.vmap's
       in_axes for params.
-    encoder_input_tokens: [B, S] int; group g is its g-th part of B / G rows.
-    keys: [R] typed keys, as in `sample`.
-    sampling: as in `sample`, of all R rows.
-    num_groups: G, divides B.
-    max_length: T.
-    num_samples: N.
+    num_groups: G, divides B; group g answers the g-th part of B / G prompts.
 
   Returns:
     Samples, R rows as in `sample`.
@@ -183,9 +178,6 @@ def score_tokens(
   """Log-probabilities of given tokens, and entropies, teacher-forced.
 
   Args:
-    model: whose parameters they are.
-    params: its parameters.
-    encoder_input_tokens: [B, S] int; the model's pad_id is padding.
     tokens: [R, T] int, prompt-major, for instance `Samples.tokens`.
     num_samples: N, such that R = B * N.
     temperature: [] or [R] float, positive; the policy is
@@ -232,9 +224,6 @@ def start(
   """Does once what decoding needs from the prompts.
 
   Args:
-    model: whose parameters they are.
-    params: its parameters.
-    encoder_input_tokens: [B, S] int; the model's pad_id is padding.
     num_samples: N.
     max_length: T, positions of the cache.
     at_once: see `read_prompts`.
@@ -258,9 +247,6 @@ def read_prompts(
   """Does once what decoding needs from the prompts, in the compute dtype.
 
   Args:
-    model: whose parameters they are.
-    params: its parameters.
-    encoder_input_tokens: [B, S] int; the model's pad_id is padding.
     at_once: long prompts of rows with policies of their own are read so many
       together, each by its mixed policy: the data axis's size, a divisor of B,
       keeps all devices busy.
@@ -302,15 +288,10 @@ def _map_rows(function: Any, rows: Any, at_once: int) -> Any:
 
 
 def logits_after(model: Model, params: Params, context: Context) -> NextLogits:
-  """The function that gives the logits of a position.
+  """What gives the logits of a position, for `sample_from` and `advance`.
 
   Args:
-    model: whose parameters they are.
-    params: its parameters.
     context: from `read_prompts`, with the same parameters.
-
-  Returns:
-    What `sample_from` and `advance` take.
   """
   params = _in_compute_dtype(model, params)
 

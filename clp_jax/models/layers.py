@@ -245,6 +245,11 @@ def param(
   return cast(jax.Array, made)  # param takes the box off
 
 
+def by_row(leaf: Any, rows: int) -> jax.Array:
+  """A leaf [...] as [1, ...], or as [R, ...] where it is a `RowMixture`."""
+  return leaf.mixed(rows) if isinstance(leaf, RowMixture) else leaf[None]
+
+
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """x @ kernel, whose gradient is summed in the cheaper layout.
@@ -304,8 +309,7 @@ class Linear(nn.Module):
     if self.use_bias:
       zeros = nn.initializers.zeros_init()
       bias = param(self, "bias", zeros, (self.features,), self.axes[1:])
-      if isinstance(bias, RowMixture):
-        bias = bias.mixed(x.shape[0])
+      bias = by_row(bias, x.shape[0])
       bias = bias.reshape(-1, *(1,) * (y.ndim - 2), self.features)
       y = y + bias.astype(self.dtype)
     # The name is what remat "minimal" saves: unlike the shape of the product,
@@ -335,10 +339,10 @@ class RMSNorm(nn.Module):
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(mean_square + self.epsilon)
-    if isinstance(scale, RowMixture):
-      scale = scale.mixed(x.shape[0])
     # [1, 1, D], or [R, 1, D] where rows differ.
-    scale = scale.reshape(-1, *(1,) * (x.ndim - 2), x.shape[-1])
+    scale = by_row(scale, x.shape[0]).reshape(
+      -1, *(1,) * (x.ndim - 2), x.shape[-1]
+    )
     if self.from_one:
       return (x * (1 + scale.astype(jnp.float32))).astype(self.dtype)
     return x.astype(self.dtype) * scale.astype(self.dtype)
@@ -394,11 +398,7 @@ class SoftTokens(nn.Module):
       (self.config.soft_tokens, self.config.emb_dim),
       ("soft_tokens", "embed"),
     )
-    if isinstance(table, RowMixture):
-      table = table.mixed(embedded.shape[0])
-    else:
-      table = table[None]
-    table = table.astype(embedded.dtype)
+    table = by_row(table, embedded.shape[0]).astype(embedded.dtype)
     rows = jnp.broadcast_to(table, (embedded.shape[0], *table.shape[1:]))
     return jnp.concatenate([rows, embedded], axis=1)
 

@@ -22,6 +22,7 @@ from flax import struct
 
 from clp_jax.models import decoding
 from clp_jax.models.model import Model, Params
+from clp_jax.sampling import at_token
 
 
 @struct.dataclass
@@ -76,14 +77,9 @@ def start(
 
   Args:
     model: that all K parameter trees are of.
-    mixture: the models and their coefficients.
     encoder_input_tokens: [B, S] int; the model's pad_id is padding.
     num_samples: N.
     max_length: T, positions of the caches.
-
-  Returns:
-    A function that gives the combined logits of a position, and the K caches
-    it starts with.
   """
   lengths = {"num_samples": num_samples, "max_length": max_length}
   started = [
@@ -115,7 +111,6 @@ def token_logp(
 
   Args:
     model: that all K parameter trees are of.
-    mixture: the models and their coefficients.
     encoder_input_tokens: [B, S] int; the model's pad_id is padding.
     tokens: [R, T] int, prompt-major.
     num_samples: N, such that R = B * N.
@@ -133,6 +128,4 @@ def token_logp(
     for params in mixture.models
   ]
   combined = combine(mixture.coefficients, logits) / temperature
-  logp = jax.nn.log_softmax(combined, axis=-1)
-  at = jnp.maximum(tokens, 0)[..., None]  # padding may be -1
-  return jnp.take_along_axis(logp, at, axis=-1)[..., 0]
+  return at_token(jax.nn.log_softmax(combined, axis=-1), tokens)

@@ -5,35 +5,29 @@ A preset is a config; change it with `dataclasses.replace`. Dropout is off in
 all of them, as in pretraining: turn it on for supervised finetuning.
 """
 
+from typing import Any
+
 from clp_jax.models.causal import CausalConfig, Rope
 from clp_jax.models.families import Config
 from clp_jax.models.t5 import T5Config
 
 
-def _v1_1(emb_dim: int, num_heads: int, layers: int, mlp_dim: int) -> T5Config:
+def _v1_1(
+  emb_dim: int, num_heads: int, layers: int, mlp_dim: int, **changes: Any
+) -> T5Config:
   return T5Config(
-    vocab_size=32128,
     emb_dim=emb_dim,
     num_heads=num_heads,
-    head_dim=64,
     num_encoder_layers=layers,
     num_decoder_layers=layers,
     mlp_dim=mlp_dim,
-    mlp_activations=("gelu", "linear"),
-    logits_via_embedding=False,
+    **changes,
   )
 
 
 def _own(emb_dim: int, num_heads: int) -> T5Config:
-  return T5Config(
-    vocab_size=256,
-    emb_dim=emb_dim,
-    num_heads=num_heads,
-    head_dim=16,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
-    mlp_dim=2 * emb_dim,
-  )
+  sizes = (emb_dim, num_heads, 2, 2 * emb_dim)
+  return _v1_1(*sizes, vocab_size=256, head_dim=16)
 
 
 def _qwen3(

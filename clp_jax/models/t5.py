@@ -61,14 +61,8 @@ LayersKeysValues = tuple[KeysValues, ...] | KeysValues
 
 
 def shift_right(decoder_target_tokens: jax.Array) -> jax.Array:
-  """The decoder's inputs for its targets: 0 first, then all but the last.
-
-  Args:
-    decoder_target_tokens: [..., T] int.
-
-  Returns:
-    [..., T] int, of the same dtype.
-  """
+  """The decoder's inputs for its targets [..., T] int: 0 first, then all but
+  the last."""
   shifted = jnp.roll(decoder_target_tokens, 1, axis=-1)
   return shifted.at[..., 0].set(T5Config.pad_id)
 
@@ -377,17 +371,8 @@ class T5(nn.Module):
     decoder_input_tokens: jax.Array,
     deterministic: bool = True,
   ) -> jax.Array:
-    """Teacher-forced logits from what `encode` returned.
-
-    Args:
-      encoded: [B, S, D], or [B, P + S, D] with soft tokens.
-      encoder_mask: [B, S] bool.
-      decoder_input_tokens: [B * N, T] int, prompt-major.
-      deterministic: no dropout.
-
-    Returns:
-      [B * N, T, V] float32.
-    """
+    """As `__call__`, from what `encode` returned: [B, S, D], or [B, P + S, D]
+    with soft tokens; encoder_mask is [B, S] bool."""
     copies_of(decoder_input_tokens.shape[0], encoded.shape[0])
     x = self.token_embedder(decoder_input_tokens)
     encoder_mask = self._encoded_mask(encoder_mask)

@@ -13,7 +13,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -174,9 +174,3 @@ def collective_seconds(
     return bytes_ / port
   once = bytes_ * (count - 1) / count / total
   return 2 * once if kind == "all-reduce" else once
-
-
-def coordinates(chips: Iterable[Any], dimensions: int) -> Iterator[list[int]]:
-  """Where each chip is in the torus."""
-  for chip in chips:
-    yield list(chip.coords)[:dimensions]

@@ -149,10 +149,7 @@ class Costs:
 
 
 def parse(text: str) -> Program:
-  """Reads the text of an optimised HLO module.
-
-  Args:
-    text: from `jax.stages.Compiled.as_text`.
+  """Reads the text of an optimised HLO module, `jax.stages.Compiled.as_text`.
 
   Raises:
     ValueError: it has no entry computation.

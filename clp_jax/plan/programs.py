@@ -114,6 +114,7 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
   # which token ends a response.
   model_config = dataclasses.replace(load_model_config(config), eos_ids=(1,))
   data, rollout = config.data, config.rollout
+  lengths = (data.source_length, data.target_length)
   build.check_rows("rollout.prompts", rollout.prompts, mesh)
   prompts = None
   if config.prompting.style != "none":
@@ -130,25 +131,13 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
   if config.sft.steps:
     batch = config.sft.batch
     build.check_rows("sft.batch", batch, mesh)
-    supervised = sft.make_programs(
-      config,
-      model_config,
-      mesh,
-      prompts if config.prompting.sft_share else None,
-    )
+    shown = prompts if config.prompting.sft_share else None
+    supervised = sft.make_programs(config, model_config, mesh, shown)
     state = jax.eval_shape(supervised.init, reference, key)
-    yield Job(
-      "sft",
-      supervised.update,
-      (
-        state,
-        tokens(batch, data.source_length),
-        tokens(batch, data.target_length),
-      ),
-      0,
-      3 * model.flops(batch, batch, data.source_length, data.target_length),
-      _state_bytes(state, supervised.state_shardings),
-    )
+    work = 3 * model.flops(batch, batch, *lengths)
+    held = _state_bytes(state, supervised.state_shardings)
+    examples = (state, *(tokens(batch, length) for length in lengths))
+    yield Job("sft", supervised.update, examples, 0, work, held)
   allowed = np.arange(model_config.vocab_size) != model_config.pad_id
   programs = moft.make_programs(config, model_config, mesh, allowed, prompts)
   state = jax.eval_shape(programs.init, reference, key)
@@ -159,7 +148,6 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
     judges = list(_judges(config, mesh))
   held["reward models"] = sum(j.held["reward models"] for j in judges)
   sizes = (rollout.prompts, rows)
-  lengths = (data.source_length, data.target_length)
   prompts = tokens(rollout.prompts, data.source_length)
   number = jax.ShapeDtypeStruct((), jnp.int32)
   arguments = (state.params, reference, prompts, key, number, state.front)
@@ -176,16 +164,11 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
   )
   rewards = jax.ShapeDtypeStruct((rows, len(config.objectives)), jnp.float32)
   trained = (state, sampled, rewards, reference)
-  work = _passes(config) * forward
+  # Forward passes that the update is worth: a gradient takes two more, and what
+  # the critic and the old policy say comes first.
+  passes = 1 + 3 * config.ppo.epochs if build.has_critic(config) else 3
+  work = passes * forward
   yield Job("update", programs.update, trained, 1, work, held)
-
-
-def _passes(config: ml_collections.ConfigDict) -> int:
-  """Forward passes that the update is worth; a gradient takes two more."""
-  if not build.has_critic(config):
-    return 3
-  # What the critic and the old policy say comes first.
-  return 1 + 3 * config.ppo.epochs
 
 
 def _state_bytes(state: Any, shardings: Any) -> dict[str, int]:

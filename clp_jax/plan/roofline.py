@@ -31,21 +31,14 @@ def make_report(
   mesh: Mesh,
   compiled: Sequence[Compiled],
 ) -> dict[str, Any]:
-  """The plan as plain JSON values.
-
-  Args:
-    config: that was compiled.
-    slice_: for which.
-    mesh: on which.
-    compiled: its programs.
+  """The plan of a config's programs, as plain JSON values.
 
   Returns:
     {"topology", "chips", "mesh", "limit_bytes", "programs": [...], "step",
     "fits", "advice"}; bytes and seconds are a chip's.
   """
-  places = np.asarray(
-    list(chips.coordinates(mesh.devices.flat, slice_.chip.dimensions))
-  )
+  dimensions = slice_.chip.dimensions
+  places = np.asarray([chip.coords[:dimensions] for chip in mesh.devices.flat])
   programs = [_program(slice_, places, c) for c in compiled]
   stepping = [p for p in programs if p["calls"] and p["time"] is not None]
   seconds = sum(p["calls"] * p["time"]["step"] for p in stepping)
@@ -122,7 +115,7 @@ def _program(
     "hbm_bytes": costs.bytes,
     "collectives": dict(kinds),
     "loops_of_unknown_length": costs.unknown_loops,
-    "time": {
+    "time": {  # in the order of the table's columns
       "compute_bound": matrix,
       "hbm_bound": hbm,
       "interconnect": links,
@@ -144,12 +137,9 @@ def _advice(
     if program["fits"]:
       continue
     memory = program["bytes"]
-    state = memory.get("parameters", 0) + memory.get("reference", 0)
-    state += memory.get("optimizer", 0)
-    needed = program["total_bytes"] - sum(
-      memory.get(kind, 0)
-      for kind in ("parameters", "reference", "optimizer", "reward models")
-    )
+    kinds = ("parameters", "reference", "optimizer")
+    state = sum(memory.get(kind, 0) for kind in kinds)
+    needed = program["total_bytes"] - state - memory.get("reward models", 0)
     if not config.mesh.fsdp and data > 1 and state > needed / 2:
       advice["cut parameters over the data axis: --config.mesh.fsdp=True"] = (
         None
@@ -187,11 +177,7 @@ def _advice(
 
 
 def to_text(report: dict[str, Any]) -> str:
-  """The plan as tables.
-
-  Args:
-    report: from `make_report`.
-  """
+  """What `make_report` found, as tables."""
   mesh = ", ".join(f"{k}={v}" for k, v in report["mesh"].items())
   parts = [
     f"{report['topology']}: {report['chips']} chips, mesh {mesh}",
@@ -243,8 +229,7 @@ def _time_table(programs: list[dict[str, Any]]) -> str:
     ]
   ]
   for program in programs:
-    time = program["time"]
-    useful = program["utilisation"] * time["step"]
+    useful = program["utilisation"] * program["time"]["step"]
     rows.append(
       [
         program["name"],
@@ -252,16 +237,7 @@ def _time_table(programs: list[dict[str, Any]]) -> str:
         f"{program['flops'] / 1e12:.2f}",
         f"{useful and program['useful_flops'] / 1e12:.0f} in all",
         _gb(program["hbm_bytes"]),
-        *(
-          f"{1e3 * time[name]:.1f}"
-          for name in (
-            "compute_bound",
-            "hbm_bound",
-            "interconnect",
-            "step",
-            "without_overlap",
-          )
-        ),
+        *(f"{1e3 * seconds:.1f}" for seconds in program["time"].values()),
         f"{program['utilisation']:.1%}",
         program["bottleneck"],
       ]
@@ -273,15 +249,9 @@ def _collective_table(programs: list[dict[str, Any]]) -> str:
   rows = [["program", "kind", "executions", "GB", "ms"]]
   for program in programs:
     for kind, sums in sorted(program["collectives"].items()):
-      rows.append(
-        [
-          program["name"],
-          kind,
-          f"{sums['count']:.0f}",
-          _gb(sums["bytes"]),
-          f"{1e3 * sums['seconds']:.1f}",
-        ]
-      )
+      count, milliseconds = f"{sums['count']:.0f}", 1e3 * sums["seconds"]
+      cells = (count, _gb(sums["bytes"]), f"{milliseconds:.1f}")
+      rows.append([program["name"], kind, *cells])
   return _table(rows)
 
 
