@@ -18,7 +18,6 @@ from etils import epath
 from clp_jax.interop import leaves, safetensors_file, storage
 from clp_jax.interop.leaves import Index, Leaf, View
 from clp_jax.interop.storage import Folder
-from clp_jax.models.families import Config
 
 GENERATION = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -67,7 +66,7 @@ def read(folder: Folder, mapped: bool) -> dict[str, Leaf]:
 def model_leaves(
   folder: Folder,
   stored: Mapping[str, Leaf],
-  config: Config,
+  expected: Mapping[str, tuple[int, ...]],
   tensor: Tensor,
 ) -> dict[str, Leaf]:
   """The parameters of a model, out of the tensors that a folder holds.
@@ -75,7 +74,7 @@ def model_leaves(
   Args:
     folder: named in errors.
     stored: from `read`.
-    config: of the model.
+    expected: the shape at each path of the tree.
     tensor: where each parameter is.
 
   Returns:
@@ -84,7 +83,6 @@ def model_leaves(
   Raises:
     ValueError: not all are there, or others, or of other shapes.
   """
-  expected = leaves.expected_shapes(config)
   tensors = {path: tensor(path) for path in expected}
   shapes = {
     name: expected[path][::-1] if turned else expected[path]
