@@ -123,7 +123,15 @@ def read_config(
   Raises:
     ValueError: names the field that is not known or not valid.
   """
-  kind = values["model_type"]
+  try:
+    return _config(values["model_type"], values, num_labels)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{where}: {error}") from error
+
+
+def _config(
+  kind: str, values: Mapping[str, Any], num_labels: int
+) -> EncoderConfig:
   if kind == "distilbert":
     named = {_DISTILBERT_FIELDS.get(k, k): v for k, v in values.items()}
     values = named | {"type_vocab_size": 0, "layer_norm_eps": 1e-12}
@@ -131,54 +139,48 @@ def read_config(
   for name, only in _ONLY.items():
     if values.get(name, only) != only:
       raise ValueError(
-        f"{where}: {name} = {values[name]!r} is not supported; it must be "
-        f"{only!r}."
+        f"{name} = {values[name]!r} is not supported; it must be {only!r}."
       )
   family = _FAMILIES[kind]
   pool = family.pool_activation
   buckets = first = 0
   if kind == "deberta-v2":
-    _check_deberta(where, values)
+    _check_is_v3(values)
     buckets = values["position_buckets"]
-    pool = _activation(where, values, "pooler_hidden_act")
+    pool = _activation(values, "pooler_hidden_act")
   if family is _ROBERTA:  # positions of padding come first
     first = values["pad_token_id"] + 1
-  try:
-    return EncoderConfig(
-      vocab_size=values["vocab_size"],
-      emb_dim=values["hidden_size"],
-      num_layers=values["num_hidden_layers"],
-      num_heads=values["num_attention_heads"],
-      mlp_dim=values["intermediate_size"],
-      activation=_activation(where, values, "hidden_act"),
-      norm_epsilon=values["layer_norm_eps"],
-      max_length=values["max_position_embeddings"] - first,
-      num_labels=num_labels,
-      pool_activation=pool,
-      first_position=first,
-      num_segments=values["type_vocab_size"],
-      buckets=buckets,
-    )
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{where}: {error}") from error
+  return EncoderConfig(
+    vocab_size=values["vocab_size"],
+    emb_dim=values["hidden_size"],
+    num_layers=values["num_hidden_layers"],
+    num_heads=values["num_attention_heads"],
+    mlp_dim=values["intermediate_size"],
+    activation=_activation(values, "hidden_act"),
+    norm_epsilon=values["layer_norm_eps"],
+    max_length=values["max_position_embeddings"] - first,
+    num_labels=num_labels,
+    pool_activation=pool,
+    first_position=first,
+    num_segments=values["type_vocab_size"],
+    buckets=buckets,
+  )
 
 
-def _activation(where: str, values: Mapping[str, Any], field: str) -> str:
+def _activation(values: Mapping[str, Any], field: str) -> str:
   if values[field] not in ACTIVATIONS:
     raise ValueError(
-      f"{where}: {field} must be one of {', '.join(ACTIVATIONS)}, got "
-      f"{values[field]!r}."
+      f"{field} must be one of {', '.join(ACTIVATIONS)}, got {values[field]!r}."
     )
   return ACTIVATIONS[values[field]]
 
 
-def _check_deberta(where: str, values: Mapping[str, Any]) -> None:
-  """Raises a ValueError unless it is built as DeBERTa-v3."""
+def _check_is_v3(values: Mapping[str, Any]) -> None:
+  """Raises a ValueError unless a DeBERTa is built as those of version 3."""
   terms = values.get("pos_att_type") or ()
   if isinstance(terms, str):
     terms = terms.split("|")
-  longest = values.get("max_relative_positions", -1)
-  size = values["max_position_embeddings"]
+  width, size = values["hidden_size"], values["max_position_embeddings"]
   for name, is_v3 in {
     "relative_attention": values.get("relative_attention") is True,
     "share_att_key": values.get("share_att_key") is True,
@@ -188,14 +190,14 @@ def _check_deberta(where: str, values: Mapping[str, Any]) -> None:
     "type_vocab_size": values["type_vocab_size"] == 0,
     "pos_att_type": sorted(t.strip() for t in terms) == ["c2p", "p2c"],
     "position_buckets": values.get("position_buckets", -1) > 1,
-    "max_relative_positions": longest < 1 or longest == size,
-    "embedding_size": values.get("embedding_size", values["hidden_size"])
-    == values["hidden_size"],
+    "max_relative_positions": values.get("max_relative_positions", -1)
+    in (-1, size),
+    "embedding_size": values.get("embedding_size", width) == width,
   }.items():
     if not is_v3:
       raise ValueError(
-        f"{where}: of the DeBERTas v3 alone is read, in which "
-        f"{name} is not {values.get(name)!r}."
+        f"of the DeBERTas those of version 3 alone are read, in which {name} "
+        f"is not {values.get(name)!r}."
       )
 
 
