@@ -13,9 +13,11 @@ import small_encoder
 import tokenizers
 from safetensors import numpy as safetensors
 
+from clp_jax import config as config_lib
 from clp_jax import run_folder, sharding
 from clp_jax.errors import RewardError
 from clp_jax.interop import classifiers
+from clp_jax.plan import programs
 from clp_jax.rewards.base import load_reward, score_all
 from clp_jax.rewards.classifier import label_of, score_rows
 
@@ -505,6 +507,28 @@ def test_scores_of_several_labels(problem, score, tmp_path):
   for i in range(3):
     found = score_rows(opened, None, numbers, i)
     np.testing.assert_allclose(found, score(numbers)[:, i], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+def test_is_planned(kind, tmp_path):
+  """The program that a plan compiles is of the folder's size."""
+  folder = tmp_path / "model"
+  write(folder, kind) if kind == "bert" else decoder(folder)
+  config = config_lib.get_config()
+  config.objectives = ("rouge", "judge")
+  config.rewards.judge = config_lib.model_reward(
+    "classifier", model=str(folder), source_length=LENGTH, batch=6
+  )
+  config.rollout.prompts, config.rollout.samples = 8, 2
+  (job,) = programs._judges(config, mesh_of(2, 1))
+  abstract = classifiers.open_folder(folder).model.abstract()
+  size = sum(x.size for x in jax.tree.leaves(abstract))
+  assert job.held == {"reward models": 4 * size} and job.calls == 3
+  flops = 2 * programs.compile_job(job).costs.flops
+  if kind == "bert":
+    np.testing.assert_allclose(flops, job.useful, rtol=0.3)
+  else:  # of its last layer, keys and values alone are needed
+    assert job.useful / 20 < flops < job.useful
 
 
 def test_labels_have_names_and_numbers():
