@@ -15,7 +15,7 @@ def too_long(taken: int, limit: int) -> str:
   """What to say of a response that does not fit into a row."""
   return (
     f"a response and what surrounds it take {taken} tokens, more than "
-    f".source_length = {limit}; raise it: only documents are cut."
+    f".source_length = {limit}; raise it: only documents are cut"
   )
 
 

@@ -1,4 +1,4 @@
-"""A T5 that judges texts: what the entailment and preference rewards share.
+"""A model that judges texts: what the rewards that are models share.
 
 1. `load` places a T5 of any format on the mesh, cut by the same rules as the
    policy.

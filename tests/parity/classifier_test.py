@@ -31,9 +31,11 @@ from parity.decoders_test import (  # noqa: E402
   fields,
   gemma,
   gemma2,
+  multimodal,
   qwen,
 )
 
+DECODERS = (*small_decoder.ARCHITECTURES, "gemma3")
 LABELS = ("contradiction", "entailment", "neutral")
 
 
@@ -100,6 +102,15 @@ def deberta(**changes):
   return transformers.DebertaV2Config(**values | changes)
 
 
+def with_images():
+  """A multimodal model's own class, whose text is of all tokens."""
+  config = multimodal(True)
+  config.text_config.vocab_size = 512
+  config.boi_token_index, config.eoi_token_index = 509, 510
+  config.image_token_id = 511
+  return config
+
+
 WIDE = {"vocab_size": 512, "eos_token_id": 2}
 CASES = {
   "llama": Case(
@@ -145,6 +156,7 @@ CASES = {
       **gemma(**WIDE, num_hidden_layers=7, rope_scaling=LINEAR)
     ),
   ),
+  "gemma3": Case(with_images(), shard="60KB"),
   "bert": Case(
     transformers.BertConfig(**encoder()),
     labels=2,
@@ -217,7 +229,7 @@ def stored_in(name: str, folder: pathlib.Path):
   case = CASES[name]
   make(case).save_pretrained(folder, max_shard_size=case.shard)
   kind = case.config.model_type
-  if kind in small_decoder.ARCHITECTURES:
+  if kind in DECODERS:
     for file, content in small_decoder.tokenizer_files().items():
       (folder / file).write_bytes(content)
   else:
@@ -285,7 +297,7 @@ def test_scores_are_those_of_transformers(name, folder):
   model, tokenizer = stored_in(name, folder)
   documents, responses = small_encoder.texts()
   logits_of = of_encoder
-  if case.config.model_type in small_decoder.ARCHITECTURES:
+  if case.config.model_type in DECODERS:
     logits_of = of_decoder
     documents = [document[: 5 + 8 * i] for i, document in enumerate(documents)]
   with torch.no_grad():
