@@ -165,7 +165,12 @@ def write(folder, kind, labels=1, tensors=None, **changes):
   values = {name: x for name, x in values.items() if x is not None}
   (folder / "config.json").write_text(json.dumps(values))
   tensors = tensors_of(kind, labels) if tensors is None else tensors
-  safetensors.save_file(tensors, folder / "model.safetensors")
+  # As old versions of transformers wrote them.
+  unused = {f"{kind}.embeddings.position_ids": np.arange(LENGTH)}
+  if kind == "deberta-v2":
+    table = np.zeros([LENGTH, WIDTH], np.float32)
+    unused = {"deberta.embeddings.position_embeddings.weight": table}
+  safetensors.save_file(tensors | unused, folder / "model.safetensors")
   small_encoder.write_tokenizer(folder, kind)
   return folder
 

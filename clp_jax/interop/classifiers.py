@@ -131,11 +131,7 @@ def _decoder_tensor(config: Any, path: str) -> tuple[str, bool]:
 
 def _open_encoder(folder: Folder, values: Mapping[str, Any]):
   kind = values["model_type"]
-  stored = {
-    name: leaf
-    for name, leaf in weight_files.read(folder, mapped=True).items()
-    if encoders.is_parameter(name)
-  }
+  stored = weight_files.read(folder, mapped=True, unused=encoders.UNUSED)
   tensor = functools.partial(encoders.tensor_of, kind)
   count = _rows(stored, tensor("head/kernel")[0])
   where = f"{folder.path}/config.json"

@@ -106,6 +106,12 @@ _DISTILBERT_FIELDS = {
   "hidden_dim": "intermediate_size",
   "activation": "hidden_act",
 }
+# Ends of names of tensors that a folder may hold too: numbers of positions, as
+# old versions of transformers wrote them, and what DeBERTa v3 was trained with.
+UNUSED = (
+  *(".position_ids", ".token_type_ids"),
+  "deberta.embeddings.position_embeddings.weight",
+)
 # Fields that may be there, but only so.
 _ONLY = {"position_embedding_type": "absolute", "is_decoder": False}
 
@@ -199,11 +205,6 @@ def _check_is_v3(values: Mapping[str, Any]) -> None:
         f"of the DeBERTas those of version 3 alone are read, in which {name} "
         f"is not {values.get(name)!r}."
       )
-
-
-def is_parameter(name: str) -> bool:
-  """Whether a stored tensor is one; numbers of positions are not."""
-  return not name.endswith((".position_ids", ".token_type_ids"))
 
 
 def tensor_of(kind: str, path: str) -> tuple[str, bool]:

@@ -35,12 +35,15 @@ _WRITTEN = (
 )
 
 
-def read(folder: Folder, mapped: bool) -> dict[str, Leaf]:
+def read(
+  folder: Folder, mapped: bool, unused: tuple[str, ...] = ()
+) -> dict[str, Leaf]:
   """The tensors in a folder's files of weights, none of them read yet.
 
   Args:
     folder: with model.safetensors or pytorch_model.bin, whole or in parts.
     mapped: map PyTorch's files into memory rather than read them whole.
+    unused: ends of names that are left out, and may be of any dtype.
 
   Returns:
     {name: leaf}.
@@ -53,10 +56,10 @@ def read(folder: Folder, mapped: bool) -> dict[str, Leaf]:
     ("pytorch_model.bin", functools.partial(_read_torch, mapped=mapped)),
   ):
     if folder.has(name):
-      return dict(read_file(folder, name))
+      return dict(read_file(folder, name, unused))
     index = f"{name}.index.json"
     if folder.has(index):
-      return _indexed(folder, index, read_file)
+      return _indexed(folder, index, read_file, unused)
   raise ValueError(
     f"{folder.path} holds no weights: expected model.safetensors or "
     "pytorch_model.bin, whole or in parts with an index."
@@ -95,7 +98,9 @@ def model_leaves(
   }
 
 
-def _indexed(folder: Folder, index: str, read_file: Any) -> dict[str, Leaf]:
+def _indexed(
+  folder: Folder, index: str, read_file: Any, unused: tuple[str, ...]
+) -> dict[str, Leaf]:
   where = f"{folder.path}/{index}"
   files = read_json(folder, index).get("weight_map")
   if not isinstance(files, dict):
@@ -104,15 +109,18 @@ def _indexed(folder: Folder, index: str, read_file: Any) -> dict[str, Leaf]:
   for name in sorted(set(files.values())):
     if not folder.has(name):
       raise ValueError(f"{folder.path} lacks {name}, which {index} names.")
-    tensors |= read_file(folder, name)
-  if absent := sorted(files.keys() - tensors.keys()):
+    tensors |= read_file(folder, name, unused)
+  named = {name for name in files if not name.endswith(unused)}
+  if absent := sorted(named - tensors.keys()):
     raise ValueError(
       f"{where} names {', '.join(absent[:4])}, which no file holds."
     )
   return tensors
 
 
-def _read_torch(folder: Folder, name: str, mapped: bool) -> dict[str, Leaf]:
+def _read_torch(
+  folder: Folder, name: str, unused: tuple[str, ...], mapped: bool
+) -> dict[str, Leaf]:
   where = f"{folder.path}/{name}"
   try:
     # By name, since it is no dependency: safetensors need it not.
@@ -134,6 +142,7 @@ def _read_torch(folder: Folder, name: str, mapped: bool) -> dict[str, Leaf]:
   return {
     tensor: _torch_leaf(torch, where, tensor, value)
     for tensor, value in tensors.items()
+    if not tensor.endswith(unused)
   }
 
 
