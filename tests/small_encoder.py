@@ -2,9 +2,10 @@
 
 import functools
 import json
+import re
 
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from clp_jax.data import newsroom
 
@@ -13,6 +14,7 @@ BERT = ("[CLS]", "[SEP]", "[PAD]", "[UNK]")
 ROBERTA = ("<s>", "</s>", "<pad>", "<unk>")
 PAIR = "{0}:0 $A:0 {1}:0 $B:1 {1}:1"
 ROBERTA_PAIR = "{0}:0 $A:0 {1}:0 {1}:0 $B:0 {1}:0"
+SIZE = 190  # ids at the most
 CONFIG = "tokenizer_config.json"
 
 
@@ -37,15 +39,18 @@ def tokenizer_files(kind: str = "bert") -> dict[str, bytes]:
   """
   roberta = "roberta" in kind
   cls, sep, pad, unk = ROBERTA if roberta else BERT
-  tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=unk))
+  special = [cls, pad, sep, unk] if roberta else [pad, unk, cls, sep]
+  # Not trained: the library's trainers number pieces anew in every process.
+  items = newsroom.make_items("train", 0, 100)
+  text = " ".join(item.document for item in items).lower()
+  letters = sorted({c for c in text if c.isalnum()} | set("[]<>|.,?{}"))
+  words = sorted(set(re.findall("[a-z]{4,}", text)))[::2]
+  pieces = [*special, *letters, *(f"##{c}" for c in letters), *words]
+  vocabulary = {piece: i for i, piece in enumerate(pieces[:SIZE])}
+  tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=unk))
   tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-  special = [cls, pad, sep, unk] if roberta else [pad, unk, cls, sep]
-  trainer = trainers.WordPieceTrainer(
-    vocab_size=190, special_tokens=special, show_progress=False
-  )
-  items = newsroom.make_items("train", 0, 100)
-  tokenizer.train_from_iterator([item.document for item in items], trainer)
+  tokenizer.add_special_tokens(special)
   pair = ROBERTA_PAIR if roberta else PAIR
   tokenizer.post_processor = processors.TemplateProcessing(
     single=f"{cls}:0 $A:0 {sep}:0",
