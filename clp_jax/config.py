@@ -20,9 +20,9 @@ def reward(
   """The description of one objective under `config.rewards`.
 
   Args:
-    source: a built-in reward ("rouge", "length", "entailment", "preference") or
-      the import path of any callable (documents, references, responses) -> [B],
-      "package.module:name".
+    source: a built-in reward ("rouge", "length", "entailment", "preference",
+      "classifier") or the import path of any callable (documents, references,
+      responses) -> [B], "package.module:name".
     normalise: "none"; "fixed", by mean and deviation under the reference
       policy; "running", by those of all training samples so far.
     **options: the source's own settings, its keyword arguments.
@@ -33,9 +33,9 @@ def reward(
 
 
 def model_reward(source: str, **options) -> ml_collections.ConfigDict:
-  """The description of an "entailment" or "preference" reward.
+  """The description of an "entailment", "preference" or "classifier" reward.
 
-  Its `model`, the folder of a T5, is left to be given; the settings that depend
+  Its `model`, a folder, is left to be given; the settings that depend
   on the machine are listed so that a command line can change them.
   """
   settings = {

@@ -372,7 +372,11 @@ def test_a_folder_is_named_by_all_that_decides_its_result(tmp_path):
     if running._supervised(other, cell) != start:
       starts_change.add(path)
   assert paths - runs_change == {
-    *(path for path in paths if path.startswith(("eval.", "mesh.", "plan."))),
+    *(
+      path
+      for path in paths
+      if path.startswith(("eval.", "mesh.", "plan.", "wandb."))
+    ),
     *("train.checkpoint_every", "train.keep", "train.log_samples_every"),
     *("sft.checkpoint_every", "seed", "steering"),
     *("reward_model.steps", "reward_model.checkpoint_every"),

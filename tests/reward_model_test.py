@@ -473,6 +473,21 @@ class TestCommand:
     assert last["loss"] < first["loss"] and last["accuracy"] > 0.8
 
   @pytest.mark.slow
+  def test_a_decoder_learns_and_is_a_reward(self, pairs_folder, tmp_path):
+    """Its head reads the state at the end of the pair."""
+    init = {"model.init": "tiny-decoder"}
+    status, out, err = train_reward(pairs_folder, tmp_path / "run", **init)
+    assert status == 0, err
+    report = json.loads(
+      (tmp_path / "run" / "evaluation" / "accuracy.json").read_text()
+    )
+    assert report["accuracy"] > 0.85 and report["loss"] < 0.67
+    first, *_ = runs.metrics(tmp_path / "run")
+    np.testing.assert_allclose(first["loss"], math.log(2), rtol=1e-6)
+    scores = held_out_scores(tmp_path / "run", pairs_folder, mesh_of())
+    assert_reports(report, scores[0] - scores[1])
+
+  @pytest.mark.slow
   def test_resumes_bit_for_bit(self, trained, pairs_folder):
     parts = pairs_folder / "parts"
     for steps in (5, 24):

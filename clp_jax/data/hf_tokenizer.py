@@ -13,14 +13,18 @@ import datetime
 import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
 import tokenizers
+from etils import epath
 from jinja2 import ext, nodes, parser, sandbox
 
+from clp_jax.data.text_pairs import too_long
 from clp_jax.data.tokenizer import DOCUMENT, Message, Template, check_messages
 
 TOKENIZER = "tokenizer.json"
@@ -37,7 +41,19 @@ _NAMES = (
   "cls_token",
   "mask_token",
 )
+_PLACES = re.compile(r"\{(?:document|response)\}")
 _PRIVATE = range(0xF0000, 0xFFFFE)  # characters to which Unicode gives no use
+
+
+def read_files(folder: str | os.PathLike) -> dict[str, bytes]:
+  """The content of those of FILES that a folder holds; none without
+  tokenizer.json."""
+  path = epath.Path(folder)
+  if not (path / TOKENIZER).exists():
+    return {}
+  return {
+    name: (path / name).read_bytes() for name in FILES if (path / name).exists()
+  }
 
 
 class HFTokenizer:
@@ -185,10 +201,12 @@ class HFTokenizer:
     return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
   @functools.cached_property
-  def _beginning(self) -> list[int]:
-    """BOS, where the tokenizer puts one before a text that is no chat."""
+  def _frame(self) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text that is no chat: BOS."""
     framed = self._tokenizer.encode("a", add_special_tokens=True)
-    return framed.ids[: framed.special_tokens_mask.index(0)]
+    ids, special = framed.ids, framed.special_tokens_mask
+    after = special[::-1].index(0)
+    return ids[: special.index(0)], ids[len(ids) - after :]
 
   def encode(self, text: str) -> list[int]:
     """The tokens of a text, which makes no control token (but for one that
@@ -236,13 +254,40 @@ class HFTokenizer:
   ) -> tuple[list[int], bool]:
     """What a model reads of a document; of a long one, a text is cut and not
     the instruction that follows it."""
-    ids = self._whole_prompt(document, template)
+    if isinstance(document, str):
+      contents = [document]
+    else:
+      contents = [m["content"] for m in document]
+
+    def whole(contents: list[str]) -> list[int]:
+      if isinstance(document, str):
+        return self._whole_prompt(contents[0], template)
+      cut = [
+        dict(m) | {"content": content}
+        for m, content in zip(document, contents, strict=True)
+      ]
+      return self._whole_prompt(cut, template)
+
+    ids, was_cut = self._cut_to(limit, contents, whole)
+    if len(ids) > limit:
+      raise ValueError(
+        f"what surrounds a document takes {len(ids)} tokens, more than "
+        f"data.source_length = {limit}; raise it or shorten the template."
+      )
+    return ids, was_cut
+
+  def _cut_to(
+    self,
+    limit: int,
+    contents: list[str],
+    whole: Callable[[list[str]], list[int]],
+  ) -> tuple[list[int], bool]:
+    """The tokens that `whole` makes of texts, and whether some were cut; more
+    than the limit where even empty texts make more."""
+    ids = whole(contents)
     if len(ids) <= limit:
       return ids, False
-    messages = None if isinstance(document, str) else list(document)
-    contents = [str(document)]
-    if messages is not None:
-      contents = [m["content"] for m in messages]
+    contents = list(contents)
     # Of a conversation the longest turn, and others only if that is not enough.
     for i in sorted(range(len(contents)), key=lambda i: -len(contents[i])):
       text = contents[i]
@@ -253,19 +298,43 @@ class HFTokenizer:
         kept = max(kept - step * (len(ids) - limit), 0)
         step *= 2
         contents[i] = text[: starts[kept]]
-        cut: Any = contents[0]
-        if messages is not None:
-          cut = [
-            dict(m) | {"content": content}
-            for m, content in zip(messages, contents, strict=True)
-          ]
-        ids = self._whole_prompt(cut, template)
+        ids = whole(contents)
       if len(ids) <= limit:
-        return ids, True
-    raise ValueError(
-      f"what surrounds a document takes {len(ids)} tokens, more than "
-      f"data.source_length = {limit}; raise it or shorten the template."
-    )
+        break
+    return ids, True
+
+  def judged(
+    self, document: str, response: str, template: str | None, limit: int
+  ) -> list[int]:
+    """What a classifier reads of a document and a response to it.
+
+    Args:
+      document: what the user has said; cut where all is longer than the limit.
+      response: what the model has answered; never cut.
+      template: a text with "{document}" and "{response}", in place of the chat
+        template.
+      limit: tokens at the most.
+
+    Raises:
+      ValueError: the response alone is longer, or there is no template.
+    """
+
+    def whole(contents: list[str]) -> list[int]:
+      texts = {DOCUMENT: contents[0], "{response}": response}
+      if template is None:
+        roles = zip(("user", "assistant"), texts.values(), strict=True)
+        return self.chat(
+          [{"role": role, "content": text} for role, text in roles],
+          answered=True,
+        )
+      text = _PLACES.sub(lambda place: texts[place[0]], template)
+      before, after = self._frame
+      return [*before, *self.encode(text), *after]
+
+    ids, _ = self._cut_to(limit, [document], whole)
+    if len(ids) > limit:
+      raise ValueError(too_long(len(ids), limit))
+    return ids
 
   def _whole_prompt(
     self, document: str | Sequence[Message], template: Template
@@ -280,7 +349,7 @@ class HFTokenizer:
     if not isinstance(template, list):
       if template is not None:
         document = template.replace(DOCUMENT, document)
-      return [*self._beginning, *self.encode(document)]
+      return [*self._frame[0], *self.encode(document)]
     return self.chat(
       [
         m | {"content": m["content"].replace(DOCUMENT, document)}
@@ -288,8 +357,11 @@ class HFTokenizer:
       ]
     )
 
-  def chat(self, messages: Sequence[Message]) -> list[int]:
-    """The tokens of a conversation, up to where the model answers.
+  def chat(
+    self, messages: Sequence[Message], *, answered: bool = False
+  ) -> list[int]:
+    """The tokens of a conversation, up to where the model answers; or, where it
+    has answered, of all of it.
 
     Raises:
       ValueError: there is no chat template, or it fails.
@@ -300,7 +372,8 @@ class HFTokenizer:
     used = set(json.dumps(list(messages), ensure_ascii=False))
     unused = (c for c in map(chr, _PRIVATE) if c not in used)
     hidden: dict[str, str] = collections.defaultdict(lambda: next(unused))
-    text = self._rendered([self._hide(m, hidden) for m in messages])
+    hidden_messages = [self._hide(m, hidden) for m in messages]
+    text = self._rendered(hidden_messages, answered)
     encoding = self._tokenizer.encode(text, add_special_tokens=False)
     own = self._found(text, encoding)
     if not hidden and len(own) == sum(i in self._control for i in encoding.ids):
@@ -377,7 +450,7 @@ class HFTokenizer:
   def _longest(self) -> int:
     return max(map(len, self._beginnings), default=0)
 
-  def _rendered(self, messages: Sequence[Message]) -> str:
+  def _rendered(self, messages: Sequence[Message], answered: bool) -> str:
     if self.chat_template is None:
       raise ValueError(
         f"{self.path} has no chat template: add {_TEMPLATE}, or set "
@@ -388,7 +461,7 @@ class HFTokenizer:
         messages=messages,
         tools=None,
         documents=None,
-        add_generation_prompt=True,
+        add_generation_prompt=not answered,
         **self._names,
       )
     except Exception as error:  # a program's mistakes: all can happen

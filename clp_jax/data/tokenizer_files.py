@@ -30,12 +30,7 @@ def load_tokenizer(
     if (path / name).exists():
       file = path / name
       return vocabulary.Vocabulary(os.fspath(file), file.read_bytes(), eos_ids)
-  if (path / hf_tokenizer.TOKENIZER).exists():
-    found = {
-      name: (path / name).read_bytes()
-      for name in hf_tokenizer.FILES
-      if (path / name).exists()
-    }
+  if found := hf_tokenizer.read_files(folder):
     return hf_tokenizer.HFTokenizer(os.fspath(folder), found, eos_ids, pad_id)
   return None
 

@@ -96,7 +96,7 @@ _MAY_BE_NULL = (
 )
 _GEMMAS = ("gemma2", "gemma3_text")
 _NESTED = {"gemma3": "gemma3_text"}  # of a multimodal model -> its text model
-_ACTIVATIONS = {
+ACTIVATIONS = {
   "gelu_pytorch_tanh": "gelu",
   "silu": "silu",
   "gelu": "gelu_exact",
@@ -138,7 +138,7 @@ def open_folder(
 ) -> tuple[CausalConfig, dict[str, Leaf]]:
   """The config and {path: leaf}; args and errors as of `huggingface`'s."""
   config = read_config(folder)
-  stored = _text_tensors(weight_files.read(folder, mapped))
+  stored = read_tensors(folder, mapped)
   head, _ = tensor_of(config, _HEAD)
   if config.logits_via_embedding and head in stored:
     table = stored.get(tensor_of(config, _EMBEDDING)[0])
@@ -151,13 +151,14 @@ def open_folder(
       )
     del stored[head]
   tensor = functools.partial(tensor_of, config)
-  return config, weight_files.model_leaves(folder, stored, config, tensor)
+  expected = leaves.expected_shapes(config)
+  return config, weight_files.model_leaves(folder, stored, expected, tensor)
 
 
-def _text_tensors(stored: dict[str, Leaf]) -> dict[str, Leaf]:
+def read_tensors(folder: Folder, mapped: bool) -> dict[str, Leaf]:
   """Tensors of the text model, under the names that it has alone."""
   found = {}
-  for name, leaf in stored.items():
+  for name, leaf in weight_files.read(folder, mapped).items():
     bare = name.removeprefix("model.")
     if bare.startswith(_OTHER) or name.endswith("rotary_emb.inv_freq"):
       continue
@@ -231,9 +232,9 @@ def _config(
   gemma = kind in _GEMMAS
   act = _activation_field(kind)
   activation = values[act]
-  if activation not in _ACTIVATIONS:
+  if activation not in ACTIVATIONS:
     raise ValueError(
-      f"{where}: {act} must be one of {', '.join(_ACTIVATIONS)}, got "
+      f"{where}: {act} must be one of {', '.join(ACTIVATIONS)}, got "
       f"{activation!r}."
     )
   layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
@@ -262,7 +263,7 @@ def _config(
       num_kv_heads=heads if kv_heads is None else kv_heads,
       head_dim=values.get("head_dim", values["hidden_size"] // heads),
       mlp_dim=values["intermediate_size"],
-      activation=_ACTIVATIONS[activation],
+      activation=ACTIVATIONS[activation],
       norm_epsilon=values["rms_norm_eps"],
       norm_from_one=gemma,
       post_norms=gemma,
@@ -447,7 +448,7 @@ def _config_values(
       f"architecture must be one of {', '.join(_DEFAULTS)}, got {kind!r}."
     )
   gemma = kind in _GEMMAS
-  names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+  names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
   values: dict[str, Any] = {
     "architectures": [_CLASSES[kind]],
     "model_type": kind,

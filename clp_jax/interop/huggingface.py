@@ -88,7 +88,9 @@ def open_folder(
   stored.pop(_UNUSED, None)
   _unify_embeddings(folder, stored)
   config, stored = _decide_tying(folder, values, stored)
-  return config, weight_files.model_leaves(folder, stored, config, tensor_of)
+  return config, weight_files.model_leaves(
+    folder, stored, leaves.expected_shapes(config), tensor_of
+  )
 
 
 def _check_is_whole(folder: Folder, values: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ way back: the leaves of a tree, one after the other, as a format writes them.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,9 +120,28 @@ def assemble(
     (config, params): params of NumPy arrays, or of jax.Arrays on `shardings`.
   """
   config = dataclasses.replace(config, scan_layers=scan_layers)
-  paths = list(_shapes_of(config))
   if callable(shardings):
     shardings = shardings(config)
+  return config, read_tree(_shapes_of(config), leaves, shardings, dtype)
+
+
+def read_tree(
+  paths: Collection[str],
+  leaves: Mapping[str, Leaf],
+  shardings: Any,
+  dtype: Any,
+) -> Params:
+  """A tree of leaves, read one after the other.
+
+  Args:
+    paths: of the tree; "layers" among them stands for all "layers_<i>".
+    leaves: by path, each layer's its own.
+    shardings: a tree of jax.sharding.Sharding, or None for the host.
+    dtype: to convert to; None keeps what is stored.
+
+  Raises:
+    ValueError: when shardings are a tree of other paths.
+  """
   at = None if shardings is None else flatten(shardings)
   if at is not None and at.keys() != set(paths):
     raise ValueError(
@@ -143,7 +162,7 @@ def assemble(
       params[path] = leaf.all().astype(array_dtype, copy=False)
     else:
       params[path] = _place(leaf, at[path], array_dtype)
-  return config, unflatten({path: params[path] for path in paths})
+  return unflatten({path: params[path] for path in paths})
 
 
 def _layers_of(leaves: Mapping[str, Leaf], path: str) -> Leaf:

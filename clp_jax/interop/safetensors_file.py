@@ -31,12 +31,15 @@ _BLOCK = 16 << 20  # bytes read at a time
 _MAX_HEADER = 100 << 20  # the library's own limit
 
 
-def read(folder: Folder, name: str) -> dict[str, Leaf]:
+def read(
+  folder: Folder, name: str, unused: tuple[str, ...] = ()
+) -> dict[str, Leaf]:
   """The tensors of a file, none of them read yet.
 
   Args:
     folder: where the file is.
     name: of the file.
+    unused: ends of names that are left out, and may be of any dtype.
 
   Returns:
     {tensor name: leaf}.
@@ -54,6 +57,7 @@ def read(folder: Folder, name: str) -> dict[str, Leaf]:
     tensors = {
       tensor: _leaf(folder, name, tensor, entry, 8 + length)
       for tensor, entry in header.items()
+      if not tensor.endswith(unused)
     }
     last = max((e["data_offsets"][1] for e in header.values()), default=0)
     if last:

@@ -18,7 +18,6 @@ from etils import epath
 from clp_jax.interop import leaves, safetensors_file, storage
 from clp_jax.interop.leaves import Index, Leaf, View
 from clp_jax.interop.storage import Folder
-from clp_jax.models.families import Config
 
 GENERATION = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -36,12 +35,15 @@ _WRITTEN = (
 )
 
 
-def read(folder: Folder, mapped: bool) -> dict[str, Leaf]:
+def read(
+  folder: Folder, mapped: bool, unused: tuple[str, ...] = ()
+) -> dict[str, Leaf]:
   """The tensors in a folder's files of weights, none of them read yet.
 
   Args:
     folder: with model.safetensors or pytorch_model.bin, whole or in parts.
     mapped: map PyTorch's files into memory rather than read them whole.
+    unused: ends of names that are left out, and may be of any dtype.
 
   Returns:
     {name: leaf}.
@@ -54,10 +56,10 @@ def read(folder: Folder, mapped: bool) -> dict[str, Leaf]:
     ("pytorch_model.bin", functools.partial(_read_torch, mapped=mapped)),
   ):
     if folder.has(name):
-      return dict(read_file(folder, name))
+      return dict(read_file(folder, name, unused))
     index = f"{name}.index.json"
     if folder.has(index):
-      return _indexed(folder, index, read_file)
+      return _indexed(folder, index, read_file, unused)
   raise ValueError(
     f"{folder.path} holds no weights: expected model.safetensors or "
     "pytorch_model.bin, whole or in parts with an index."
@@ -67,7 +69,7 @@ def read(folder: Folder, mapped: bool) -> dict[str, Leaf]:
 def model_leaves(
   folder: Folder,
   stored: Mapping[str, Leaf],
-  config: Config,
+  expected: Mapping[str, tuple[int, ...]],
   tensor: Tensor,
 ) -> dict[str, Leaf]:
   """The parameters of a model, out of the tensors that a folder holds.
@@ -75,7 +77,7 @@ def model_leaves(
   Args:
     folder: named in errors.
     stored: from `read`.
-    config: of the model.
+    expected: the shape at each path of the tree.
     tensor: where each parameter is.
 
   Returns:
@@ -84,7 +86,6 @@ def model_leaves(
   Raises:
     ValueError: not all are there, or others, or of other shapes.
   """
-  expected = leaves.expected_shapes(config)
   tensors = {path: tensor(path) for path in expected}
   shapes = {
     name: expected[path][::-1] if turned else expected[path]
@@ -97,7 +98,9 @@ def model_leaves(
   }
 
 
-def _indexed(folder: Folder, index: str, read_file: Any) -> dict[str, Leaf]:
+def _indexed(
+  folder: Folder, index: str, read_file: Any, unused: tuple[str, ...]
+) -> dict[str, Leaf]:
   where = f"{folder.path}/{index}"
   files = read_json(folder, index).get("weight_map")
   if not isinstance(files, dict):
@@ -106,15 +109,18 @@ def _indexed(folder: Folder, index: str, read_file: Any) -> dict[str, Leaf]:
   for name in sorted(set(files.values())):
     if not folder.has(name):
       raise ValueError(f"{folder.path} lacks {name}, which {index} names.")
-    tensors |= read_file(folder, name)
-  if absent := sorted(files.keys() - tensors.keys()):
+    tensors |= read_file(folder, name, unused)
+  named = {name for name in files if not name.endswith(unused)}
+  if absent := sorted(named - tensors.keys()):
     raise ValueError(
       f"{where} names {', '.join(absent[:4])}, which no file holds."
     )
   return tensors
 
 
-def _read_torch(folder: Folder, name: str, mapped: bool) -> dict[str, Leaf]:
+def _read_torch(
+  folder: Folder, name: str, unused: tuple[str, ...], mapped: bool
+) -> dict[str, Leaf]:
   where = f"{folder.path}/{name}"
   try:
     # By name, since it is no dependency: safetensors need it not.
@@ -136,6 +142,7 @@ def _read_torch(folder: Folder, name: str, mapped: bool) -> dict[str, Leaf]:
   return {
     tensor: _torch_leaf(torch, where, tensor, value)
     for tensor, value in tensors.items()
+    if not tensor.endswith(unused)
   }
 
 

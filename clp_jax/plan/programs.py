@@ -20,11 +20,13 @@ from jax.sharding import Mesh
 from clp_jax import build, sharding
 from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_model_config, load_vocabulary_of
+from clp_jax.interop import classifiers
 from clp_jax.models import families
 from clp_jax.models.model import Model
 from clp_jax.plan import hlo
-from clp_jax.rewards import entailment, preference
+from clp_jax.rewards import classifier, entailment, preference
 from clp_jax.rewards import model as models
+from clp_jax.rewards.base import MODELS
 from clp_jax.train import moft, sft
 
 Tree = Any
@@ -204,43 +206,76 @@ def _judges(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
   rows = config.rollout.prompts * config.rollout.samples
   for name in config.objectives:
     options = config.rewards[name].to_dict()
-    source = options["source"]
-    if source not in ("entailment", "preference"):
+    if options["source"] not in MODELS:
       continue
     if options["model"] is None:
       raise ConfigError(
-        f"rewards.{name}.model is not set; give the folder of a T5, or a "
+        f"rewards.{name}.model is not set; give its folder, or of a T5 a "
         "preset to plan with its size."
       )
-    judge = models.model_config(
-      options["model"],
-      dtype=options["dtype"],
-      scan_layers=options["scan_layers"],
-    )
-    length = options.get("source_length") or 512
-    model = families.build(judge)
-    abstract, axes = model.abstract(), model.axes()
-    # Which tokens mean what changes no cost.
-    value: Callable = functools.partial(_entailment, model)
-    if source == "preference":
-      head = "linear" if options.get("token") is None else "token"
-      abstract = preference.abstract_params(judge, head)
-      axes = preference.logical_axes(judge, head)
-      token = None if head == "linear" else 1
-      value = functools.partial(_preference, model, token)
-    placed: Any = sharding.param_shardings(
-      mesh, axes, abstract, fsdp=options["fsdp"]
-    )
     shards = sharding.row_shards(mesh)
     batch = -(-options["batch"] // shards) * shards
+    length = options.get("source_length") or 512
+    with as_config_error():
+      is_classifier = options["source"] == "classifier"
+      judge = (_classifier if is_classifier else _t5)(options, batch, length)
+    placed: Any = sharding.param_shardings(
+      mesh, judge.axes, judge.abstract, fsdp=options["fsdp"]
+    )
     yield Job(
       f"reward {name}",
-      models.row_program(value, placed, mesh),
-      (abstract, jax.ShapeDtypeStruct((batch, length), jnp.int32)),
+      models.row_program(judge.value, placed, mesh),
+      (judge.abstract, jax.ShapeDtypeStruct(judge.rows, jnp.int32)),
       -(-rows // batch),
-      model.flops(batch, batch, length, 1),
-      {"reward models": bytes_per_chip(abstract, placed)},
+      judge.flops,
+      {"reward models": bytes_per_chip(judge.abstract, placed)},
     )
+
+
+class _Judge(NamedTuple):
+  """A reward's model, on shapes alone."""
+
+  abstract: Tree  # parameters
+  axes: Tree
+  value: Callable  # (parameters, rows) -> scores
+  rows: tuple[int, ...]
+  flops: float
+
+
+def _t5(options: dict[str, Any], batch: int, length: int) -> _Judge:
+  judge = models.model_config(
+    options["model"],
+    dtype=options["dtype"],
+    scan_layers=options["scan_layers"],
+  )
+  model = families.build(judge)
+  abstract, axes = model.abstract(), model.axes()
+  # Which tokens mean what changes no cost.
+  value: Callable = functools.partial(_entailment, model)
+  if options["source"] == "preference":
+    head = "linear" if options.get("token") is None else "token"
+    abstract = preference.abstract_params(judge, head)
+    axes = preference.logical_axes(judge, head)
+    token = None if head == "linear" else 1
+    value = functools.partial(_preference, model, token)
+  flops = model.flops(batch, batch, length, 1)
+  return _Judge(abstract, axes, value, (batch, length), flops)
+
+
+def _classifier(options: dict[str, Any], batch: int, length: int) -> _Judge:
+  opened = classifiers.open_folder(
+    models.checked(options["model"]),
+    dtype=options["dtype"],
+    scan_layers=options["scan_layers"],
+  )
+  model = opened.model
+  return _Judge(
+    model.abstract(),
+    model.axes(),
+    functools.partial(classifier.score_rows, opened, label=0),
+    (batch, 2, length) if model.reads_pairs else (batch, length),
+    model.flops(batch, length),
+  )
 
 
 def _entailment(model, params, tokens):

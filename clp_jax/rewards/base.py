@@ -42,6 +42,7 @@ BUILT_IN = {
 MODELS = {
   "entailment": "clp_jax.rewards.entailment:build",
   "preference": "clp_jax.rewards.preference:build",
+  "classifier": "clp_jax.rewards.classifier:build",
 }
 
 

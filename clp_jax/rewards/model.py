@@ -1,4 +1,4 @@
-"""A T5 that judges texts: what the entailment and preference rewards share.
+"""A model that judges texts: what the rewards that are models share.
 
 1. `load` places a T5 of any format on the mesh, cut by the same rules as the
    policy.
@@ -130,11 +130,11 @@ def model_config(
 def checked(path: str | None) -> str:
   """The path, or a ValueError unless it may hold a trained model."""
   if path is None:
-    raise ValueError("no model; set .model to the folder of a trained T5.")
+    raise ValueError("no model; set .model to the folder of a trained one.")
   if path in PRESETS:
     raise ValueError(
       f".model = {path!r} is a preset with random parameters; set it to the "
-      "folder of a trained T5."
+      "folder of a trained model."
     )
   if not epath.Path(path).is_dir():
     raise ValueError(f".model = {path!r}: there is no such folder.")
@@ -163,6 +163,15 @@ def token_of(vocabulary: Tokenizer, text: str) -> int:
   return token
 
 
+def check_template(template: str) -> None:
+  """Raises a ValueError unless both places are in it, once each."""
+  if sorted(_PLACE.findall(template)) != ["document", "response"]:
+    raise ValueError(
+      f"the template {template!r} must hold {{document}} and {{response}} once "
+      "each."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
   """Rows of tokens from pairs of texts.
@@ -182,12 +191,7 @@ class Inputs:
   overlap: int | None
 
   def __post_init__(self):
-    places = _PLACE.findall(self.template)
-    if sorted(places) != ["document", "response"]:
-      raise ValueError(
-        f"the template {self.template!r} must hold {{document}} and "
-        "{response} once each."
-      )
+    check_template(self.template)
     fixed = sum(map(len, self._around))
     if self.length < fixed + 8:
       raise ValueError(
@@ -279,8 +283,8 @@ def make_scorer(
       a multiple of the data axis.
 
   Returns:
-    This process's [n, S] int32 rows -> [n] float32. Every process must call it
-    as often, with any n.
+    This process's [n, ...] int32 rows -> [n] float32. Every process must call
+    it as often, with any n.
 
   Raises:
     ValueError: batch is not positive.
@@ -300,7 +304,7 @@ def make_scorer(
     results = []
     for i in range(calls):
       part = tokens[i * own : (i + 1) * own]
-      padded = np.zeros([own, tokens.shape[1]], np.int32)
+      padded = np.zeros([own, *tokens.shape[1:]], np.int32)
       padded[: len(part)] = part
       results.append(program(params, sharding.to_devices(mesh, padded, batch)))
     values = [sharding.to_host(result) for result in results]

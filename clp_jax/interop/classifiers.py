@@ -1,0 +1,173 @@
+"""Hugging Face folders of models that label a text.
+
+What transformers' AutoModelForSequenceClassification reads: a decoder of
+causal.py with `score.weight` in place of its logit layer, or an encoder of
+encoders.py.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clp_jax.interop import causal, encoders, leaves, weight_files
+from clp_jax.interop.leaves import Leaf
+from clp_jax.interop.storage import Folder
+from clp_jax.models.causal import NO_PAD
+from clp_jax.models.classifiers import (
+  Classifier,
+  DecoderClassifier,
+  EncoderClassifier,
+)
+
+_HEAD = "score.weight"
+_ARCHITECTURE = "ForSequenceClassification"
+SINGLE_LABEL = "single_label_classification"
+MULTI_LABEL = "multi_label_classification"
+PROBLEMS = (SINGLE_LABEL, MULTI_LABEL, "regression")
+
+
+class Labels(NamedTuple):
+  """What the numbers of a head mean."""
+
+  names: tuple[str, ...]
+  problem: str  # one of PROBLEMS
+
+
+class Opened(NamedTuple):
+  """A folder whose arrays are not read yet."""
+
+  model: Classifier
+  tensors: Mapping[str, Leaf]
+  labels: Labels
+  # Of decoders, where they have them: tokens that end responses, and padding,
+  # which transformers also takes text for that a row ends in.
+  eos_ids: tuple[int, ...] = ()
+  pad_id: int | None = None
+
+
+def open_folder(
+  path: str | os.PathLike, *, dtype: str = "float32", scan_layers: bool = False
+) -> Opened:
+  """What a folder holds; nothing but headers is read.
+
+  Args:
+    path: of the folder.
+    dtype: of the computation.
+    scan_layers: stack the layers.
+
+  Raises:
+    ValueError: there is no such model; one line that names the file, the field
+      or the tensors.
+  """
+  folder = Folder(os.fspath(path))
+  if not folder.has("config.json"):
+    raise ValueError(f"{folder.path} holds no model: there is no config.json.")
+  where = f"{folder.path}/config.json"
+  values = weight_files.read_json(folder, "config.json")
+  kind = values.get("model_type")
+  is_decoder = causal.is_causal(values)
+  if not is_decoder and kind not in encoders.MODEL_TYPES:
+    known = ", ".join((*causal.families(), *encoders.MODEL_TYPES))
+    raise ValueError(
+      f"{where}: model_type must be one of {known}, got {kind!r}."
+    )
+  named = values.get("architectures") or []
+  if not any(str(name).endswith(_ARCHITECTURE) for name in named):
+    raise ValueError(
+      f"{where}: architectures must name a ...{_ARCHITECTURE}, which has a "
+      f"number for a whole text, got {named}."
+    )
+  change = {"dtype": dtype, "scan_layers": scan_layers}
+  opener = _open_decoder if is_decoder else _open_encoder
+  model, tensors, count = opener(folder, values)
+  config: Any = dataclasses.replace(model.config, **change)
+  opened = Opened(
+    dataclasses.replace(model, config=config),
+    tensors,
+    _labels(where, values, count),
+  )
+  if not is_decoder:
+    return opened
+  return opened._replace(eos_ids=config.eos_ids, pad_id=_pad_id(values))
+
+
+def load(
+  opened: Opened, shardings: Callable[[Classifier], leaves.Shardings]
+) -> leaves.Params:
+  """The float32 parameters, each device's part of them on it.
+
+  Args:
+    opened: from `open_folder`.
+    shardings: where the parameters of a classifier lie, a tree like them.
+  """
+  paths = leaves.flatten(opened.model.abstract())
+  at = shardings(opened.model)
+  return leaves.read_tree(paths, opened.tensors, at, np.float32)
+
+
+def _open_decoder(folder: Folder, values: Mapping[str, Any]):
+  del values
+  # The head is in place of a logit layer. Every id may be text, as to
+  # transformers, whose mask says where padding is.
+  config = dataclasses.replace(
+    causal.read_config(folder), logits_via_embedding=True, pad_id=NO_PAD
+  )
+  stored = causal.read_tensors(folder, mapped=True)
+  count = _rows(stored, _HEAD)
+  model = DecoderClassifier(config, count)
+  tensor = functools.partial(_decoder_tensor, config)
+  return model, _leaves(folder, stored, model, tensor), count
+
+
+def _decoder_tensor(config: Any, path: str) -> tuple[str, bool]:
+  if path.startswith("head/"):
+    return _HEAD, True
+  return causal.tensor_of(config, path.removeprefix("model/"))
+
+
+def _open_encoder(folder: Folder, values: Mapping[str, Any]):
+  kind = values["model_type"]
+  stored = weight_files.read(folder, mapped=True, unused=encoders.UNUSED)
+  tensor = functools.partial(encoders.tensor_of, kind)
+  count = _rows(stored, tensor("head/kernel")[0])
+  where = f"{folder.path}/config.json"
+  model = EncoderClassifier(encoders.read_config(where, values, count))
+  return model, _leaves(folder, stored, model, tensor), count
+
+
+def _rows(stored: Mapping[str, Leaf], name: str) -> int:
+  """Labels of the head; 1 where there is none, which is found out later."""
+  return stored[name].shape[0] if name in stored else 1
+
+
+def _leaves(
+  folder: Folder,
+  stored: Mapping[str, Leaf],
+  model: Classifier,
+  tensor: weight_files.Tensor,
+) -> dict[str, Leaf]:
+  expected = leaves.shapes(leaves.flatten(model.abstract()))
+  return weight_files.model_leaves(folder, stored, expected, tensor)
+
+
+def _labels(where: str, values: Mapping[str, Any], count: int) -> Labels:
+  given = values.get("id2label") or {}
+  names = tuple(str(given.get(str(i), f"LABEL_{i}")) for i in range(count))
+  problem = values.get("problem_type") or SINGLE_LABEL
+  if problem not in PROBLEMS:
+    raise ValueError(
+      f"{where}: problem_type must be one of {', '.join(PROBLEMS)}, got "
+      f"{problem!r}."
+    )
+  return Labels(names, problem)
+
+
+def _pad_id(values: Mapping[str, Any]) -> int | None:
+  """As the class of transformers has it."""
+  values = values.get("text_config") or values
+  default = 0 if str(values.get("model_type")).startswith("gemma") else None
+  return values.get("pad_token_id", default)
