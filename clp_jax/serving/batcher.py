@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from clp_jax.serving.decoder import Batch, Decoder, Row, Sampled
 
-# Tokens that are decoded before a stream hears of them, and others may join.
-STREAMED = 4
+STREAMED = 4  # tokens that are decoded before a stream hears of them
+TOGETHER = 8  # positions, where nobody streams, after which others may join
 
 
 class Overloaded(Exception):
@@ -196,26 +196,26 @@ class Batcher:
   def _decode(self) -> None:
     """Decodes those that wait and those who join them, until nobody is left."""
     batch: Batch | None = None
-    position, together, start = 0, 0, 0.0
-    while True:
-      for slot, row in list(self._running.items()):
-        if not row.needed:
-          batch.stop(slot)
-          self._release(slot)
-      joining = self._take()
-      if together and (joining or not self._running):
-        if self._on_batch is not None:
-          self._on_batch(together, time.perf_counter() - start)
-      if not self._running:
-        return
-      if joining:
-        together, start = len(self._running), time.perf_counter()
-        if batch is None:
-          batch = self._decoder.begin(list(joining.values()))
-        else:
-          batch.admit(joining)
-      position += STREAMED
-      self._deliver(batch.advance(position))
+    position = 0
+    joining = self._take()
+    while self._running:
+      together, start = len(self._running), time.perf_counter()
+      if batch is None:
+        batch = self._decoder.begin(list(joining.values()))
+      else:
+        batch.admit(joining)
+      joining = {}
+      while self._running and not joining:
+        streamed = any(r.ticket.streamed for r in self._running.values())
+        position += STREAMED if streamed else TOGETHER
+        self._deliver(batch.advance(position))
+        for slot, row in list(self._running.items()):
+          if not row.needed:
+            batch.stop(slot)
+            self._release(slot)
+        joining = self._take()
+      if self._on_batch is not None:
+        self._on_batch(together, time.perf_counter() - start)
 
   def _take(self) -> dict[int, Row]:
     """The first of those that wait, in free slots from now on."""
