@@ -133,13 +133,15 @@ class Decoder:
 
   def compile(self) -> None:
     """Compiles every shape, by decoding a row in each."""
-    batch = Batch(self)
-    # Twice: what a program returns may lie elsewhere than what it was given.
-    for length in self.lengths * 2:
-      batch.admit({0: self._row(length)})
-      batch.admit({0: self._row(length)})
-      batch.advance(batch.steps + 1)
-      batch.advance(batch.steps + 1)
+    for length in self.lengths:
+      row = self._row(length)
+      batch = self.begin([row])
+      # Each after itself and after the other: what a program returns may lie
+      # elsewhere than what it was given.
+      for _ in range(2):
+        batch.admit({0: row})
+        batch.advance(batch.steps + 1)
+        batch.advance(batch.steps + 1)
 
   def _row(self, length: int) -> Row:
     """One to compile for."""
@@ -245,11 +247,16 @@ class Decoder:
   def _row_axes(self, state: _State) -> Any:
     """Which axis of each array is that of rows."""
     layers = int(self._rows.model.config.scan_layers)
-    axes = _State(
-      Context(layers, 0),
-      decoding.Loop(0, 0, 0, decoding.Samples(0, 0, 0), cache=(layers, 0)),
+
+    def stacked(tree: Any) -> Any:
+      return jax.tree.map(lambda _: layers, tree)
+
+    context, loop = jax.tree.map(lambda _: 0, state)
+    cache, noted = loop.cache
+    return _State(
+      context._replace(layers=stacked(context.layers)),
+      loop._replace(cache=(stacked(cache), noted)),
     )
-    return jax.tree.broadcast(axes, state)
 
 
 class Batch:
