@@ -269,6 +269,7 @@ class Batch:
   def __init__(self, decoder: Decoder):
     """All slots are free."""
     self.steps = 0
+    self._used = 0  # slots, up to the last that a row has had
     self._decoder = decoder
     nobody = decoder._row(1)
     self._settings = _Settings.of([nobody] * decoder.rows)
@@ -277,6 +278,7 @@ class Batch:
   def admit(self, rows: Mapping[int, Row]) -> None:
     """Reads the documents of rows into free slots, by number."""
     decoder = self._decoder
+    self._used = max([self._used, *(slot + 1 for slot in rows)])
     by_length: dict[int, list[int]] = {}
     for slot, row in rows.items():
       length = decoder.length(len(row.tokens))
@@ -323,7 +325,7 @@ class Batch:
         then, unless it has ended.
 
     Returns:
-      All that the rows in the slots have so far.
+      All that the rows in the slots have so far, up to the last slot used.
     """
     steps = max(0, until - self.steps)
     self.steps += steps
@@ -333,8 +335,9 @@ class Batch:
     )
     loop = self._state.loop
     _, noted = loop.cache
-    tokens, logp, mask, ended, top_tokens, top_logp = jax.device_get(
-      (*loop.samples, loop.ended, *noted)
+    tokens, logp, mask, ended, top_tokens, top_logp = (
+      x[: self._used]
+      for x in jax.device_get((*loop.samples, loop.ended, *noted))
     )
     return Sampled(tokens, logp, mask.sum(-1), ended, top_tokens, top_logp)
 
