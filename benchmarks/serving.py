@@ -2,11 +2,13 @@
 
   python -m benchmarks.serving --workdir runs/demo
   python -m benchmarks.serving --workdir runs/demo --seconds 10 --json
+  python -m benchmarks.serving --workdir runs/demo --mixed
 
 Starts `clp serve` on loopback, in a process of its own, and measures
 1. one client that asks one thing after another, for a third of the time;
 2. 64 clients at once, each drawing from 1,000 requests that differ in document,
-   weighting, seed and sampling;
+   weighting, seed and sampling, and with --mixed in the most tokens that the
+   answer may have, 8 to 64 (as far as the run's data.target_length goes);
 and then asks 2's requests again, alone: every answer must be the same. The load
 comes from this process, on the same machine. Prints one table, or one JSON
 object. Status 1 if an answer differed or a request failed otherwise than with
@@ -24,6 +26,7 @@ import time
 import numpy as np
 
 REQUESTS = 1000  # that there are to draw from
+MIXED = (8, 64)  # tokens that answers of mixed length may have
 
 
 def main() -> int:
@@ -34,6 +37,7 @@ def main() -> int:
   parser.add_argument("--seconds", type=float, default=60.0)
   parser.add_argument("--rows", type=int, default=32)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--mixed", action="store_true")
   parser.add_argument("--json", action="store_true")
   args = parser.parse_args()
   command = [sys.executable, "-m", "clp_jax", "serve", "--port", "0"]
@@ -62,7 +66,9 @@ async def _measure(address: str, pid: int, args) -> dict:
   (model,) = (await client.get("/v1/models"))["data"]
   documents = (await client.get("/v1/documents"))["data"]
   client.close()
-  make = _requests(model, [d["document"] for d in documents], args.seed)
+  make = _requests(
+    model, [d["document"] for d in documents], args.seed, args.mixed
+  )
   await _load(address, make, 1, 2.0)  # warms both sides up
   alone = await _load(address, make, 1, args.seconds / 3)
   await _load(address, make, args.clients, args.seconds / 20)
@@ -187,7 +193,7 @@ class _Connection:
       self._streams = None
 
 
-def _requests(model: dict, documents: list[str], seed: int):
+def _requests(model: dict, documents: list[str], seed: int, mixed: bool):
   """Draws from requests with random documents, weightings and sampling."""
   rng = np.random.default_rng(seed)
   names = model["objectives"]
@@ -206,6 +212,8 @@ def _requests(model: dict, documents: list[str], seed: int):
     if model["alpha_range"] is not None:
       low, high = model["alpha_range"]
       body["alpha"] = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+    if mixed:
+      body["max_tokens"] = int(rng.integers(*MIXED, endpoint=True))
     return body
 
   requests = [random_request(i) for i in range(REQUESTS)]

@@ -99,7 +99,7 @@ class Sampling:
     Args:
       logits: [R, V] float32.
       keys: [R] typed keys.
-      position: [] int32, of the tokens in their rows.
+      position: [] or [R] int32, of the tokens in their rows.
 
     Returns:
       Tokens [R] int32, and their log-probabilities [R] float32, nats.
@@ -117,7 +117,7 @@ class Sampling:
     return token, at_token(scaled, token) - jax.nn.logsumexp(scaled, axis=-1)
 
   def ends(self, token: jax.Array, position: jax.Array) -> jax.Array:
-    """[R] bool, whether rows end with tokens [R] at a position."""
+    """[R] bool, whether rows end with tokens [R] at a position [] or [R]."""
     ended = jnp.isin(token, jnp.asarray(self.eos_ids))
     if self.row_lengths is not None:
       ended |= position + 1 >= self.row_lengths
@@ -278,10 +278,10 @@ def _invert_short(probs: jax.Array, uniform: jax.Array) -> jax.Array:
 def _uniforms(keys: jax.Array, position: jax.Array) -> jax.Array:
   """[R] keys -> [R, 2] float32 in [0, 1), from 64 random bits a row."""
 
-  def draw(key):
+  def draw(key, position):
     return jax.random.uniform(jax.random.fold_in(key, position), (2,))
 
-  return jax.vmap(draw)(keys)
+  return jax.vmap(draw)(keys, jnp.broadcast_to(position, keys.shape))
 
 
 def at_token(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -189,9 +189,16 @@ class TestChat:
 
       def begin(self, rows):
         sizes.append(len(rows))
-        if len(sizes) == 1:
-          gathered.wait(20)
-        return decoder.begin(rows)
+        gathered.wait(20)
+        self.batch = decoder.begin(rows)
+        return self
+
+      def admit(self, rows):
+        sizes.append(len(rows))
+        self.batch.admit(rows)
+
+      def advance(self, until):
+        return self.batch.advance(until)
 
     weightings = [{"nli": i / 6, "rouge": 1 - i / 6} for i in range(7)]
     with serving(policy, Watched()) as address:

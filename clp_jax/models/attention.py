@@ -69,11 +69,13 @@ def write_cache(
     cache: [R, H, T, K] each; or [L, R, H, T, K] with `layer`.
     new: [R, H, 1, K] each.
     layer: [] int32, whose part of the cache this is; None if all of it.
-    position: [] int32, where to write.
+    position: [] int32, where to write; or [R], each row's, beyond T nowhere.
 
   Returns:
     The cache, and the layer's own part of it.
   """
+  if jnp.ndim(position):
+    return _write_rows(cache, new, layer, position)
   zero = jnp.zeros_like(position)
   start: tuple[jax.Array, ...] = (zero, zero, position, zero)
   # Scanned layers carry the whole cache and write one position of it: as a
@@ -84,12 +86,26 @@ def write_cache(
   cache = jax.tree.map(
     lambda old, a: jax.lax.dynamic_update_slice(old, a, start), cache, new
   )
+  return cache, _of_layer(cache, layer)
+
+
+def _write_rows(cache, new, layer, position):
+  rows = jnp.arange(len(position))
+  place: tuple[Any, ...] = (rows, slice(None), position)
+  if layer is not None:
+    place = (layer, *place)
+  cache = jax.tree.map(
+    lambda old, a: old.at[place].set(a[:, :, 0], mode="drop"), cache, new
+  )
+  return cache, _of_layer(cache, layer)
+
+
+def _of_layer(cache: KeysValues, layer: jax.Array | None) -> KeysValues:
   if layer is None:
-    return cache, cache
-  own = jax.tree.map(
+    return cache
+  return jax.tree.map(
     lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False), cache
   )
-  return cache, own
 
 
 def in_blocks(function: Callable, queries: Any, axes: Any) -> jax.Array:

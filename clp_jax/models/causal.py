@@ -578,9 +578,10 @@ class Stack(nn.Module):
 
     length = jax.tree.leaves(cache)[0].shape[-2]
     slot = jnp.arange(length, dtype=jnp.int32)[None]
+    by_row = jnp.reshape(position, (-1, 1))
     own_at = Keys(
-      at - position + slot,
-      jnp.broadcast_to(slot <= position, (at.shape[0], length)),
+      at - by_row + slot,
+      jnp.broadcast_to(slot <= by_row, (at.shape[0], length)),
     )
     turns = Turns.of(self.config, at)
     shared = (turns, position, at, own_at, context.rows.keys)
@@ -666,7 +667,8 @@ class Network(nn.Module):
     rows: Rows = context.rows
     copies = copies_of(last.shape[0], rows.last.shape[0])
     token = jnp.where(position == 0, jnp.repeat(rows.last, copies), last)
-    at = jnp.repeat(rows.length, copies)[:, None] - 1 + position
+    at = jnp.repeat(rows.length, copies)[:, None] - 1
+    at = at + jnp.reshape(position, (-1, 1))
     x = self._scaled(self.token_embedder(jnp.maximum(token, 0)[:, None]))
     x, cache = self.decoder.step(x, at, cache, position, context)
     return self._logits(x)[:, 0], cache

@@ -36,7 +36,8 @@ from clp_jax.row_mixing import (
 )
 from clp_jax.sampling import Sampling, at_token, check_positive, per_row
 
-# (last tokens [R] int32, cache, position [] int32) -> (logits [R, V], cache)
+# (last tokens [R] int32, cache, position [] or [R] int32)
+# -> (logits [R, V], cache)
 NextLogits = Callable[[jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
 
 # Tokens of a prompt from which on, where rows differ in their policies, mixing
@@ -63,7 +64,7 @@ class TokenScores(NamedTuple):
 class Loop(NamedTuple):
   """A decoding between two positions."""
 
-  position: jax.Array  # [] int32, the next one
+  position: jax.Array  # [] int32, the next one; or [R], of rows that differ
   last: jax.Array  # [R] int32
   ended: jax.Array  # [R] bool
   samples: Samples
@@ -363,7 +364,9 @@ def advance(
     loop: where the decoding stands.
     keys: [R] typed keys.
     sampling: how.
-    until: [] int, the position to stop before; may be traced.
+    until: [] int, the position to stop before; may be traced. Where rows have
+      positions of their own, [R]: as far from each as from the others. Such
+      rows must end, by `Sampling.row_lengths`, at max_length at the latest.
 
   Returns:
     The loop; its samples hold what there is so far.
@@ -377,7 +380,7 @@ def advance(
   sampling = dataclasses.replace(sampling, **sampling.by_row(rows))
 
   def going_on(loop: Loop) -> jax.Array:
-    return (loop.position < until) & _any_left(loop.ended)
+    return _any_left(loop.ended | (loop.position >= until))
 
   def step(loop: Loop) -> Loop:
     logits, cache = next_logits(loop.last, loop.cache, loop.position)
@@ -385,21 +388,32 @@ def advance(
     going = ~loop.ended
     token = jnp.where(going, token, sampling.pad_id)
     now = Samples(token, jnp.where(going, logp, 0.0), going)
+    # A row of its own position stays where it has ended, so as not to leave
+    # the cache.
+    moved = 1 if loop.position.ndim == 0 else going
     return Loop(
-      position=loop.position + 1,
+      position=loop.position + moved,
       last=token,
       ended=loop.ended | sampling.ends(token, loop.position),
       samples=jax.tree.map(
-        lambda all_, x: jax.lax.dynamic_update_slice_in_dim(
-          all_, x[:, None], loop.position, axis=1
-        ),
-        loop.samples,
-        now,
+        lambda all_, x: write(all_, x, loop.position), loop.samples, now
       ),
       cache=cache,
     )
 
   return jax.lax.while_loop(going_on, step, loop)
+
+
+def write(all_: jax.Array, x: jax.Array, position: jax.Array) -> jax.Array:
+  """x [R, ...] at a position [], or each row's [R], of all_ [R, T, ...].
+
+  A row whose position is T is not written.
+  """
+  if position.ndim == 0:
+    return jax.lax.dynamic_update_slice_in_dim(
+      all_, x[:, None], position, axis=1
+    )
+  return all_.at[jnp.arange(len(x)), position].set(x, mode="drop")
 
 
 @jax.custom_batching.custom_vmap

@@ -76,7 +76,8 @@ class Model(Protocol):
       context: of the B prompts.
       cache: of R rows.
       last: [R] int32, the token sampled before; not read at position 0.
-      position: [] int32, tokens of the response so far.
+      position: [] int32, tokens of the response so far; or [R], each row's. A
+        row at the cache's length is computed, for nothing, and not written.
 
     Returns:
       [R, V] float32, and the cache with this position written.

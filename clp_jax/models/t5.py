@@ -161,9 +161,9 @@ class DecoderLayer(nn.Module):
       cache: [R, H, T, K] each; or [L, R, H, T, K] with `layer`.
       layer: [] int32, whose part of the cache this is; None if all of it.
       cross: [B, H, S, K] each.
-      position: [] int32, where to write.
-      mask: [1, 1, T] bool, True up to position.
-      bias: [1 or B, H, 1, T] float32.
+      position: [] int32, where to write; or [R], each row's.
+      mask: [1 or R, 1, T] bool, True up to position.
+      bias: [1 or B or R, H, 1, T] float32.
       encoder_mask: [B, 1, S] bool.
 
     Returns:
@@ -297,11 +297,17 @@ class Decoder(nn.Module):
   ) -> tuple[jax.Array, LayersKeysValues]:
     """x: [R, 1, D] embedded -> [R, 1, D] and the cache, position written."""
     length = jax.tree.leaves(cache)[0].shape[-2]
-    distance = position - jnp.arange(length, dtype=jnp.int32)
+    distance = jnp.reshape(position, (-1, 1, 1)) - jnp.arange(
+      length, dtype=jnp.int32
+    ).reshape(1, 1, -1)
     of_distance = _buckets(self.config, np.arange(length), False)
-    buckets = jnp.take(of_distance, jnp.maximum(distance, 0))
-    bias = self.relpos_bias(buckets[None])
-    mask = (distance >= 0)[None, None]
+    bias = jnp.take_along_axis(
+      self.relpos_bias(of_distance[None]),
+      jnp.maximum(distance, 0)[:, None],
+      axis=-1,
+      mode="clip",  # a row that has ended may have reached T
+    )
+    mask = distance >= 0
     shared = (position, mask, bias, encoder_mask[:, None])
     step = DecoderLayer.step
     x, cache = step_layers(self, step, x, cache, cross, *shared)
@@ -398,7 +404,8 @@ class T5(nn.Module):
     Args:
       tokens: [R] int, the decoder's input at position (0 at the first).
       cache: from `init_cache` or the step before.
-      position: [] int32, from 0, less than the cache's length.
+      position: [] int32, from 0, less than the cache's length; or [R], each
+        row's, of which one that has reached it is not written.
       cross: from `cross_keys_values`, of the B prompts; R is a multiple of B.
       encoder_mask: [B, S] bool.
 

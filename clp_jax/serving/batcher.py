@@ -1,10 +1,10 @@
 """The queue before the decoder, and the thread that serves it.
 
-Rows wait in the order in which they came, whatever their weightings. As soon as
-a batch is done, the next takes the first row and all others that are waiting
-for the same shape, up to the number of rows in a batch. Only the thread touches
-the device; requests live on the event loop's side, and what has been sampled
-for them goes there in one call for each piece of a batch.
+Rows wait in the order in which they came, whatever their weightings. Every few
+positions, those that wait take the slots of rows that have ended or that nobody
+waits for any more; the others go on. Only the thread touches the device;
+requests live on the event loop's side, and what has been sampled for them goes
+there in one call for each of those pieces.
 """
 
 import asyncio
@@ -17,9 +17,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
-from clp_jax.serving.decoder import Decoder, Row, Sampled
+from clp_jax.serving.decoder import Batch, Decoder, Row, Sampled
 
 STREAMED = 4  # tokens that are decoded before a stream hears of them
+TOGETHER = 8  # positions, where nobody streams, after which others may join
 
 
 class Overloaded(Exception):
@@ -85,6 +86,21 @@ class _Waiting(NamedTuple):
   number: int  # of the row in the ticket
 
 
+class _Running:
+  """A row in its slot."""
+
+  def __init__(self, ticket: Ticket, number: int):
+    self.ticket = ticket
+    self.number = number  # of the row in the ticket
+    self.since = time.perf_counter()
+    self.sent = 0  # tokens
+
+  @property
+  def needed(self) -> bool:
+    """Whether somebody waits for more of it."""
+    return not (self.ticket.cancelled or self.number in self.ticket.ended)
+
+
 class Batcher:
   """Decodes the rows of all requests together."""
 
@@ -94,16 +110,16 @@ class Batcher:
     Args:
       decoder: compiled.
       max_waiting: rows that may wait; the request that exceeds it is refused.
-      on_batch: None, or called by the thread with (rows, seconds) after each
-        batch.
+      on_batch: None, or called by the thread with (rows, seconds) when rows
+        have been decoded together for so long that others join or all are done.
     """
     self._decoder = decoder
     self._max_waiting = max_waiting
     self._on_batch = on_batch
     self._changed = threading.Condition()
     self._waiting: collections.deque[_Waiting] = collections.deque()
-    self._running = 0  # rows being decoded
-    self._seconds = 0.0  # of a batch, lately
+    self._running: dict[int, _Running] = {}  # by slot
+    self._seconds = 0.0  # of a row in its slot, lately
     self._closed = False
     self._thread = threading.Thread(
       target=self._serve, name="decoder", daemon=True
@@ -118,7 +134,7 @@ class Batcher:
   @property
   def running(self) -> int:
     """Rows that are being decoded."""
-    return self._running
+    return len(self._running)
 
   @property
   def alive(self) -> bool:
@@ -151,8 +167,8 @@ class Batcher:
 
   def retry_after(self) -> int:
     """Seconds, at least 1, in which those who wait now should be served."""
-    batches = 1 + len(self._waiting) / self._decoder.rows
-    return max(1, math.ceil(batches * self._seconds))
+    turns = 1 + len(self._waiting) / self._decoder.rows
+    return max(1, math.ceil(turns * self._seconds))
 
   def close(self) -> None:
     """Ends the thread; requests that still wait get `Unavailable`."""
@@ -168,97 +184,91 @@ class Batcher:
         if self._closed:
           left, self._waiting = self._waiting, collections.deque()
           break
-        batch = self._take()
-        self._running = len(batch)
-      start = time.perf_counter()
       try:
-        self._decode(batch)
+        self._decode()
       except Exception:
-        # The request can't be blamed, and the next may well succeed.
-        logging.exception("decoding a batch failed")
-        _fail({waiting.ticket for waiting in batch}, Unavailable())
-      else:
-        seconds = time.perf_counter() - start
-        self._seconds += (seconds - self._seconds) / (4 if self._seconds else 1)
-        if self._on_batch is not None:
-          self._on_batch(len(batch), seconds)
-      self._running = 0
+        # The requests can't be blamed, and the next may well succeed.
+        logging.exception("decoding failed")
+        _fail({row.ticket for row in self._running.values()}, Unavailable())
+        self._running = {}
     _fail({waiting.ticket for waiting in left}, Unavailable())
 
-  def _take(self) -> list[_Waiting]:
-    """The rows of the next batch, taken out of the queue."""
-
-    def length(waiting: _Waiting) -> int:
-      row = waiting.ticket.rows[waiting.number]
-      return self._decoder.length(len(row.tokens))
-
-    first = length(self._waiting[0])
-    batch: list[_Waiting] = []
-    others: collections.deque[_Waiting] = collections.deque()
-    while self._waiting and len(batch) < self._decoder.rows:
-      waiting = self._waiting.popleft()
-      (batch if length(waiting) == first else others).append(waiting)
-    others.extend(self._waiting)
-    self._waiting = others
-    return batch
-
-  def _decode(self, batch: list[_Waiting]) -> None:
-    """Decodes a batch and sends the pieces as they come."""
-    decoding = self._decoder.begin(
-      [waiting.ticket.rows[waiting.number] for waiting in batch]
-    )
-    sent = [0] * len(batch)
-    open_rows = set(range(len(batch)))
+  def _decode(self) -> None:
+    """Decodes those that wait and those who join them, until nobody is left."""
+    batch: Batch | None = None
     position = 0
-    while True:
-      for i in sorted(open_rows):
-        ticket, number = batch[i]
-        if number in ticket.ended:
-          decoding.stop(i)
-          open_rows.discard(i)
-      if all(batch[i].ticket.cancelled for i in open_rows):
-        break
-      streamed = any(
-        batch[i].ticket.streamed and not batch[i].ticket.cancelled
-        for i in open_rows
-      )
-      position = position + STREAMED if streamed else self._decoder.max_tokens
-      sampled = decoding.advance(position)
-      deliveries: dict[Ticket, list[Piece]] = {}
-      for i in sorted(open_rows):
-        ticket, number = batch[i]
-        ended = bool(sampled.ended[i])
-        if ended or ticket.streamed:
-          piece = self._piece(sampled, i, number, sent[i], ticket.rows[number])
-          sent[i] += len(piece.tokens)
-          deliveries.setdefault(ticket, []).append(piece)
-        if ended:
-          open_rows.discard(i)
-      for ticket, pieces in deliveries.items():
-        _send(ticket, pieces)
+    joining = self._take()
+    while self._running:
+      together, start = len(self._running), time.perf_counter()
+      if batch is None:
+        batch = self._decoder.begin(list(joining.values()))
+      else:
+        batch.admit(joining)
+      joining = {}
+      while self._running and not joining:
+        streamed = any(r.ticket.streamed for r in self._running.values())
+        position += STREAMED if streamed else TOGETHER
+        self._deliver(batch.advance(position))
+        for slot, row in list(self._running.items()):
+          if not row.needed:
+            batch.stop(slot)
+            self._release(slot)
+        joining = self._take()
+      if self._on_batch is not None:
+        self._on_batch(together, time.perf_counter() - start)
 
-  def _piece(
-    self, sampled: Sampled, i: int, number: int, start: int, row: Row
-  ) -> Piece:
-    """What row i of the batch, `number` of its request, has from `start` on."""
-    part = slice(start, int(sampled.lengths[i]))
-    tokens = sampled.tokens[i, part].tolist()
+  def _take(self) -> dict[int, Row]:
+    """The first of those that wait, in free slots from now on."""
+    with self._changed:
+      if self._closed:
+        return {}
+      free = [i for i in range(self._decoder.rows) if i not in self._running]
+      joining = {}
+      for slot in free[: len(self._waiting)]:
+        ticket, number = self._waiting.popleft()
+        self._running[slot] = _Running(ticket, number)
+        joining[slot] = ticket.rows[number]
+      return joining
+
+  def _release(self, slot: int) -> None:
+    """Makes a slot free."""
+    seconds = time.perf_counter() - self._running.pop(slot).since
+    self._seconds += (seconds - self._seconds) / (16 if self._seconds else 1)
+
+  def _deliver(self, sampled: Sampled) -> None:
+    """Sends what rows have that are streamed or have ended."""
+    deliveries: dict[Ticket, list[Piece]] = {}
+    for slot, row in list(self._running.items()):
+      ended = bool(sampled.ended[slot])
+      if ended or row.ticket.streamed:
+        piece = self._piece(sampled, slot, row)
+        row.sent += len(piece.tokens)
+        deliveries.setdefault(row.ticket, []).append(piece)
+      if ended:
+        self._release(slot)
+    for ticket, pieces in deliveries.items():
+      _send(ticket, pieces)
+
+  def _piece(self, sampled: Sampled, slot: int, row: _Running) -> Piece:
+    """What a row has beyond what has been sent."""
+    part = slice(row.sent, int(sampled.lengths[slot]))
+    tokens = sampled.tokens[slot, part].tolist()
     finish_reason = None
-    if sampled.ended[i]:
+    if sampled.ended[slot]:
       stopped = tokens[-1] in self._decoder.eos_ids
       finish_reason = "stop" if stopped else "length"
     top = []
-    if row.alternatives:
+    if row.ticket.rows[row.number].alternatives:
       top = [
         list(zip(ids, logp, strict=True))
         for ids, logp in zip(
-          sampled.top_tokens[i, part].tolist(),
-          sampled.top_logp[i, part].tolist(),
+          sampled.top_tokens[slot, part].tolist(),
+          sampled.top_logp[slot, part].tolist(),
           strict=True,
         )
       ]
-    logp = sampled.logp[i, part].tolist()
-    return Piece(number, tokens, logp, top, finish_reason)
+    logp = sampled.logp[slot, part].tolist()
+    return Piece(row.number, tokens, logp, top, finish_reason)
 
 
 def _send(ticket: Ticket, pieces: Sequence[Piece | Exception]) -> None:

@@ -30,9 +30,9 @@ class Metrics:
     self.prompt_tokens = counter("clp_prompt_tokens", "Tokens of documents.")
     text = "Tokens of answers."
     self.generated_tokens = counter("clp_generated_tokens", text)
-    text = "Answers decoded together."
+    text = "Answers decoded together, until others joined them."
     self._batch_rows = histogram("clp_batch_rows", text, buckets=_ROWS)
-    text = "Decoding of a batch."
+    text = "Decoding, until others joined."
     self._batch_seconds = histogram("clp_batch_seconds", text, buckets=_SECONDS)
 
   def watch(self, batcher: Any) -> None:
