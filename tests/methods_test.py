@@ -73,7 +73,10 @@ def test_documented_commands_run(sft_run, tmp_path, monkeypatch):
     status, _, err = runs.clp(*command)
     assert status == 0, err
     ran += 1
-  assert ran == 5
+  assert ran == 6
+  for name in ("nli", "rouge"):
+    folder = pathlib.Path("exports/adapters") / name
+    assert (folder / "adapter_model.safetensors").exists()
   policy = clp_jax.Policy.load("runs/lora")
   mixed = policy.params({"nli": 0.7, "rouge": 0.3})
   _, exported = interop.load_t5("exports/lora")
