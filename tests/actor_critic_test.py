@@ -282,7 +282,14 @@ def test_all_updates_are_taken_on_any_mesh_and_in_microbatches(model):
     full_programs(model, 4, 2), mesh_of(4, 2), start, model=model
   )
   assert_trees_close(metrics, many_metrics, rtol=2e-3, atol=2e-4)
-  assert_trees_close(one.params, many.params, atol=1e-3)
+  both_families.assert_near_after_adam(
+    many.params,
+    one.params,
+    one.opt_state,
+    rounding=1e-6,
+    moved=4 * make_config().optimizer.learning_rate,
+    atol=1e-3,
+  )
   assert_trees_close(one.critic.params, many.critic.params, atol=1e-3)
   assert_trees_close(one.front, many.front, atol=1e-6)
   kernel = many.critic.params["hidden"]["kernel"]

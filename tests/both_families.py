@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from clp_jax.models import families, t5
@@ -173,3 +174,32 @@ def at(tree, *path):
 def mlp_kernel(config, tree):
   """[8, 8], or of scanned layers [L, 8, 8], with the axes of sets before."""
   return at(tree, *stack_of(config), "mlp", "wi_0", "kernel")
+
+
+def assert_near_after_adam(found, expected, state, *, rounding, moved, atol):
+  """Parameters that Adam has moved by gradients that differ by their rounding.
+
+  Adam divides by a gradient's size: where there is next to none, its rounding
+  is a share of a step.
+
+  Args:
+    found: tree of parameters.
+    expected: likewise.
+    state: optax's, that belongs to `expected`.
+    rounding: of gradients.
+    moved: learning rates of all steps, summed.
+    atol: beside.
+  """
+
+  def is_adam(x):
+    return isinstance(x, optax.ScaleByAdamState)
+
+  leaves = jax.tree.leaves(state, is_leaf=is_adam)
+  (adam,) = [leaf for leaf in leaves if is_adam(leaf)]
+
+  def check(p, q, nu):
+    share = rounding / np.maximum(np.sqrt(nu), rounding)
+    difference = np.abs(np.asarray(p) - np.asarray(q)) - moved * share
+    assert difference.max() <= atol, difference.max()
+
+  jax.tree.map(check, found, expected, adam.nu)

@@ -7,7 +7,6 @@ import both_families
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from both_families import (
   DECODER,
@@ -127,10 +126,6 @@ def plain_run(model=T5):
   """(parameters, metrics, programs) of 2 steps on 1 device."""
   state, history, programs = train(plain_config(), mesh_of(), 2, model=model)
   return jax.tree.map(np.asarray, state.params), history, programs
-
-
-def is_adam(x):
-  return isinstance(x, optax.ScaleByAdamState)
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -320,20 +315,14 @@ def test_one_hot_weighting_equals_a_single_objective_run(model):
     lambda rollout: rewards_of(rollout)[:, 1:],
     model=model,
   )
-
-  def assert_near(p, q, nu):
-    # Adam divides by a gradient's size, so that where there is next to none its
-    # rounding, some 1e-9, is a share of a step of the learning rate.
-    share = 1e-9 / np.maximum(np.sqrt(nu), 1e-9)
-    tolerance = 1e-6 + 3 * config.optimizer.learning_rate * share
-    assert (np.abs(p[1] - q) <= tolerance).all()
-
-  (adam,) = [
-    found
-    for found in jax.tree.leaves(alone.opt_state, is_leaf=is_adam)
-    if is_adam(found)
-  ]
-  jax.tree.map(assert_near, state.params, alone.params, adam.nu)
+  both_families.assert_near_after_adam(
+    jax.tree.map(lambda p: p[1], state.params),
+    alone.params,
+    alone.opt_state,
+    rounding=1e-9,
+    moved=3 * config.optimizer.learning_rate,
+    atol=1e-6,
+  )
   # And the other set has not moved.
   jax.tree.map(
     lambda p, q: np.testing.assert_array_equal(p[0], q),

@@ -23,6 +23,7 @@ MODEL = t5.T5Config(
   num_encoder_layers=3,
   num_decoder_layers=2,
   mlp_dim=24,
+  eos_ids=(1,),
 )
 PROMPTS, SAMPLES, SOURCE, TARGET = 2, 3, 10, 6
 
