@@ -8,7 +8,7 @@ the sets that add something sum to the share of those values.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -185,10 +185,7 @@ def _usage(
     lines += _recipe(policy, adapters)
   else:
     title = "A LoRA adapter of one weighting"
-    given = dict(weights or {policy.objectives[0]: 1.0})
-    if alpha is not None:
-      given["alpha"] = alpha
-    about = f"Of {', '.join(f'{k} = {v:g}' for k, v in given.items())}:"
+    about = f"Of {described(policy.objectives, weights, alpha)}:"
     lines.append('model = PeftModel.from_pretrained(model, ".")')
   code = "\n".join(lines)
   vllm = (
@@ -199,6 +196,17 @@ def _usage(
     f"{about}\n\n```python\n{code}\n```\n\nRun it in this folder."
     + (vllm if auto == "AutoModelForCausalLM" else "")
   )
+
+
+def described(
+  objectives: Sequence[str], weights: Weights | None, alpha: float | None
+) -> str:
+  """ "nli = 0.7, rouge = 0.3, alpha = 0.1"; the only objective needs no
+  weights."""
+  given = dict(weights or {objectives[0]: 1.0})
+  if alpha is not None:
+    given["alpha"] = alpha
+  return ", ".join(f"{name} = {value:g}" for name, value in given.items())
 
 
 def _recipe(policy: Policy, adapters: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Rewards by Hugging Face classifiers: decoders and encoders with a head."""
 
+import functools
 import json
 import math
 import pathlib
@@ -40,6 +41,16 @@ def load(folder, mesh=None, **options):
 
 
 # Encoders, by a forward pass of their own.
+
+
+def loaded(folder):
+  """(the classifier of a folder, its parameters on one device)."""
+  opened = classifiers.open_folder(folder)
+  place = functools.partial(sharding.param_shardings, mesh_of())
+  params = classifiers.load(
+    opened, lambda model: place(model.axes(), model.abstract())
+  )
+  return opened, params
 
 
 def linear(rng, name, rows, columns):
@@ -328,14 +339,7 @@ def classifier_of_fixture(kind, folder):
 def test_a_decoders_numbers_are_those_of_its_last_token(kind, tmp_path):
   """By what transformers has made of the fixtures."""
   ids, logits = classifier_of_fixture(kind, tmp_path)
-  opened = classifiers.open_folder(tmp_path)
-  mesh = mesh_of()
-  params = classifiers.load(
-    opened,
-    lambda model: sharding.param_shardings(
-      mesh, model.axes(), model.abstract()
-    ),
-  )
+  opened, params = loaded(tmp_path)
   lengths = (len(ids), 7, 1)
   rows = np.full([len(lengths), len(ids) + 3], -1, np.int32)
   for row, length in zip(rows, lengths, strict=True):
@@ -410,14 +414,7 @@ def ids_of(text):
 def qwen(tmp_path_factory):
   """(folder of a classifier, [n] ids -> its number)."""
   folder = decoder(tmp_path_factory.mktemp("qwen") / "model")
-  opened = classifiers.open_folder(folder)
-  mesh = mesh_of()
-  params = classifiers.load(
-    opened,
-    lambda model: sharding.param_shardings(
-      mesh, model.axes(), model.abstract()
-    ),
-  )
+  opened, params = loaded(folder)
   run = jax.jit(opened.model.logits)
 
   def number(ids):

@@ -503,6 +503,7 @@ def test_the_command_with_a_local_model(tmp_path, entailment_model):
     *("judge", *files, "--output", tmp_path / "out"),
     *("--entailment", entailment_model, "--margin", 0),
   )
+  fails(2, "--prompt is for a language", [*arguments, "--prompt", files[0]])
   status, out, err = runs.clp(*arguments)
   assert status == 0, err
   result = json.loads((tmp_path / "out" / "judge.json").read_text())
@@ -657,6 +658,7 @@ def test_a_judge_that_is_down_costs_nothing_that_is_done(tmp_path):
   "arguments, message",
   [
     (["--entailment", "x"], "name one judge"),
+    (["--local", "x"], "name one judge"),
     (["--weights", "x=1"], "give --prompts too"),
     (["--key-variable", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE is not set"),
     (["--prompt", "/no/such/file"], "No such file"),

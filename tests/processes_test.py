@@ -1,5 +1,6 @@
 """One job of 2 processes: the same training, stopped and killed."""
 
+import os
 import signal
 
 import jax
@@ -36,6 +37,38 @@ def start_training(arguments, workdir, rows, **settings):
     if not any("Gloo context initialization failed" in err for err in said):
       break
   pytest.fail("\n".join(said))
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_process_ends_both_with_their_steps_saved(
+  sft_run, tmp_path, monkeypatch
+):
+  (tmp_path / "outage.py").write_text(
+    "import jax\n"
+    "calls = []\n"
+    "def judged(documents, references, responses):\n"
+    "  calls.append(0)\n"
+    "  if jax.process_index() == 1 and len(calls) > 3:\n"
+    "    raise ConnectionError('the judge is down')\n"
+    "  return [0.37 * len(text) for text in responses]\n"
+  )
+  monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+  workdir = tmp_path / "run"
+  fields = {"rewards.nli.source": "outage:judged", "train.checkpoint_every": 6}
+  pair = start_training(
+    runs.train_arguments(workdir, sft_run, **fields, **{"train.steps": 6}),
+    workdir,
+    rows=3,
+  )
+  try:
+    (_, first), (_, second) = (runs.finish(p, status=1) for p in pair)
+  finally:
+    end(pair)
+  assert "a reward failed at step 3 on another process" in first
+  assert "'nli' at step 3 raised ConnectionError: the judge is down" in second
+  for err in (first, second):
+    assert "goes on from step 3." in err.splitlines()[-1]
+  assert runs.checkpoint_steps(workdir) == [3]
 
 
 @pytest.mark.slow

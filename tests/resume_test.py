@@ -230,7 +230,7 @@ def test_a_reward_that_fails_twice_ends_a_run_with_its_steps_saved(
   assert status == 1
   last = err.splitlines()[-1]
   assert "reward 'nli' at step 3 raised ConnectionError: the judge" in last
-  assert last.endswith("The 3 steps before are saved.")
+  assert last.endswith("is saved: the same command goes on from step 3.")
   assert outage == [-2]
   assert runs.checkpoint_steps(stopped) == [3]
   for workdir in (stopped, whole):

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
 
 from clp_jax.cli import arguments
 from clp_jax.errors import ConfigError, as_config_error
@@ -112,7 +111,10 @@ def run(args: argparse.Namespace) -> None:
     else:
       policy.export(args.output, args.format, dtype=args.dtype, **given)
       _, auto = peft.task(policy.model_config)
-      title = _title(policy.objectives, **given)
+      title = "A finetuned model"
+      if policy.objectives:
+        shown = adapter_folders.described(policy.objectives, **given)
+        title = f"A policy for {shown}"
       usage = model_card.of_checkpoint(auto, args.format)
   except ValueError as error:
     raise ConfigError(f"--format {args.format}: {error}") from error
@@ -128,19 +130,6 @@ def run(args: argparse.Namespace) -> None:
     **given,
   )
   print(args.output)
-
-
-def _title(
-  objectives: Sequence[str],
-  weights: Mapping[str, float] | None,
-  alpha: float | None,
-) -> str:
-  if not objectives:
-    return "A finetuned model"
-  given = dict(weights or dict.fromkeys(objectives[:1], 1.0))
-  if alpha is not None:
-    given["alpha"] = alpha
-  return f"A policy for {', '.join(f'{k} = {v:g}' for k, v in given.items())}"
 
 
 def _check_is_free(output) -> str | None:

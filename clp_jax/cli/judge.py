@@ -124,6 +124,8 @@ def _judge(args: argparse.Namespace):
       "name one judge: --endpoint URL --model NAME, --local DIR, or "
       "--entailment DIR."
     )
+  if args.prompt is not None and args.entailment is not None:
+    raise ConfigError("--prompt is for a language model, not for --entailment.")
   from clp_jax.evaluation import judge as judge_lib
   from clp_jax.evaluation import judge_endpoint
 

@@ -18,6 +18,7 @@ from clp_jax.errors import JudgeError
 from clp_jax.evaluation.judge import PROMPT, Judge, Question, prompt
 from clp_jax.masked import masked_sum
 from clp_jax.rewards import model as models
+from clp_jax.sampling import at_token
 
 ANSWERS = ("1", "2", "tie")
 LONGEST = 8192  # tokens of a question
@@ -53,18 +54,12 @@ def local_judge(folder: str, template: str = PROMPT) -> Judge:
     """[B, S] int32 -> [B, 3] float32."""
     rows = jnp.tile(targets, (len(prompts), 1))
     logits, _ = model.score(params, prompts, rows)
-    each = jnp.take_along_axis(
-      jax.nn.log_softmax(logits), jnp.where(rows < 0, 0, rows)[..., None], -1
-    )[..., 0]
+    each = at_token(jax.nn.log_softmax(logits), rows)
     logp = masked_sum(each.reshape(len(prompts), *targets.shape), mask, -1)
     return jax.nn.softmax(logp, axis=-1)
 
-  rows_at = sharding.row_sharding(mesh)
-  program = jax.jit(
-    sharding.on_mesh(mesh, probabilities),
-    in_shardings=(jax.tree.map(lambda p: p.sharding, params), rows_at),
-    out_shardings=rows_at,
-  )
+  at = jax.tree.map(lambda p: p.sharding, params)
+  program = models.row_program(probabilities, at, mesh)
   shards = sharding.row_shards(mesh)
   batch = -(-BATCH // shards) * shards
 

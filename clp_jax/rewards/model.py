@@ -255,7 +255,7 @@ def row_program(
   """Jits a function of rows.
 
   Args:
-    value: (params, [batch, S] int32) -> [batch] float32.
+    value: (params, [batch, S] int32) -> [batch, ...] float32.
     params_at: shardings of the parameters.
     mesh: that they lie on.
   """

@@ -123,7 +123,8 @@ def run(
       checkpoints.wait()
       if failed is not None:
         raise RewardError(
-          f"{failed} The {step} steps before are saved."
+          f"{failed} What came before is saved: the same command goes on from "
+          f"step {step}."
         ) from failed
       raise Preempted(
         f"stopped by SIGTERM after {step} of {steps} steps, all saved; start "

@@ -70,7 +70,8 @@ class EventFile:
 class WandbRun:
   """A run of Weights & Biases; WANDB_MODE=offline keeps it on this machine.
 
-  A run that is resumed goes on under its id, which the folder keeps.
+  A run that is resumed goes on under its id, which the folder keeps. Steps that
+  are run again are there already, with the same values, and are dropped.
   """
 
   def __init__(self, workdir: str, project: str):

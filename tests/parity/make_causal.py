@@ -7,6 +7,7 @@ Run it in an environment of `make parity`, with transformers 4.57.
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,12 +75,13 @@ CONFIGS = {
 }
 
 
-def make(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+def make(
+  config: transformers.PretrainedConfig,
+  auto: Any = transformers.AutoModelForCausalLM,
+) -> transformers.PreTrainedModel:
   """A random model, its norms and biases away from where they start."""
   torch.manual_seed(0)
-  model = transformers.AutoModelForCausalLM.from_config(
-    config, attn_implementation="eager"
-  ).eval()
+  model = auto.from_config(config, attn_implementation="eager").eval()
   with torch.no_grad():
     for parameter in model.parameters():
       if parameter.ndim == 1:

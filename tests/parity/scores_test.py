@@ -206,21 +206,14 @@ CASES = {
 
 
 def make(case: Case):
-  """A random model, its norms and biases away from where they start."""
-  torch.manual_seed(0)
+  """A case's model."""
   config = case.config
   config.num_labels = case.labels
   if case.labels > 1:
     config.id2label = dict(enumerate(LABELS[: case.labels]))
     config.label2id = {name: i for i, name in config.id2label.items()}
-  model = transformers.AutoModelForSequenceClassification.from_config(
-    config, attn_implementation="eager"
-  ).eval()
-  with torch.no_grad():
-    for parameter in model.parameters():
-      if parameter.ndim == 1:
-        parameter.add_(0.3 * torch.randn_like(parameter))
-  return model.to(getattr(torch, case.dtype))
+  auto = transformers.AutoModelForSequenceClassification
+  return make_causal.make(config, auto).to(getattr(torch, case.dtype))
 
 
 @functools.cache
