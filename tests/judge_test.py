@@ -22,7 +22,7 @@ import small_decoder
 import small_t5
 
 from clp_jax import config as config_lib
-from clp_jax import interop, run_folder, saved_params
+from clp_jax import interop, run_folder, saved_params, sharding
 from clp_jax.data import vocabulary
 from clp_jax.errors import JudgeError
 from clp_jax.evaluation import judge, judge_endpoint, judge_local
@@ -757,6 +757,30 @@ def test_a_local_judge_says_how_likely_each_answer_is(instruct_model):
     np.testing.assert_allclose([float(x) for x in shown], expected, atol=1e-3)
     verdict = ("1", "2", "tie")[int(np.argmax(expected))]
     assert judge.parse(found[i]) == verdict
+
+
+def test_answers_of_other_lengths_are_compared_whole(
+  entailment_model, monkeypatch
+):
+  """Of a T5, whose padding is a token that it can write."""
+  answers = ("1", "0 w1 w2 w3", "w4 w5")
+  monkeypatch.setattr(judge_local, "ANSWERS", answers)
+  asked = judge.Question("w1 w2", "w1", "w2")
+  ((_, found),) = judge_local.local_judge(entailment_model).ask([asked])
+  model, params, words = judge_local.models.load(
+    entailment_model, sharding.make_mesh(), None, "float32", False, False
+  )
+  prompt, _ = words.prompt(judge.prompt(asked), None, 10_000)
+  logp = []
+  for answer in answers:
+    target = words.target(f"Answer: {answer}", 16)
+    logits, _ = model.score(params, np.asarray([prompt]), np.asarray([target]))
+    each = jax.nn.log_softmax(logits[0])[np.arange(len(target)), target]
+    logp.append(float(each.sum()))
+  expected = np.exp(logp) / np.exp(logp).sum()
+  shown = [float(x) for x in re.findall(r": (\d\.\d+)", found)]
+  np.testing.assert_allclose(shown, expected, atol=1e-3)
+  assert min(expected) < 0.9 * max(expected)
 
 
 def test_the_command_with_an_instruct_model(tmp_path, instruct_model):
