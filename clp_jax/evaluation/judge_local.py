@@ -70,7 +70,8 @@ def local_judge(folder: str, template: str = PROMPT) -> Judge:
       length = -(-max(map(len, read)) // _STEP) * _STEP
       # Of fewer questions than a batch, the last is asked again.
       read += [read[-1]] * (batch - len(part))
-      found = np.asarray(program(params, pad(read, length, tokenizer.pad_id)))
+      prompts = jnp.asarray(pad(read, length, tokenizer.pad_id))
+      found = np.asarray(program(params, prompts))
       for i, row in enumerate(found[: len(part)]):
         shown = ", ".join(
           f"{answer}: {p:.3f}" for answer, p in zip(ANSWERS, row, strict=True)
