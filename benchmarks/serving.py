@@ -2,7 +2,7 @@
 
   python -m benchmarks.serving --workdir runs/demo
   python -m benchmarks.serving --workdir runs/demo --seconds 10 --json
-  python -m benchmarks.serving --workdir runs/demo --mixed
+  python -m benchmarks.serving --workdir runs/demo --mixed --peer
 
 Starts `clp serve` on loopback, in a process of its own, and measures
 1. one client that asks one thing after another, for a third of the time;
@@ -12,18 +12,25 @@ Starts `clp serve` on loopback, in a process of its own, and measures
 and then asks 2's requests again, alone: every answer must be the same. The load
 comes from this process, on the same machine. Prints one table, or one JSON
 object. Status 1 if an answer differed or a request failed otherwise than with
-status 429.
+status 429. With --peer, a plain server of transformers (extra "parity"), which
+holds the policy of equal weights, gets 2's load too, before and after ours:
+serving_peer.py.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 
 import numpy as np
+
+from clp_jax import run_folder
 
 REQUESTS = 1000  # that there are to draw from
 MIXED = (8, 64)  # tokens that answers of mixed length may have
@@ -38,20 +45,18 @@ def main() -> int:
   parser.add_argument("--rows", type=int, default=32)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--mixed", action="store_true")
+  parser.add_argument("--peer", action="store_true")
   parser.add_argument("--json", action="store_true")
   args = parser.parse_args()
-  command = [sys.executable, "-m", "clp_jax", "serve", "--port", "0"]
-  command += ["--workdir", args.workdir, "--rows", str(args.rows)]
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-  try:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-      return process.wait()
-    result = asyncio.run(_measure(line.split()[-1], process.pid, args))
-  finally:
-    process.terminate()
-    process.wait()
+  with contextlib.ExitStack() as stack:
+    address, pid = stack.enter_context(
+      _server(
+        *("clp_jax", "serve", "--port", "0"),
+        *("--workdir", args.workdir, "--rows", str(args.rows)),
+      )
+    )
+    peer = stack.enter_context(_peer(args.workdir)) if args.peer else None
+    result = asyncio.run(_measure(address, pid, peer, args))
   if args.json:
     print(json.dumps(result))
   else:
@@ -61,7 +66,44 @@ def main() -> int:
   return int(bool(result["errors"] or result["answers that differ"]))
 
 
-async def _measure(address: str, pid: int, args) -> dict:
+@contextlib.contextmanager
+def _server(module: str, *options: str) -> Iterator[tuple[str, int]]:
+  """The address and process of a server while it runs."""
+  process = subprocess.Popen(
+    [sys.executable, "-m", module, *options], stdout=subprocess.PIPE, text=True
+  )
+  try:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+      sys.exit(process.wait())
+    yield line.split()[-1], process.pid
+  finally:
+    process.terminate()
+    process.wait()
+
+
+@contextlib.contextmanager
+def _peer(workdir: str) -> Iterator[str]:
+  """The address of the plain server while it runs."""
+  config = run_folder.load_config(workdir)
+  weights = ",".join(
+    f"{name}={1 / len(config.objectives)}" for name in config.objectives
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    command = [sys.executable, "-m", "clp_jax", "export", "--format", "hf"]
+    command += ["--workdir", workdir, "--output", folder]
+    command += ["--weights", weights]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    with _server(
+      *("benchmarks.serving_peer", "--model", folder),
+      *("--source", str(config.data.source_length)),
+      *("--target", str(config.data.target_length)),
+    ) as (address, _):
+      yield address
+
+
+async def _measure(address: str, pid: int, peer: str | None, args) -> dict:
   client = _Connection(address)
   (model,) = (await client.get("/v1/models"))["data"]
   documents = (await client.get("/v1/documents"))["data"]
@@ -73,7 +115,9 @@ async def _measure(address: str, pid: int, args) -> dict:
   alone = await _load(address, make, 1, args.seconds / 3)
   await _load(address, make, args.clients, args.seconds / 20)
   before = _memory(pid)
+  peers = [await _load_peer(peer, make, args)] if peer else []
   loaded = await _load(address, make, args.clients, args.seconds)
+  peers += [await _load_peer(peer, make, args)] if peer else []
   after = _memory(pid)
   client = _Connection(address)
   expected: dict[int, str] = {}
@@ -104,6 +148,31 @@ async def _measure(address: str, pid: int, args) -> dict:
     "answers that differ": differing,
     "memory before MiB": before,
     "memory after MiB": after,
+    **_against(loaded, peers),
+  }
+
+
+async def _load_peer(address: str, make, args) -> "_Load":
+  await _load(address, make, 1, 2.0)  # warms it up
+  return await _load(address, make, args.clients, args.seconds)
+
+
+def _against(loaded: "_Load", peers: list["_Load"]) -> dict:
+  """What the plain server did before and after, and how many times its
+  requests a second ours answered."""
+  if not peers:
+    return {}
+  rates = [len(p.seconds) / p.wall for p in peers]
+  return {
+    "peer requests/s": [round(r, 1) for r in rates],
+    "peer p50 ms": [round(float(np.median(p.seconds)) * 1e3) for p in peers],
+    "peer p99 ms": [
+      round(float(np.percentile(p.seconds, 99)) * 1e3) for p in peers
+    ],
+    "peer errors": sum(p.errors for p in peers),
+    "times the peer": round(
+      len(loaded.seconds) / loaded.wall / float(np.mean(rates)), 2
+    ),
   }
 
 
