@@ -1,136 +1,184 @@
-"""Plans the paper's kind of run on TPU slices: the table of docs/plans.md.
+"""Plans runs on TPU slices: the tables of docs/plans.md.
 
   python -m benchmarks.plans --output runs/plans
+  python -m benchmarks.plans --output runs/plans --runs chat --json
 
-Compiles for minutes. A program whose plan lies in --output is not compiled
-again; delete its file to do so.
+Compiles for minutes a run. A run whose plan lies in --output is not compiled
+again; delete its file to do so. --json prints the tables as
+docs/results/plans.json has them.
 """
 
 import argparse
 import json
 import pathlib
+import re
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-THREE = ("--config.objectives=('nli', 'rouge', 'tldr')",)
+from benchmarks import notes
+
+PROGRAMS = {
+  "run": "",
+  "slice": "",
+  "program": "",
+  "GB a chip": ".1f",
+  "fits": "",
+  "TFLOP a chip": ".2f",
+  "compute ms": ".0f",
+  "HBM ms": ".0f",
+  "links ms": ".0f",
+  "least ms": ".0f",
+  "utilisation": ".1%",
+  "bound by": "",
+}
+STEPS = {
+  "run": "",
+  "slice": "",
+  "GB a chip": ".1f",
+  "fits": "",
+  "step ms": ".0f",
+  "of it rollout": ".0%",
+  "utilisation": ".1%",
+  "responses a second and chip": ".2f",
+  "steps": ",.0f",
+  "chip-hours": ".1f",
+}
+
+Json = dict[str, Any]
 
 
-class Setting(NamedTuple):
-  """A run on a slice."""
+class Run(NamedTuple):
+  """A config on a slice."""
 
   name: str
-  size: str
+  config: str
   topology: str
-  judge: str  # the preset of the entailment model
   options: tuple[str, ...] = ()
-  programs: tuple[str, ...] = (
-    "sft",
-    "rollout",
-    "reference",
-    "reward nli",
-    "update",
+
+
+def _xsum(name: str, size: str, topology: str, judge: str, m: int) -> Run:
+  """Of configs/xsum; with three rewards where m is 3."""
+  options = [
+    f"--config.model.init={size}",
+    f"--config.rewards.nli.model={judge}",
+  ]
+  if m == 3:
+    options += [
+      "--config.objectives=('nli', 'rouge', 'tldr')",
+      f"--config.rewards.tldr.model={judge}",
+    ]
+  if "attn" in name:
+    options.append("--config.steering=attention")
+  return Run(
+    f"{size}, {name}, m = {m}",
+    f"configs/xsum/{size}.py",
+    topology,
+    tuple(options),
   )
 
 
-SETTINGS = (
-  Setting("base, full-CLP, m = 2", "base", "v5e:2x4", "large"),
-  Setting(
-    "large, full-CLP, m = 3",
-    "large",
-    "v5e:4x8",
-    "large",
-    (*THREE, "--config.rewards.tldr.model=large"),
-  ),
-  Setting(
-    "xl, attn-CLP, m = 3",
-    "xl",
-    "v5e:8x16",
-    "xl",
-    (
-      *THREE,
-      "--config.rewards.tldr.model=xl",
-      "--config.steering=attention",
-    ),
-  ),
-  Setting(
-    "xxl, attn-CLP, m = 3",
-    "xxl",
-    "v5p:4x8x8",
-    "xxl",
-    (
-      *THREE,
-      "--config.rewards.tldr.model=xxl",
-      "--config.steering=attention",
-    ),
-  ),
-)
-
-
-def arguments(setting: Setting, program: str) -> list[str]:
-  """Of `clp`, for one program of a setting."""
+def _chat() -> list[Run]:
+  """Every size of configs/chat, each way to train it, on v5e and v6e."""
+  slices = {
+    "qwen3_0_6b": ("v5e:2x4", "v6e:2x2"),
+    "gemma3_1b": ("v5e:2x4", "v6e:2x2"),
+    "qwen3_4b": ("v5e:4x8", "v6e:4x4"),
+    "gemma3_4b": ("v5e:4x8", "v6e:4x4"),
+    "qwen3_8b": ("v5e:8x8", "v6e:4x8"),
+    "gemma3_12b": ("v5e:8x8", "v6e:4x8"),
+  }
   return [
-    *("plan", "--json", "--only", program),
-    *("--config", f"configs/xsum/{setting.size}.py"),
-    *("--topology", setting.topology),
-    f"--config.model.init={setting.size}",
-    f"--config.rewards.nli.model={setting.judge}",
-    *setting.options,
+    Run(
+      f"{size}, {steering}",
+      f"configs/chat/{size}.py",
+      topology,
+      (f"--config.steering={steering}",),
+    )
+    for size, topologies in slices.items()
+    for steering in ("full", "attention", "lora")
+    for topology in topologies
   ]
 
 
-def plan(setting: Setting, program: str, output: pathlib.Path) -> dict:
-  """Of one program, from its file or the compiler."""
-  name = f"{setting.size}_{program.replace(' ', '_')}.json"
-  path = output / name
+RUNS = {
+  "xsum": [
+    _xsum("full-CLP", "base", "v5e:2x4", "large", 2),
+    _xsum("full-CLP", "large", "v5e:4x8", "large", 3),
+    _xsum("attn-CLP", "xl", "v5e:8x16", "xl", 3),
+    _xsum("attn-CLP", "xxl", "v5p:4x8x8", "xxl", 3),
+  ],
+  "chat": _chat(),
+}
+
+
+def plan(run: Run, output: pathlib.Path) -> Json:
+  """Of all programs of a run, from its file or the compiler."""
+  name = "_".join(re.findall(r"[\w.]+", f"{run.name} {run.topology}"))
+  path = output / f"{name}.json"
   if not path.exists():
-    command = [sys.executable, "-m", "clp_jax", *arguments(setting, program)]
+    command = [sys.executable, "-m", "clp_jax", "plan", "--json"]
+    command += ["--config", run.config, "--topology", run.topology]
     result = subprocess.run(
-      command, check=True, stdout=subprocess.PIPE, text=True
+      [*command, *run.options], check=True, stdout=subprocess.PIPE, text=True
     )
     path.write_text(result.stdout)
   return json.loads(path.read_text())
 
 
-def row(setting: Setting, whole: dict) -> str:
-  """A line of the table."""
-  (program,) = whole["programs"]
-  cells = [setting.name, setting.topology, program["name"]]
-  cells.append(f"{program['total_bytes'] / 1e9:.1f}")
-  if program["time"] is None:
-    cells += ["no", *("",) * 7]
-  else:
+def program_rows(run: Run, planned: Json) -> list[list[Any]]:
+  """A row of PROGRAMS for each program."""
+  rows: list[list[Any]] = []
+  for program in planned["programs"]:
+    row = [run.name, run.topology, program["name"]]
+    row += [program["total_bytes"] / 1e9, "yes" if program["fits"] else "no"]
     time = program["time"]
-    cells += [
-      "yes" if program["fits"] else "no",
-      f"{program['flops'] / 1e12:.2f}",
-      *(
-        f"{1e3 * time[kind]:.0f}"
-        for kind in ("compute_bound", "hbm_bound", "interconnect", "step")
-      ),
-      f"{program['utilisation']:.1%}",
-      program["bottleneck"],
-    ]
-  return "| " + " | ".join(cells) + " |"
+    if time is None:
+      row += [None] * 7
+    else:
+      kinds = ("compute_bound", "hbm_bound", "interconnect", "step")
+      row += [program["flops"] / 1e12, *(1e3 * time[kind] for kind in kinds)]
+      row += [program["utilisation"], program["bottleneck"]]
+    rows.append(row)
+  return rows
+
+
+def step_row(run: Run, planned: Json) -> list[Any]:
+  """A row of STEPS."""
+  programs, step = planned["programs"], planned["step"]
+  row: list[Any] = [run.name, run.topology]
+  row.append(max(p["total_bytes"] for p in programs) / 1e9)
+  row.append("yes" if planned["fits"] else "no")
+  if step["seconds"] is None:
+    return row + [None] * 6
+  (rollout,) = (p["time"]["step"] for p in programs if p["name"] == "rollout")
+  chip_seconds = planned["chips"] * step["seconds"]
+  row += [1e3 * step["seconds"], rollout / step["seconds"]]
+  row += [step["utilisation"], step["responses_per_second"]]
+  row += [3600 * step["chip_hours"] / chip_seconds, step["chip_hours"]]
+  return row
 
 
 def main() -> None:
-  """Compiles what is missing and prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__)
+  """Compiles what is missing and prints the tables."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
   parser.add_argument("--output", type=pathlib.Path, required=True)
-  parser.add_argument("--size", choices=[s.size for s in SETTINGS])
+  parser.add_argument("--runs", choices=list(RUNS), default="xsum")
+  parser.add_argument("--json", action="store_true")
   options = parser.parse_args()
   options.output.mkdir(parents=True, exist_ok=True)
-  print(
-    "| run | slice | program | GB a chip | fits | TFLOP a chip | compute ms | "
-    "HBM ms | links ms | least ms | utilisation | bound by |"
-  )
-  print("|" + " --- |" * 12)
-  for setting in SETTINGS:
-    if options.size in (None, setting.size):
-      for program in setting.programs:
-        whole = plan(setting, program, options.output)
-        print(row(setting, whole), flush=True)
+  programs, steps = [], []
+  for run in RUNS[options.runs]:
+    planned = plan(run, options.output)
+    programs += program_rows(run, planned)
+    steps.append(step_row(run, planned))
+  tables = [(PROGRAMS, programs), (STEPS, steps)]
+  if options.json:
+    print(json.dumps([{"columns": c, "rows": r} for c, r in tables]))
+  else:
+    print("\n\n".join(notes.table(c, r) for c, r in tables))
 
 
 if __name__ == "__main__":

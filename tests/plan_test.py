@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import runs
 
+from benchmarks import plans
 from clp_jax import config as config_lib
 from clp_jax import sharding
 from clp_jax.errors import ConfigError
@@ -246,8 +247,9 @@ def test_collectives_take_what_their_links_allow():
   assert seconds("all-gather", (3,)) == 0
 
 
-def example_report(needed=None, **changes):
-  """A report on made-up programs of 2 x 4 chips."""
+def example_report(needed=None, whole=True, **changes):
+  """A report on made-up programs of 2 x 4 chips: an update, and a reward that a
+  step calls three times."""
   config = config_lib.get_config()
   config.update_from_flattened_dict(
     {"rollout.prompts": 64, "rollout.weightings": 8} | changes
@@ -276,12 +278,18 @@ def example_report(needed=None, **changes):
   compiled = programs.Compiled(
     job, None if needed else costs, 5 * 10**9, 10**6, needed, 1.0
   )
-  return roofline.make_report(config, slice_, Mesh, [compiled])
+  reward = compiled._replace(
+    job=job._replace(name="reward nli", calls=3, useful=1e12),
+    costs=hlo.Costs(flops=2e11, passes=2e11, bytes=1e9),
+    needed=None,
+  )
+  reward.costs.busy = [(2e11, 1e9, 1.0)]
+  return roofline.make_report(config, slice_, Mesh, [compiled, reward], whole)
 
 
 def test_the_report_draws_a_roofline_and_names_the_bottleneck():
-  result = example_report()
-  (program,) = result["programs"]
+  result = example_report(**{"train.steps": 250})
+  program, reward = result["programs"]
   time = program["time"]
   assert time["compute_bound"] == pytest.approx(1e12 / 197e12)
   assert time["hbm_bound"] == pytest.approx(7e9 / 819e9)
@@ -296,6 +304,24 @@ def test_the_report_draws_a_roofline_and_names_the_bottleneck():
   text = roofline.to_text(result)
   assert "It fits." in text and "interconnect" in text
   json.dumps(result)
+  # The whole step: 64 prompts of 4 samples on 8 chips, 250 times.
+  seconds = time["step"] + 3 * reward["time"]["step"]
+  assert reward["time"]["step"] == pytest.approx(1e9 / 819e9)
+  step = result["step"]
+  assert step["seconds"] == pytest.approx(seconds)
+  assert step["utilisation"] == pytest.approx(7e12 / (8 * 197e12 * seconds))
+  assert step["responses_per_second"] == pytest.approx(256 / 8 / seconds)
+  assert step["chip_hours"] == pytest.approx(250 * 8 * seconds / 3600)
+  (line,) = [x for x in text.splitlines() if x.startswith("a step ")]
+  assert line.split()[2:5] == ["1.60", "7", "in"]  # TFLOP, useful
+  assert f"{1e3 * seconds:.1f}" in line and f"{step['utilisation']:.1%}" in line
+
+
+def test_a_step_is_not_summed_from_some_of_its_programs():
+  for result in (example_report(whole=False), example_report(needed=2e10)):
+    assert set(result["step"].values()) == {None}
+    text = roofline.to_text(result)
+    assert "\na step" not in text and "A training step" not in text
 
 
 def test_what_does_not_fit_is_told_what_to_change():
@@ -386,6 +412,53 @@ def test_a_program_is_compiled_for_a_tpu_and_counted():
   compiled = programs.compile_job(job)
   assert compiled.costs.flops == job.useful / 4
   assert compiled.costs.unknown_loops == 0
+
+
+def test_a_chat_model_is_planned_without_data():
+  pytest.importorskip("libtpu")
+  status, _, err = runs.clp(
+    *("plan", "--config", "configs/chat/qwen3_0_6b.py"),
+    *("--topology", "v5e:2x4", "--only", "data"),
+  )
+  assert status == 2 and err.splitlines()[-1] == (
+    "clp plan: error: --only data: the config's programs are rollout, "
+    "reference, reward helpful, update."
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [r for x in plans.RUNS.values() for r in x])
+def test_runs_of_the_plans_page_fit_their_slices_in_rows_and_heads(run):
+  pytest.importorskip("libtpu")
+  status, _, err = runs.clp(
+    *("plan", "--config", run.config, "--topology", run.topology),
+    *(*run.options, "--only", "nothing"),
+  )
+  assert status == 2 and "the config's programs are " in err, err
+
+
+def test_rows_of_the_plans_page_are_those_of_the_report():
+  run = plans.Run("a run", "a.py", "v5e:2x4")
+  report = example_report(**{"train.steps": 250})
+  with pytest.raises(ValueError):
+    plans.step_row(run, report)  # none of its programs samples
+  report["programs"][1]["name"] = "rollout"
+  update, rollout = plans.program_rows(run, report)
+  assert update[:3] == ["a run", "v5e:2x4", "update"]
+  assert len(update) == len(rollout) == len(plans.PROGRAMS)
+  assert update[8:] == [
+    *(1e3 * report["programs"][0]["time"][k] for k in ("interconnect", "step")),
+    *(report["programs"][0][k] for k in ("utilisation", "bottleneck")),
+  ]
+  row = dict(zip(plans.STEPS, plans.step_row(run, report), strict=True))
+  assert row["steps"] == pytest.approx(250) and row["fits"] == "yes"
+  assert row["step ms"] == pytest.approx(1e3 * report["step"]["seconds"])
+  assert row["of it rollout"] == pytest.approx(
+    report["programs"][1]["time"]["step"] / report["step"]["seconds"]
+  )
+  too_large = example_report(needed=2e10)
+  assert plans.step_row(run, too_large)[3:] == ["no", *[None] * 6]
+  assert plans.program_rows(run, too_large)[0][4:] == ["no", *[None] * 7]
 
 
 @pytest.mark.slow

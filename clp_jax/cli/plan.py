@@ -111,5 +111,7 @@ def run(args: argparse.Namespace) -> None:
     with _elapsed(job.name):
       compiled.append(programs.compile_job(job))
   print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-  result = roofline.make_report(config, slice_, mesh, compiled)
+  result = roofline.make_report(
+    config, slice_, mesh, compiled, whole=args.only is None
+  )
   print(json.dumps(result, indent=2) if args.json else roofline.to_text(result))

@@ -91,7 +91,10 @@ def _item_size(dtype: Any) -> int:
 
 
 def fill_presets(config: ml_collections.ConfigDict) -> None:
-  """Names the presets of `plan` where a config leaves models to be given."""
+  """Names the presets of `plan` where a config leaves models to be given, and
+  files where it leaves the data: no program depends on them."""
+  if config.data.task is None and config.data.train is None:
+    config.data.train = config.data.eval = "to be given"
   if config.model.init is None:
     config.model.init = config.plan.model
   for name in config.objectives:

@@ -11,7 +11,7 @@ slower.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -30,20 +30,27 @@ def make_report(
   slice_: chips.Slice,
   mesh: Mesh,
   compiled: Sequence[Compiled],
+  whole: bool = True,
 ) -> dict[str, Any]:
   """The plan of a config's programs, as plain JSON values.
 
+  Args:
+    config: that they are of.
+    slice_: that they are compiled for.
+    mesh: of its chips.
+    compiled: the programs.
+    whole: whether they are all of the config's.
+
   Returns:
     {"topology", "chips", "mesh", "limit_bytes", "programs": [...], "step",
-    "fits", "advice"}; bytes and seconds are a chip's.
+    "fits", "advice"}; bytes and seconds are a chip's. "step" is a training
+    step, from sampling to update: {"seconds", "utilisation",
+    "responses_per_second", a chip's share of them, "chip_hours", of
+    train.steps}, all None where a program of it is not there or does not fit.
   """
   dimensions = slice_.chip.dimensions
   places = np.asarray([chip.coords[:dimensions] for chip in mesh.devices.flat])
   programs = [_program(slice_, places, c) for c in compiled]
-  stepping = [p for p in programs if p["calls"] and p["time"] is not None]
-  seconds = sum(p["calls"] * p["time"]["step"] for p in stepping)
-  useful = sum(p["calls"] * p["useful_flops"] for p in stepping)
-  peak = slice_.chips * slice_.chip.flops
   fits = all(p["fits"] for p in programs)
   return {
     "topology": slice_.name,
@@ -52,12 +59,32 @@ def make_report(
     "limit_bytes": slice_.chip.memory,
     "fits": fits,
     "programs": programs,
-    "step": {
-      "seconds": seconds,
-      "utilisation": useful / (peak * seconds) if seconds else None,
-    },
+    "step": _step(config, slice_, programs, whole),
     "advice": [] if fits else _advice(config, mesh, programs),
   }
+
+
+def _step(
+  config: ml_collections.ConfigDict,
+  slice_: chips.Slice,
+  programs: list[dict[str, Any]],
+  whole: bool,
+) -> dict[str, float | None]:
+  calls = [p for p in programs if p["calls"]]
+  names = ("seconds", "utilisation", "responses_per_second", "chip_hours")
+  if not whole or any(p["time"] is None for p in calls):
+    return dict.fromkeys(names)
+  seconds = sum(p["calls"] * p["time"]["step"] for p in calls)
+  useful = sum(p["calls"] * p["useful_flops"] for p in calls)
+  chip_seconds = slice_.chips * seconds
+  responses = config.rollout.prompts * config.rollout.samples
+  values = (
+    seconds,
+    useful / (chip_seconds * slice_.chip.flops),
+    responses / chip_seconds,
+    config.train.steps * chip_seconds / 3600,
+  )
+  return dict(zip(names, values, strict=True))
 
 
 def _program(
@@ -187,14 +214,16 @@ def to_text(report: dict[str, Any]) -> str:
   ]
   timed = [p for p in report["programs"] if p["time"] is not None]
   if timed:
-    parts += ["", "A call, a chip", _time_table(timed)]
+    parts += ["", "A call, a chip", _time_table(timed, report["step"])]
     parts += ["", "Collectives of a call, a chip", _collective_table(timed)]
   step = report["step"]
-  if step["utilisation"] is not None:
+  if step["seconds"] is not None:
     parts += [
       "",
       f"A training step takes at least {1e3 * step['seconds']:.1f} ms, at "
-      f"{step['utilisation']:.1%} of the peak FLOP/s.",
+      f"{step['utilisation']:.1%} of the peak FLOP/s: "
+      f"{step['responses_per_second']:.2f} responses a second and chip, "
+      f"{step['chip_hours']:,.1f} chip-hours for all steps.",
     ]
   if report["fits"]:
     parts.append("It fits.")
@@ -220,7 +249,9 @@ def _memory_table(programs: list[dict[str, Any]]) -> str:
   return _table(rows)
 
 
-def _time_table(programs: list[dict[str, Any]]) -> str:
+def _time_table(
+  programs: list[dict[str, Any]], step: dict[str, float | None]
+) -> str:
   rows = [
     [
       *("program", "calls a step", "TFLOP", "useful", "HBM GB"),
@@ -229,20 +260,44 @@ def _time_table(programs: list[dict[str, Any]]) -> str:
     ]
   ]
   for program in programs:
-    useful = program["utilisation"] * program["time"]["step"]
     rows.append(
       [
         program["name"],
         str(program["calls"]),
         f"{program['flops'] / 1e12:.2f}",
-        f"{useful and program['useful_flops'] / 1e12:.0f} in all",
+        f"{program['useful_flops'] / 1e12:.0f} in all",
         _gb(program["hbm_bytes"]),
         *(f"{1e3 * seconds:.1f}" for seconds in program["time"].values()),
         f"{program['utilisation']:.1%}",
         program["bottleneck"],
       ]
     )
+  if step["seconds"] is not None:
+    rows.append(_step_row(programs, step))
   return _table(rows)
+
+
+def _step_row(
+  programs: list[dict[str, Any]], step: dict[str, float | None]
+) -> list[str]:
+  """The sums over all calls of a training step."""
+
+  def total(value: Callable[[dict[str, Any]], float]) -> float:
+    return sum(p["calls"] * value(p) for p in programs)
+
+  times = [
+    total(lambda p, kind=kind: p["time"][kind]) for kind in programs[0]["time"]
+  ]
+  return [
+    "a step",
+    "",
+    f"{total(lambda p: p['flops']) / 1e12:.2f}",
+    f"{total(lambda p: p['useful_flops']) / 1e12:.0f} in all",
+    _gb(total(lambda p: p["hbm_bytes"])),
+    *(f"{1e3 * seconds:.1f}" for seconds in times),
+    f"{step['utilisation']:.1%}",
+    "",
+  ]
 
 
 def _collective_table(programs: list[dict[str, Any]]) -> str:
