@@ -10,16 +10,59 @@ with two models whose logits are mixed at every token. "times" is to "merged".
 """
 
 import argparse
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import models, timing
 from clp_jax import conditioning, row_mixing
 from clp_jax.cli import setup
 from clp_jax.models import decoding, families, mixture
+from clp_jax.models.families import Config
 from clp_jax.rollout import row_keys
 from clp_jax.sampling import Sampling
+
+
+def stacked_sets(base: Any, m: int) -> Any:
+  """m sets that differ a little, as trained ones do: leaves [m, ...]."""
+
+  @jax.jit
+  def stack(base):
+    sets = [
+      jax.tree.map(lambda p, s=s: p * (1 + 1e-3 * s), base) for s in range(m)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sets)
+
+  return stack(base)
+
+
+def coefficients_of_rows(rows: int, m: int) -> np.ndarray:
+  """[rows, m] float32 on the simplex."""
+  rng = np.random.default_rng(0)
+  return rng.dirichlet(np.ones(m), rows).astype(np.float32)
+
+
+def sample_rows(
+  config: Config, steerable: Any, num_tokens: int
+) -> jax.stages.Wrapped:
+  """Jitted (sets, coefficients, source, keys) -> samples: rows of their own."""
+  sampling = Sampling(models.allowed(config), config.eos_ids, config.pad_id)
+
+  @jax.jit
+  def sample(sets, coefficients, source, keys):
+    params = row_mixing.mix_rows(sets, steerable, coefficients)
+    return decoding.sample(
+      families.build(config),
+      params,
+      source,
+      keys,
+      sampling,
+      max_length=num_tokens,
+    )
+
+  return sample
 
 
 def main() -> None:
@@ -43,26 +86,11 @@ def main() -> None:
   model = families.build(config)
 
   @jax.jit
-  def expand(base, seeds):
-    """Sets that differ a little, as trained ones do."""
-    sets = [
-      jax.tree.map(lambda p, s=s: p * (1 + 1e-3 * s), base) for s in seeds
-    ]
-    return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *sets)
-
-  @jax.jit
   def mix(sets, coefficients):
     return conditioning.mix(sets, steerable, coefficients)
 
   @jax.jit
   def sample(params, source, keys):
-    return decoding.sample(
-      model, params, source, keys, sampling, max_length=args.target
-    )
-
-  @jax.jit
-  def sample_rows(sets, coefficients, source, keys):
-    params = row_mixing.mix_rows(sets, steerable, coefficients)
     return decoding.sample(
       model, params, source, keys, sampling, max_length=args.target
     )
@@ -83,10 +111,9 @@ def main() -> None:
       for i, c in enumerate(coefficients)
     ]
 
-  sets = {m: expand(base, np.arange(m)) for m in (2, 3)}
-  rng = np.random.default_rng(0)
-  rows = {m: rng.dirichlet(np.ones(m), args.batch) for m in sets}
-  rows = {m: c.astype(np.float32) for m, c in rows.items()}
+  sets = {m: stacked_sets(base, m) for m in (2, 3)}
+  rows = {m: coefficients_of_rows(args.batch, m) for m in sets}
+  per_row = sample_rows(config, steerable, args.target)
   half = np.full([2], 0.5, np.float32)
   pair = tuple(jax.tree.map(lambda s, k=k: s[k], sets[2]) for k in range(2))
   merged = "merged, m = 2"
@@ -94,14 +121,15 @@ def main() -> None:
     merged: lambda: sample(mix(sets[2], half), source, keys),
     "mixing alone, m = 2": lambda: mix(sets[2], half),
     "mixing alone, m = 3": lambda: mix(sets[3], rows[3][0]),
-    "per row, m = 2": lambda: sample_rows(sets[2], rows[2], source, keys),
-    "per row, m = 3": lambda: sample_rows(sets[3], rows[3], source, keys),
+    "per row, m = 2": lambda: per_row(sets[2], rows[2], source, keys),
+    "per row, m = 3": lambda: per_row(sets[3], rows[3], source, keys),
     "DeRa, 2 models": lambda: sample_mixture(pair, half, source, keys),
   }
   if args.one_by_one:
     runs["one by one, m = 2"] = lambda: one_by_one(
       sets[2], rows[2], source, keys
     )
+  rates = timing.measure_rates(args.dtype)
   times = timing.take_turns(runs, args.n)
   table = []
   for name in runs:
@@ -115,7 +143,7 @@ def main() -> None:
     if decodes and name != merged:
       row |= timing.multiple(times[name], times[merged])
     table.append(row)
-  timing.show(table, args)
+  timing.show(table, args, rates)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
       [--json]
 
 A run reads the sources and samples `target` tokens for each at temperature 1
-out of the whole vocabulary. On an accelerator the table has the share of the
-memory bandwidth that decoding would need at least, of what was measured there:
+out of the whole vocabulary. "share of bandwidth" is what decoding would need of
+it at least, of what was measured just before. For an accelerator:
 
     python -m benchmarks.rollout --size large --dtype bfloat16 --batch 64
 """
@@ -72,24 +72,24 @@ def main() -> None:
       peer.wait()
 
     runs[peer.name] = peer_sample
+  rates = timing.measure_rates(args.dtype)
   times = timing.take_turns(runs, args.n)
 
   table = []
   ours, *others = runs
   for name in runs:
     fields = models.describe(args) | {"samples": args.samples}
-    if name == ours and timing.is_accelerator():
+    if name == ours:
       needed = models.decode_bytes(
         config, rows, args.source, args.target, args.samples
       )
-      rate = timing.memory_bandwidth()
-      fields["measured GB/s"] = rate / 1e9
-      fields["share of bandwidth"] = needed / times[name].median / rate
+      used = needed / times[name].median
+      fields["share of bandwidth"] = used / rates.bandwidth
     against = times[others[0]] if name == ours and others else None
     table.append(
       timing.row(name, times[name], tokens=tokens, against=against, **fields)
     )
-  timing.show(table, args)
+  timing.show(table, args, rates)
 
 
 if __name__ == "__main__":

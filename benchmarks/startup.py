@@ -114,7 +114,7 @@ def main() -> None:
   for module in ("clp_jax", "clp_jax.cli.main", "clp_jax.policy"):
     imports = "yes" if imports_tensorflow(module) else "no"
     table.append({"what": f"import {module}", "imports TensorFlow": imports})
-  timing.show(table, args)
+  timing.show(table, args, timing.measure_rates("float32"))
 
 
 def _children_cpu() -> float:

@@ -34,6 +34,13 @@ class Times(NamedTuple):
     return statistics.median(self.cpu)
 
 
+class Rates(NamedTuple):
+  """What the first device can do, measured."""
+
+  flops: float  # a second, in a large matrix product
+  bandwidth: float  # bytes a second that it reads and writes
+
+
 def take_turns(
   runs: Mapping[str, Callable[[], Any]], n: int
 ) -> dict[str, Times]:
@@ -116,9 +123,21 @@ def add_arguments(parser: argparse.ArgumentParser, n: int) -> None:
   )
 
 
-def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-  """Prints the rows, and what they ran on."""
-  about = machine() | {"arguments": vars(args)}
+def show(
+  rows: list[dict[str, Any]], args: argparse.Namespace, rates: Rates
+) -> None:
+  """Prints the rows, and what they ran on.
+
+  Args:
+    rows: from `row`.
+    args: that the benchmark was given.
+    rates: of the device, measured in the same run: ratios depend on them.
+  """
+  about = machine() | {
+    "GFLOP/s of a matrix product": round(rates.flops / 1e9),
+    "GB/s of memory": round(rates.bandwidth / 1e9, 1),
+    "arguments": vars(args),
+  }
   if args.json:
     print(json.dumps(about | {"rows": rows}, indent=2))
     return
@@ -157,15 +176,20 @@ def _processor() -> str:
     return platform.processor()
 
 
-def is_accelerator() -> bool:
-  """Whether JAX computes on something else than the CPU."""
-  return jax.default_backend() != "cpu"
+def measure_rates(dtype: str) -> Rates:
+  """Measures both, in seconds, on arrays that no cache holds.
+
+  Args:
+    dtype: of the product.
+  """
+  on_cpu = jax.default_backend() == "cpu"
+  return Rates(
+    _matrix_rate(dtype, 2048 if on_cpu else 8192),
+    _memory_bandwidth(2**27 if on_cpu else 2**28),
+  )
 
 
-def memory_bandwidth(gib: float = 1.0) -> float:
-  """Bytes a second that the first device reads and writes, measured: adds 1 to
-  an array that no cache holds."""
-  size = int(gib * 2**30) // 4
+def _memory_bandwidth(size: int) -> float:
   add = jax.jit(lambda x: x + 1, donate_argnums=0)
   x = add(jnp.zeros([size], jnp.float32))
   seconds = []
@@ -178,8 +202,7 @@ def memory_bandwidth(gib: float = 1.0) -> float:
   return 2 * 4 * size / min(seconds)
 
 
-def matrix_rate(dtype: str, size: int = 8192) -> float:
-  """FLOPs a second of the first device in a large product, measured."""
+def _matrix_rate(dtype: str, size: int) -> float:
   repeats = 8
   x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
   y = x / size**0.5

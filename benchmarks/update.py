@@ -8,15 +8,16 @@
 peer's is torch's AdamW on the same batch. "reinforce, ..." are updates of a run
 on `batch` samples, four a prompt, under four weightings: of a single-objective
 policy, and of policies that steer three rewards. Rewards are given, so that
-what is timed is the update's program alone; "times" is to the first of them. On
-an accelerator the table has the FLOPs of forward and backward pass as a share
-of the matrix rate measured there:
+what is timed is the update's program alone; "times" is to the first of them.
+"share of rate" is the FLOPs of forward and backward pass, of the matrix rate
+measured just before. For an accelerator:
 
     python -m benchmarks.update --size large --dtype bfloat16 --batch 64
 """
 
 import argparse
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,10 +27,11 @@ from clp_jax import build, sharding
 from clp_jax import config as config_lib
 from clp_jax.cli import setup
 from clp_jax.models import families
+from clp_jax.models.families import Config
 from clp_jax.rollout import Rollout
 from clp_jax.train import moft, sft
 from clp_jax.train.optimizer import make_optimizer
-from clp_jax.train.state import init_state
+from clp_jax.train.state import TrainState, init_state
 
 SAMPLES, WEIGHTINGS = 4, 4
 STEERINGS = {
@@ -67,6 +69,28 @@ def supervised(config, params, source, target):
 
 def reinforce(config, params, args, steering, num_rewards):
   """A function that takes one policy-gradient update after the other."""
+  update, state, arguments = reinforce_program(
+    config, params, args, steering, num_rewards, WEIGHTINGS
+  )
+  held = [state]
+
+  def step():
+    held[0], metrics = update(held[0], *arguments)
+    return metrics
+
+  return step
+
+
+def reinforce_program(
+  config: Config,
+  params: Any,
+  args: argparse.Namespace,
+  steering: str,
+  num_rewards: int,
+  weightings: int,
+) -> tuple[Any, TrainState, tuple]:
+  """A run's jitted update, its state, which is donated, and what else the
+  update takes: a rollout, rewards, and the reference."""
   c = config_lib.get_config()
   c.steering = steering
   c.objectives = tuple(f"reward{i}" for i in range(num_rewards))
@@ -75,11 +99,10 @@ def reinforce(config, params, args, steering, num_rewards):
     c.weightings.weights = (1.0,)
   c.rollout.prompts = args.batch // SAMPLES
   c.rollout.samples = SAMPLES
-  c.rollout.weightings = min(WEIGHTINGS, c.rollout.prompts)
+  c.rollout.weightings = min(weightings, c.rollout.prompts)
   c.optimizer.learning_rate = 1e-4
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   programs = moft.make_programs(c, config, mesh, models.allowed(config))
-  held = [programs.init(params, jax.random.key(0))]
   rng = np.random.default_rng(0)
   rows = (args.batch, args.target)
   distribution = build.distribution(c)
@@ -97,12 +120,8 @@ def reinforce(config, params, args, steering, num_rewards):
     coefficients=distribution.coefficients(weighting),
   )
   rewards = rng.normal(0, 1, (args.batch, num_rewards)).astype(np.float32)
-
-  def step():
-    held[0], metrics = programs.update(held[0], rollout, rewards, params)
-    return metrics
-
-  return step
+  state = programs.init(params, jax.random.key(0))
+  return programs.update, state, (rollout, rewards, params)
 
 
 def peer_step(peer, source, target):
@@ -147,16 +166,13 @@ def main() -> None:
   params = models.random_params(config)
   table = []
   tokens = args.batch * (args.source + args.target)
-  rate = timing.matrix_rate(args.dtype) if timing.is_accelerator() else None
+  rates = timing.measure_rates(args.dtype)
 
   def share(times, sources):
-    if rate is None:
-      return {}
     work = families.build(config).flops(
       sources, args.batch, args.source, args.target
     )
-    used = 3 * work / times.median
-    return {"measured TFLOP/s": rate / 1e12, "share of rate": used / rate}
+    return {"share of rate": 3 * work / times.median / rates.flops}
 
   if args.only != "reinforce":
     source = models.random_tokens(args.batch, args.source, config)
@@ -198,7 +214,7 @@ def main() -> None:
       if name != single:
         row |= timing.multiple(times[name], times[single])
       table.append(row)
-  timing.show(table, args)
+  timing.show(table, args, rates)
 
 
 if __name__ == "__main__":
