@@ -165,6 +165,17 @@ def test_the_chosen_steps_are_those_that_the_measurement_chose():
   assert later - volumes[protocol.STEPS] < protocol.STEPS_GAIN
 
 
+def test_the_chosen_supervised_steps_gain_no_more():
+  file = ROOT / "docs" / "results" / "choose-supervised.json"
+  rows = json.loads(file.read_text())["rows"]
+  losses = {row["steps"]: row["loss"] for row in rows}
+  fewest = protocol.converged(losses, protocol.SUPERVISED_GAIN, relative=True)
+  assert fewest <= protocol.SUPERVISED_STEPS
+  later = losses[protocol.SUPERVISED_STEPS * 3 // 2]
+  gain = 1 - later / losses[protocol.SUPERVISED_STEPS]
+  assert gain < protocol.SUPERVISED_GAIN
+
+
 def test_the_chosen_rates_are_those_that_the_measurement_chose():
   file = ROOT / "docs" / "results" / "choose-rate.json"
   best = protocol.best_rates(json.loads(file.read_text()))

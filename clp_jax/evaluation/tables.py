@@ -93,11 +93,12 @@ def units_note(front: Front) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-  """Rows as a markdown table."""
-  columns = list(rows[0])
+  """Rows as a markdown table; what a row lacks is left empty."""
+  columns = list(dict.fromkeys(column for row in rows for column in row))
   lines = [columns, ["---"] * len(columns)]
   lines += [
-    [row[column].replace("|", "\\|") for column in columns] for row in rows
+    [row.get(column, "").replace("|", "\\|") for column in columns]
+    for row in rows
   ]
   return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -43,13 +43,13 @@ def write(
     f"[{link}/]({link}), which the commands below have left; no figure is "
     "typed in and no seed is dropped. None of the figures is the paper's: its "
     "text was at hand only as an abstract and an overview. All of this is the "
-    "built-in world, a model of 0.2 million parameters.\n",
+    "built-in world, a model of 0.2 million parameters; how it was set up, and "
+    "what chose it, is [below](#protocol).\n",
   ]
   if CURVE in contents:
     parts.append(_curve(contents[CURVE], pictures_folder))
   else:
     parts.append(f"**No curve yet.** `{commands[CURVE]}` measures it.\n")
-  parts += ["## Protocol\n", protocol.text(contents)]
   for name, experiment in plans.EXPERIMENTS.items():
     if name in protocol.CHOOSING:
       continue
@@ -75,7 +75,7 @@ def write(
     parts.append(f"**Not measured.** `{commands['costs']}` measures them.\n")
   else:
     parts.append(_costs(cost))
-  parts.append("## Tables\n")
+  parts += ["## Protocol\n", protocol.text(contents), "## Tables\n"]
   for name, content in contents.items():
     if name not in protocol.CHOOSING:
       parts.append(_tables(name, content))

@@ -460,7 +460,7 @@ def machine() -> str:
     name = names[0].strip() if names else name
   device = jax.devices()[0]
   cores = len(os.sched_getaffinity(0))
-  shown = f"{cores} cores of {name}"
+  shown = f"{cores} {'core' if cores == 1 else 'cores'} of {name}"
   if device.platform != "cpu":
     shown = f"{jax.device_count()} x {device.device_kind}"
   return f"{shown}, JAX {jax.__version__}"
