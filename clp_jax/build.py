@@ -354,6 +354,17 @@ def _check_rollout(config: ml_collections.ConfigDict) -> None:
       f"rollout.prompts = {rollout.prompts} for rollout.weightings = {groups}; "
       "change one of them."
     )
+  if rollout.ahead not in (0, 1):
+    raise ConfigError(
+      f"rollout.ahead must be 0 or 1, got {rollout.ahead}; 1 samples the next "
+      "step's responses while the host scores this one's."
+    )
+  if rollout.ahead and config.algorithm != "ppo":
+    raise ConfigError(
+      "rollout.ahead = 1 learns from policies of the step before, which PPO's "
+      f"ratio corrects and algorithm = {config.algorithm} does not; set "
+      "algorithm=ppo or rollout.ahead=0."
+    )
   if config.algorithm == "ppo":
     if config.ppo.leave_one_out and rollout.samples < 2:
       raise ConfigError(

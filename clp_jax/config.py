@@ -169,6 +169,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.rollout.samples = 4  # N, a prompt
   c.rollout.weightings = 2  # G, a step; divides prompts
   c.rollout.temperature = 1.0  # the policy's, in training
+  # 1: a step's responses are sampled while the host scores those of the step
+  # before, by policies that lack its update. Needs algorithm = "ppo".
+  c.rollout.ahead = 0
 
   c.reinforce = ml_collections.ConfigDict()
   # none, group_mean, leave_one_out, or learned: the critic's values.

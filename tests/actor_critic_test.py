@@ -173,6 +173,36 @@ def plain_gradient(model):
   return jax.jit(jax.grad(loss, has_aux=True))
 
 
+def plain_advantages(model, values, kl, gae_lambda, others=True):
+  """(advantages [R, T], targets [R, T, 3]) of the sampled rows, by loops.
+
+  Args:
+    model: of the family.
+    values: [R, T, 3] of the critic.
+    kl: [R, T] log-ratio to the reference.
+    gae_lambda: lambda.
+    others: what the prompt's other sample got is taken off.
+  """
+  _, rollout, rewards = sampled(model)
+  mask = np.asarray(rollout.mask)
+  weights = np.asarray(rollout.weighting.weights)
+  advantages = np.zeros(mask.shape, np.float32)
+  targets = np.zeros([*mask.shape, 3])
+  totals = np.concatenate([rewards, (kl * mask).sum(1)[:, None]], axis=1)
+  for r in range(ROWS):
+    w, n = weights[r // (ROWS // 2)], mask[r].sum()
+    later, following = np.zeros(3), np.zeros(3)
+    for t in reversed(range(n)):
+      paid = np.append(rewards[r] if t == n - 1 else np.zeros(2), kl[r, t])
+      if others and t == n - 1:
+        paid -= totals[r + 1 if r % 2 == 0 else r - 1]
+      later = paid + following - values[r, t] + gae_lambda * later
+      following = values[r, t]
+      targets[r, t] = later + values[r, t]
+      advantages[r, t] = 0.95 * (w * later[:2]).sum() - 0.05 * later[2]
+  return advantages, targets
+
+
 PPO = {"ppo.gae_lambda": 0.8, "ppo.epochs": 1, "ppo.minibatches": 1}
 LEARNED = {"algorithm": "reinforce", "reinforce.baseline": "learned"}
 
@@ -191,28 +221,15 @@ def test_one_update_is_reinforce_with_the_critics_advantages(model, algorithm):
   """Against loops: GAE in NumPy, then -sum A log pi over policies."""
   changes = PPO if algorithm == "ppo" else LEARNED
   gae_lambda = changes.get("ppo.gae_lambda", 1.0)
-  state, rollout, rewards = sampled(model)
+  state, rollout, _ = sampled(model)
   mask = np.asarray(rollout.mask)
   gradient_of = plain_gradient(model)
   _, states = gradient_of(state.params, np.zeros(mask.shape, np.float32))
   values = plain_values(jax.device_get(state.critic.params), np.asarray(states))
   kl = np.asarray(rollout.logp - rollout.ref_logp)
-  weights = np.asarray(rollout.weighting.weights)
-  advantages = np.zeros(mask.shape, np.float32)
-  targets = np.zeros([*mask.shape, 3])
-  totals = np.concatenate([rewards, (kl * mask).sum(1)[:, None]], axis=1)
-  for r in range(ROWS):
-    w, n = weights[r // (ROWS // 2)], mask[r].sum()
-    later, following = np.zeros(3), np.zeros(3)
-    for t in reversed(range(n)):
-      paid = np.append(rewards[r] if t == n - 1 else np.zeros(2), kl[r, t])
-      if "ppo.epochs" in changes and t == n - 1:
-        paid -= totals[r + 1 if r % 2 == 0 else r - 1]  # the other sample's
-      later = paid + following - values[r, t] + gae_lambda * later
-      following = values[r, t]
-      targets[r, t] = later + values[r, t]
-      advantages[r, t] = 0.95 * (w * later[:2]).sum() - 0.05 * later[2]
-
+  advantages, targets = plain_advantages(
+    model, values, kl, gae_lambda, others="ppo.epochs" in changes
+  )
   gradient, _ = gradient_of(state.params, advantages)
   norm = np.sqrt(
     sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(gradient))

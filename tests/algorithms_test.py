@@ -23,7 +23,7 @@ def commands():
 
 
 def test_the_documented_commands_are_valid():
-  assert len(commands()) == 3
+  assert len(commands()) == 4
   for arguments in commands():
     assert arguments[1:3] == ["--config", "configs/demo.py"]
     overrides = [a for a in arguments if a.startswith("--config.")]
@@ -97,6 +97,16 @@ def test_the_documented_commands_train(number, sft_run, tmp_path):
       "weightings.weights fixes them",
     ),
     ({"weightings.adapt": True, "weightings.adapt_points": 1}, "at least 2"),
+    ({"algorithm": "ppo", "rollout.ahead": 2}, "ahead must be 0 or 1, got 2"),
+    ({"rollout.ahead": -1}, "ahead must be 0 or 1, got -1"),
+    (
+      {"rollout.ahead": 1},
+      "algorithm = reinforce does not; set algorithm=ppo or rollout.ahead=0",
+    ),
+    (
+      {"rollout.ahead": 1, "reinforce.baseline": "learned"},
+      "algorithm = reinforce does not; set algorithm=ppo or rollout.ahead=0",
+    ),
     ({"weightings.adapt": True, "objectives": ("nli",)}, "at least 2 obj"),
   ],
 )

@@ -387,6 +387,16 @@ def test_a_folder_is_named_by_all_that_decides_its_result(tmp_path):
   } - {"sft.checkpoint_every"}
 
 
+def test_a_field_that_older_runs_lack_does_not_hide_their_folders():
+  config = demo.get_config()
+  older = config.copy_and_resolve_references()
+  for section, field in (("adapters", "init"), ("rollout", "ahead")):
+    del older[section][field]
+  assert running._digest(older) == running._digest(config)
+  config.rollout.ahead = 1
+  assert running._digest(older) != running._digest(config)
+
+
 def test_a_changed_default_does_not_give_old_folders_another_meaning(
   monkeypatch, tmp_path
 ):

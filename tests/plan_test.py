@@ -11,7 +11,7 @@ import runs
 
 from benchmarks import plans
 from clp_jax import config as config_lib
-from clp_jax import sharding
+from clp_jax import demo, sharding
 from clp_jax.errors import ConfigError
 from clp_jax.models import families, t5
 from clp_jax.plan import chips, hlo, programs, roofline
@@ -459,6 +459,25 @@ def test_rows_of_the_plans_page_are_those_of_the_report():
   too_large = example_report(needed=2e10)
   assert plans.step_row(run, too_large)[3:] == ["no", *[None] * 6]
   assert plans.program_rows(run, too_large)[0][4:] == ["no", *[None] * 7]
+
+
+def test_responses_that_are_sampled_ahead_are_counted():
+  config = demo.get_config()
+  config.model.init, config.sft.steps, config.algorithm = "micro", 0, "ppo"
+
+  def held(ahead):
+    config.rollout.ahead = ahead
+    jobs = programs.jobs(config, sharding.make_mesh(4, 2))
+    return {job.name: job.held for job in jobs}
+
+  length, (prompts, samples, groups) = config.data.target_length, (16, 4, 4)
+  # Tokens, mask and two log-probabilities, documents, and of the weightings two
+  # weights, an alpha and two coefficients, on every device.
+  size = prompts * samples * length * (4 + 1 + 4 + 4) // 4
+  size += prompts * config.data.source_length * 4 // 4 + groups * 5 * 4
+  for name, kinds in held(1).items():
+    assert kinds["pending rollout"] == size, name
+  assert all("pending rollout" not in kinds for kinds in held(0).values())
 
 
 @pytest.mark.slow

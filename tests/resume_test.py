@@ -15,19 +15,22 @@ import runs
 
 from clp_jax.errors import ConfigError
 
+AHEAD = {"algorithm": "ppo", "rollout.ahead": 1}
+
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [{}, AHEAD], ids=["reinforce", "ahead"])
 @pytest.mark.parametrize("preset", runs.PRESETS)
 def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(
-  preset, sft_runs, tmp_path
+  preset, algorithm, sft_runs, tmp_path
 ):
   sft_run = sft_runs(preset)
   whole, parts = tmp_path / "whole", tmp_path / "parts"
-  normalise = {"rewards.nli.normalise": "running"}  # statistics count too
+  fields = {"rewards.nli.normalise": "running"} | algorithm  # statistics, too
   for workdir, steps in ((whole, 4), (parts, 2), (parts, 4)):
     status, _, err = runs.clp(
       *runs.train_arguments(
-        workdir, sft_run, **normalise, **{"train.steps": steps}
+        workdir, sft_run, **fields, **{"train.steps": steps}
       )
     )
     assert status == 0, err
@@ -35,10 +38,17 @@ def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(
   runs.assert_same_run(whole, parts, 4)
 
 
-def test_killed_anywhere_a_run_ends_as_if_never_killed(sft_run, tmp_path):
+@pytest.mark.parametrize(
+  "algorithm",
+  [{}, pytest.param(AHEAD, marks=pytest.mark.slow)],
+  ids=["reinforce", "ahead"],
+)
+def test_killed_anywhere_a_run_ends_as_if_never_killed(
+  algorithm, sft_run, tmp_path
+):
   """SIGTERM, then SIGKILL at two moments, whatever they interrupt."""
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  fields = {"train.checkpoint_every": 3, "train.keep": 2}
+  fields = {"train.checkpoint_every": 3, "train.keep": 2} | algorithm
   fields["rewards.nli.normalise"] = "running"  # statistics count too
   # Far more steps than it will come to, however late a signal is.
   endless = runs.train_arguments(

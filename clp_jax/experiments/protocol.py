@@ -36,8 +36,8 @@ MAX_STEPS = 4000
 # Steps of the supervised curve, each half as many more as the one before.
 SUPERVISED_VALUES: tuple[int, ...] = (1400, 2100, 3150, 4725)
 
-# Chosen before the order of the data changed; choose-supervised gives 2,100 now,
-# and half as many more than 3,150 gain nothing either.
+# Chosen before the order of the data changed; choose-supervised gives 2,100
+# now, and half as many more than 3,150 gain nothing either.
 SUPERVISED_STEPS = 3150
 STEPS = 2000  # 3,000 gain .0037 in choose-steps
 # Method -> learning rate, of several rewards and of one against KL; others take

@@ -665,8 +665,9 @@ def _named(
 def _digest(config: ml_collections.ConfigDict, *more: Any) -> str:
   """Of all that a run of this config could not change and be resumed."""
   fields = run_folder.decisive(config_lib.to_json(config))
-  if fields.get("adapters.init") is None:  # older runs have no such field
-    fields.pop("adapters.init", None)
+  for name in ("adapters.init", "rollout.ahead"):
+    if not fields.get(name):  # older runs have no such field
+      fields.pop(name, None)
   text = json.dumps([fields, *more], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 

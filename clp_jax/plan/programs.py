@@ -149,6 +149,11 @@ def jobs(config: ml_collections.ConfigDict, mesh: Mesh) -> Iterator[Job]:
   rows = rollout.prompts * rollout.samples
   held = _state_bytes(state, programs.state_shardings)
   held["reference"] = bytes_per_chip(reference, programs.reference_shardings)
+  pending = programs.abstract_state(reference, key).pending
+  if pending is not None:
+    held["pending rollout"] = bytes_per_chip(
+      pending, programs.rollout_shardings
+    )
   with as_config_error():
     judges = list(_judges(config, mesh))
   held["reward models"] = sum(j.held["reward models"] for j in judges)

@@ -1,8 +1,9 @@
 """The learner with a critic: PPO, and REINFORCE with a learned baseline.
 
 One program, without a transfer to the host in it:
-1. the policies that sampled are run once more, for their log-probabilities and
-   for the critic's values of every token;
+1. the policies are run once more, for the critic's values of every token and
+   for the old log-probabilities; with rollout.ahead those are decoding's, since
+   the policies have learned from a step since they sampled;
 2. advantages, for each objective, then scalarised by the weighting;
 3. a scan over epochs x minibatches. A minibatch has as many prompts of every
    weighting, with all of their samples, and takes one step of the policies'
@@ -53,6 +54,7 @@ class ActorCritic:
     settings: of PPO.
     values_kl: the critic has a value for the KL: it can have a weight.
     rows: where the rows of a minibatch lie.
+    ahead: the responses are of the policies before the last update.
   """
 
   score: Callable[..., TokenScores]
@@ -63,6 +65,7 @@ class ActorCritic:
   num_samples: int
   microbatches: int
   rows: NamedSharding
+  ahead: bool = False
 
   def __call__(
     self, state: TrainState, experience: Experience, reference: Params
@@ -88,6 +91,10 @@ class ActorCritic:
     )
     advantages, targets = self._targets(experience, sampled["values"])
     batch |= sampled
+    if self.ahead:
+      # The state's policies are not those that sampled: with their
+      # log-probabilities every ratio would start at 1 and correct nothing.
+      batch["logp"] = experience.logp
     batch |= {"mask": mask, "advantages": advantages, "targets": targets}
     _, _, key = keys.of_step(state.key, state.step)
     last, _ = jax.lax.scan(

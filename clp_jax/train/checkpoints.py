@@ -3,7 +3,8 @@
 A step holds two trees and a note, each restorable alone:
   params   the parameter sets and the shared parameters
   train    optimizer state, step, the run's key, reward statistics, and where
-           there are some, the critic and the estimate of the front
+           there are some, the critic, the estimate of the front and responses
+           that were sampled ahead
   data     JSON: how many batches the data iterator has given, and LAYOUT
 Saving is asynchronous; Orbax renames a finished step into place, so that a
 step that was interrupted is never picked up.
@@ -239,7 +240,7 @@ def _split(state: TrainState) -> tuple[Tree, Tree]:
     "reward_stats": state.reward_stats,
   }
   # Runs without them have the same files as before there were any.
-  for name in ("critic", "front"):
+  for name in ("critic", "front", "pending"):
     if getattr(state, name) is not None:
       train[name] = getattr(state, name)
   return state.params, train

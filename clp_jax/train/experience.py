@@ -26,6 +26,8 @@ class Experience:
   encoder_input_tokens: jax.Array  # [G, B/G, S] int32
   tokens: jax.Array  # [G, R/G, T] int32
   mask: jax.Array  # [G, R/G, T] bool, True up to and including EOS
+  # Both under the policies that sampled, which may lack the last update.
+  logp: jax.Array  # [G, R/G, T] float32, nats; means nothing where masked
   kl: jax.Array  # [G, R/G, T] float32, log-ratio to the reference, nats
   raw_rewards: jax.Array  # [G, R/G, m] float32
   rewards: jax.Array  # [G, R/G, m] float32, normalised
@@ -78,6 +80,9 @@ def gather(
   assert state.reward_stats is not None  # None is supervised training's
   stats = state.reward_stats.update(raw, jnp.asarray(running))
   rewards = normalise(raw, stats, jnp.asarray(normalised))
+  # Of the policy that sampled, and not of the state's, which may be an update
+  # further: a token's price, like its reward, is known once it is sampled, and
+  # PPO's ratio corrects for what has changed since.
   kl = jnp.where(mask, by_group(rollout.logp - rollout.ref_logp), 0)
   weights, alpha = rollout.weighting
   front = state.front
@@ -89,6 +94,7 @@ def gather(
     encoder_input_tokens=by_group(rollout.encoder_input_tokens),
     tokens=by_group(rollout.tokens),
     mask=mask,
+    logp=by_group(rollout.logp),
     kl=kl,
     raw_rewards=raw,
     rewards=rewards,

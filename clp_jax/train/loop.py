@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from clp_jax import distributed, progress, saved_params
+from clp_jax import distributed, progress
 from clp_jax.errors import Preempted, RewardError, RunError
 from clp_jax.masked import Mean
 from clp_jax.train.checkpoints import Checkpoints
@@ -72,9 +72,7 @@ def run(
       can't be read or written; what was saved before stays.
   """
   steps = settings.steps
-  abstract = saved_params.abstract_like(
-    jax.eval_shape(programs.init, reference, key), programs.state_shardings
-  )
+  abstract = programs.abstract_state(reference, key)
   with (
     Checkpoints(workdir, keep) as checkpoints,
     distributed.StopSignal().listen() as stopping,

@@ -8,8 +8,9 @@ A step, for G weightings drawn from Q:
 3. scalarise by each group's weighting and learn from it; the gradient flows
    through the mixing into all sets (one program: experience.py, then a learner,
    reinforce.py or actor_critic.py).
-The programs are put together in programs.py; `train` takes one step after the
-other, in `step_fn`.
+The programs are put together in programs.py; `Steps` takes one step after the
+other. With rollout.ahead the first of them is a step ahead: the devices sample
+what the next step learns from while the host computes this one's rewards.
 
 With steering "none" and one fixed weighting this is single-objective
 finetuning: the same code with nothing to mix.
@@ -45,7 +46,7 @@ from clp_jax.rewards.normalisation import RewardStats
 from clp_jax.rollout import Rollout
 from clp_jax.train import experience as experience_lib
 from clp_jax.train import loop, sft, stage
-from clp_jax.train.programs import make_programs, normalisation_masks
+from clp_jax.train.programs import Programs, make_programs, normalisation_masks
 from clp_jax.train.state import TrainState
 
 
@@ -98,35 +99,20 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
   reference = stage.load_reference(
     workdir, families.build(model_config), programs
   )
-  scorer = Scorer(config, mesh, rewards, vocabulary)
-
-  def batches_from(start):
-    return train_batches(
+  steps = Steps(
+    Scorer(config, mesh, rewards, vocabulary),
+    programs,
+    reference,
+    lambda start: train_batches(
       config, vocabulary, config.rollout.prompts, start, mesh
-    )
-
-  def roll_out(state, step, batch):
-    prompts = sharding.to_devices(
-      mesh, batch.encoder_input_tokens, config.rollout.prompts
-    )
-    return programs.scored_rollout(state, reference, prompts, np.int32(step))
-
-  def step_fn(state, step, batch, want_texts):
-    rollout = roll_out(state, step, batch)
-    scored = scorer(rollout, batch, step)
-    state, metrics = programs.update(state, rollout, scored.rewards, reference)
-    return loop.Step(
-      state,
-      experience_lib.with_names(metrics, config.objectives),
-      tokens=scored.num_tokens,
-      texts=scored.texts(batch) if want_texts else None,
-    )
+    ),
+  )
 
   def before(state):
     if starts:
       params = adapter_folders.start_from(state.params, starts)
       state = dataclasses.replace(state, params=params)
-    return estimate_normalisation(config, state, batches_from, roll_out, scorer)
+    return steps.before(state)
 
   return loop.run(
     workdir,
@@ -135,8 +121,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     jax.random.key(config.seed),
     label=f"train {config.steering} ({', '.join(config.objectives)})",
     settings=config.train,
-    batches_from=batches_from,
-    step_fn=step_fn,
+    batches_from=steps.batches_from,
+    step_fn=steps.take,
     before=before,
     keep=config.train.keep,
     log_samples_every=config.train.log_samples_every,
@@ -203,6 +189,78 @@ class Scorer:
       sharding.to_devices(self.mesh, rewards, rollout.tokens.shape[0]),
       responses,
       int(mask.sum()) * (rollout.tokens.shape[0] // mask.shape[0]),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """Takes the steps of a run."""
+
+  scorer: Scorer
+  programs: Programs
+  reference: stage.Params
+  batches: Callable[[int], Iterator[Batch]]  # from a numbered one on
+
+  def batches_from(self, start: int) -> Iterator[tuple[Batch, Batch | None]]:
+    """What `take` reads: a step's batch, and to sample ahead the next one.
+
+    A step consumes one of them: a resumed run reads the next one again.
+    """
+    batches = self.batches(start)
+    if self.programs.ahead:
+      return itertools.pairwise(batches)
+    return ((batch, None) for batch in batches)
+
+  def roll_out(self, state: TrainState, step: int, batch: Batch) -> Rollout:
+    """Starts to sample and to score under the reference; waits for nothing."""
+    prompts = sharding.to_devices(
+      self.scorer.mesh,
+      batch.encoder_input_tokens,
+      self.scorer.config.rollout.prompts,
+    )
+    return self.programs.scored_rollout(
+      state, self.reference, prompts, np.int32(step)
+    )
+
+  def before(self, state: TrainState) -> TrainState:
+    """Does to a new state what comes before step 0."""
+    state = estimate_normalisation(
+      self.scorer.config, state, self.batches, self.roll_out, self.scorer
+    )
+    if self.programs.ahead:  # of no step before: of the policies that learn
+      first = self.roll_out(state, 0, next(self.batches(0)))
+      state = dataclasses.replace(state, pending=first)
+    return state
+
+  def take(
+    self,
+    state: TrainState,
+    step: int,
+    batches: tuple[Batch, Batch | None],
+    want_texts: bool,
+  ) -> loop.Step:
+    """One step, as `loop.run` wants it."""
+    batch, following = batches
+    if following is None:
+      rollout, pending = self.roll_out(state, step, batch), None
+    else:
+      # Before the host is busy. The last step does it too: a run that gets more
+      # of them goes on to the bit.
+      pending = self.roll_out(state, step + 1, following)
+      assert state.pending is not None  # of `before`, or of the last step
+      rollout = state.pending
+    scored = self.scorer(rollout, batch, step)
+    # Without its responses: they would come out of the update's program, and
+    # whoever reads them would wait for it.
+    state = dataclasses.replace(state, pending=None)
+    state, metrics = self.programs.update(
+      state, rollout, scored.rewards, self.reference
+    )
+    return loop.Step(
+      dataclasses.replace(state, pending=pending),
+      experience_lib.with_names(metrics, self.scorer.config.objectives),
+      tokens=scored.num_tokens,
+      texts=scored.texts(batch) if want_texts else None,
     )
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from clp_jax import build, keys, sharding
+from clp_jax import build, keys, saved_params, sharding
 from clp_jax import critic as critic_lib
 from clp_jax import rollout as rollout_lib
 from clp_jax.bank import Bank
@@ -28,6 +29,7 @@ from clp_jax.train.actor_critic import ActorCritic
 from clp_jax.train.optimizer import rl_critic_optimizer, rl_optimizer
 from clp_jax.train.reinforce import Reinforce
 from clp_jax.train.state import TrainState, init_state
+from clp_jax.weightings import Weighting
 
 Params = Any
 
@@ -40,6 +42,22 @@ class Programs(stage.Programs):
   rollout: Callable[..., Rollout]
   # (reference, prompts, tokens, mask) -> ref_logp
   reference: Callable[..., jax.Array]
+  rollout_shardings: Rollout  # of a scored one
+  documents: jax.ShapeDtypeStruct  # [B, S] int32, of a step
+  ahead: bool  # rollout.ahead
+
+  def abstract_state(self, reference: Params, key: jax.Array) -> TrainState:
+    """That of every stage, with the rollout that was sampled ahead."""
+    state = super().abstract_state(reference, key)
+    if not self.ahead:
+      return state
+    pending = jax.eval_shape(
+      self.scored_rollout, state, reference, self.documents, np.int32(0)
+    )
+    return dataclasses.replace(
+      state,
+      pending=saved_params.abstract_like(pending, self.rollout_shardings),
+    )
 
   def scored_rollout(
     self,
@@ -107,31 +125,20 @@ def make_programs(
     tokens=rows,
     mask=rows,
     logp=rows,
-    weighting=whole,
+    weighting=Weighting(whole, whole),
     coefficients=whole,
   )
+  scored_at = dataclasses.replace(rollout_at, ref_logp=rows)
   shared = stage.make_programs(
     mesh,
     model,
     _init(config, bank),
     _update(config, bank, rows),
     axes=bank.logical_axes,
-    data=(dataclasses.replace(rollout_at, ref_logp=rows), rows, reference_at),
+    data=(scored_at, rows, reference_at),
     fsdp=config.mesh.fsdp,
   )
   params_at = shared.state_shardings.params
-
-  def score(reference, documents, tokens, mask):
-    return rollout_lib.score_reference(
-      bank,
-      reference,
-      documents,
-      tokens,
-      mask,
-      num_samples=config.rollout.samples,
-      temperature=config.rollout.temperature,
-    )
-
   return Programs(
     **vars(shared),
     rollout=jax.jit(
@@ -140,10 +147,15 @@ def make_programs(
       out_shardings=rollout_at,
     ),
     reference=jax.jit(
-      on_mesh(score),
+      on_mesh(_score(config, bank)),
       in_shardings=(reference_at, rows, rows, rows),
       out_shardings=rows,
     ),
+    rollout_shardings=scored_at,
+    documents=jax.ShapeDtypeStruct(
+      (config.rollout.prompts, config.data.source_length), jnp.int32
+    ),
+    ahead=bool(config.rollout.ahead),
   )
 
 
@@ -207,6 +219,21 @@ def _rollout(
   return rollout
 
 
+def _score(config: ml_collections.ConfigDict, bank: Bank) -> Callable:
+  def score(reference, documents, tokens, mask):
+    return rollout_lib.score_reference(
+      bank,
+      reference,
+      documents,
+      tokens,
+      mask,
+      num_samples=config.rollout.samples,
+      temperature=config.rollout.temperature,
+    )
+
+  return score
+
+
 def _update(
   config: ml_collections.ConfigDict, bank: Bank, rows: NamedSharding
 ) -> Callable:
@@ -230,6 +257,7 @@ def _update(
       settings=build.ppo_settings(config),
       values_kl=build.distribution(config).penalises_kl,
       rows=rows,
+      ahead=bool(config.rollout.ahead),
     )
   else:
     learn = Reinforce(**shared, baseline=config.reinforce.baseline)

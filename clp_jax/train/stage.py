@@ -29,8 +29,19 @@ class Programs:
   init: Callable[..., TrainState]  # (reference, key) -> state
   # (state, *data) -> (state, metrics); the state's buffers are given away.
   update: Callable[..., tuple[TrainState, dict]]
-  state_shardings: TrainState
+  state_shardings: TrainState  # of what `init` and `update` give
   reference_shardings: Params
+
+  def abstract_state(self, reference: Params, key: jax.Array) -> TrainState:
+    """Shapes, dtypes and shardings of a state between steps, as it is saved.
+
+    Args:
+      reference: an ordinary model's parameters, or their shapes.
+      key: of a run, or its shape.
+    """
+    return saved_params.abstract_like(
+      jax.eval_shape(self.init, reference, key), self.state_shardings
+    )
 
 
 def make_programs(

@@ -14,6 +14,7 @@ from clp_jax import sharding
 from clp_jax.adaptation import FrontEstimate
 from clp_jax.critic import CriticState
 from clp_jax.rewards.normalisation import RewardStats
+from clp_jax.rollout import Rollout
 from clp_jax.train.optimizer import set_floors
 
 Tree = Any
@@ -32,6 +33,9 @@ class TrainState:
       supervised training.
     critic: of PPO and of a learned baseline; None without.
     front: estimate of the front, where Q is adapted to it; None without.
+    pending: the responses that the next step learns from, where they are
+      sampled a step ahead; None without. Only between steps: what updates a
+      state is given them apart.
   """
 
   step: jax.Array
@@ -41,6 +45,7 @@ class TrainState:
   reward_stats: RewardStats | None
   critic: CriticState | None = None
   front: FrontEstimate | None = None
+  pending: Rollout | None = None
 
 
 Trained = TypeVar("Trained", TrainState, CriticState)
