@@ -40,8 +40,13 @@ def start_training(arguments, workdir, rows, **settings):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  "algorithm",
+  [{}, {"algorithm": "ppo", "rollout.ahead": 1}],
+  ids=["reinforce", "ahead"],
+)
 def test_a_reward_that_fails_on_one_process_ends_both_with_their_steps_saved(
-  sft_run, tmp_path, monkeypatch
+  algorithm, sft_run, tmp_path, monkeypatch
 ):
   (tmp_path / "outage.py").write_text(
     "import jax\n"
@@ -54,12 +59,11 @@ def test_a_reward_that_fails_on_one_process_ends_both_with_their_steps_saved(
   )
   monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
   workdir = tmp_path / "run"
-  fields = {"rewards.nli.source": "outage:judged", "train.checkpoint_every": 6}
-  pair = start_training(
-    runs.train_arguments(workdir, sft_run, **fields, **{"train.steps": 6}),
-    workdir,
-    rows=3,
+  fields = {"rewards.nli.source": "outage:judged", "train.steps": 6}
+  arguments = runs.train_arguments(
+    workdir, sft_run, **fields, **algorithm, **{"train.checkpoint_every": 6}
   )
+  pair = start_training(arguments, workdir, rows=3)
   try:
     (_, first), (_, second) = (runs.finish(p, status=1) for p in pair)
   finally:
@@ -69,6 +73,10 @@ def test_a_reward_that_fails_on_one_process_ends_both_with_their_steps_saved(
   for err in (first, second):
     assert "goes on from step 3." in err.splitlines()[-1]
   assert runs.checkpoint_steps(workdir) == [3]
+  monkeypatch.syspath_prepend(str(tmp_path))
+  status, _, err = runs.clp(*arguments)  # 8 devices of one process
+  assert status == 0, err
+  assert runs.checkpoint_steps(workdir) == [3, 6]
 
 
 @pytest.mark.slow
