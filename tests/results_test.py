@@ -2,9 +2,12 @@
 
 import json
 import pathlib
+import re
+import shutil
 
 import numpy as np
 import pytest
+import runs
 
 from clp_jax.evaluation import fronts
 from clp_jax.experiments import page, pictures, protocol
@@ -153,6 +156,21 @@ def test_numbers_are_json_with_a_line_for_each_front():
   text = results._compact(STEPS | {"note": "x", "empty": {}})
   assert json.loads(text) == STEPS | {"note": "x", "empty": {}}
   assert text.count("\n") < 20
+
+
+def test_the_page_is_what_its_numbers_give(tmp_path):
+  results = tmp_path / "results"
+  results.mkdir()
+  for file in (ROOT / "docs" / "results").glob("*.json"):
+    shutil.copy(file, results)
+  page = tmp_path / "RESULTS.md"
+  status, _, err = runs.clp("experiment", "results", "--output", page)
+  assert status == 0, err
+  assert page.read_text() == (ROOT / "docs" / "RESULTS.md").read_text(), (
+    "run clp experiment results"
+  )
+  drawn = {file.name for file in results.glob("*.png")}
+  assert drawn == set(re.findall(r"\(results/(.*?\.png)\)", page.read_text()))
 
 
 def test_the_chosen_steps_are_those_that_the_measurement_chose():

@@ -63,7 +63,8 @@ def write(
     draw(content, file)
     parts.append(f"![Fronts of {name}]({link}/{name}.png)\n")
     parts.append(_how(content))
-  found = {name: content["comparison"] for name, content in contents.items()}
+  run = {n: c for n, c in contents.items() if n != protocol.SUPERVISED}
+  found = {name: content["comparison"] for name, content in run.items()}
   parts.append(
     "## The paper's claims\n\n"
     + markdown_table([v._asdict() for v in verdicts(found, cost)])
@@ -76,7 +77,7 @@ def write(
   else:
     parts.append(_costs(cost))
   parts += ["## Protocol\n", protocol.text(contents), "## Tables\n"]
-  for name, content in contents.items():
+  for name, content in run.items():
     if name not in protocol.CHOOSING:
       parts.append(_tables(name, content))
   return "\n".join(parts)
