@@ -29,7 +29,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from clp_jax.conditioning import combine
 from clp_jax.low_rank import LowRank
@@ -303,18 +302,3 @@ def orthogonality(params: Params) -> jax.Array:
       total = total + jnp.square(gram - identity).sum()
       kernels += gram[..., 0, 0].size
   return total / max(kernels / 2, 1)
-
-
-def keep_orthogonal(weight: float) -> optax.GradientTransformation:
-  """Adds the gradient of weight x `orthogonality` to that of a loss.
-
-  A step of the optimizer, so that no algorithm's loss has to know of it. The
-  weight is >= 0.
-  """
-
-  def update(updates, state, params):
-    gradient = jax.grad(orthogonality)(params)
-    updates = jax.tree.map(lambda u, g: u + weight * g, updates, gradient)
-    return updates, state
-
-  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)

@@ -113,7 +113,7 @@ def check_sets(p: jax.Array, coefficients: jax.Array) -> None:
     )
 
 
-@jax.custom_vjp
+@jax.jit  # so that leaves of one shape are traced once
 def combine(sets: jax.Array, coefficients: jax.Array) -> jax.Array:
   """sum_i c_i sets[i]: [M, ...] and [*batch, M] -> [*batch, ...].
 
@@ -123,6 +123,11 @@ def combine(sets: jax.Array, coefficients: jax.Array) -> jax.Array:
   signed zeros included, which a rounded sum of the coefficients would spoil.
   They are also why the gradient is written by hand: it is that of the sum.
   """
+  return _combine(sets, coefficients)
+
+
+@jax.custom_vjp
+def _combine(sets: jax.Array, coefficients: jax.Array) -> jax.Array:
   batch = coefficients.ndim - 1
   values = sets.astype(jnp.float32)
 
@@ -146,7 +151,7 @@ def combine(sets: jax.Array, coefficients: jax.Array) -> jax.Array:
 
 
 def _combine_forward(sets, coefficients):
-  return combine(sets, coefficients), (sets, coefficients)
+  return _combine(sets, coefficients), (sets, coefficients)
 
 
 def _combine_backward(residuals, gradient):
@@ -165,4 +170,4 @@ def _combine_backward(residuals, gradient):
   )
 
 
-combine.defvjp(_combine_forward, _combine_backward)
+_combine.defvjp(_combine_forward, _combine_backward)

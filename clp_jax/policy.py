@@ -34,7 +34,7 @@ from clp_jax.generation import RowDecoder
 from clp_jax.models import decoding, families, mixture
 from clp_jax.models.model import Model, Params
 from clp_jax.prompting import Prompts
-from clp_jax.rollout import row_keys
+from clp_jax.rollout import keys_of_rows
 from clp_jax.steering import Steering, Weights, per_text
 from clp_jax.weightings import Weighting
 
@@ -84,7 +84,9 @@ class Policy:
     else:
       bank = Bank(model_config, "none", num_sets=1)
     model = families.build(model_config)
-    abstract = jax.eval_shape(bank.init, model.abstract(), jax.random.key(0))
+    abstract = jax.eval_shape(
+      lambda start: bank.init(start, jax.random.key(0)), model.abstract()
+    )
     shardings = sharding.param_shardings(mesh, bank.logical_axes, abstract)
     sets, step = saved_params.load_params(
       workdir, saved_params.abstract_like(abstract, shardings), step
@@ -198,14 +200,15 @@ class Policy:
       ValueError: see `coefficients`; also for decoding settings out of range.
     """
     texts = list(texts)
-    keys = row_keys(jax.random.key(seed), first_row + len(texts))[first_row:]
+    numbers = first_row + self._padding(len(texts))
+    keys = _row_keys(jax.random.key(seed), numbers)
     tokens = self.tokenize(texts, weights, alpha)
     responses = [""] * len(texts)
     for coefficients, rows in self._batches(len(texts), weights, alpha):
       samples = self.sample(
         self._shorten(tokens[rows]),
         coefficients,
-        keys[np.asarray(rows)],
+        _some(keys, np.asarray(rows)),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -303,7 +306,7 @@ class Policy:
     samples = self.decoder.sample(
       *self._params_of_rows(coefficients, rows),
       self._pad(tokens),
-      keys[self._padding(rows)],
+      _some(keys, self._padding(rows)),
       jax.tree.map(self._pad, settings),
     )
     return jax.tree.map(lambda x: np.asarray(x)[:rows], samples)
@@ -488,3 +491,12 @@ class Policy:
         self.mesh, self.model.axes(), self.model.abstract()
       ),
     )
+
+
+_row_keys = jax.jit(keys_of_rows)
+
+
+def _some(keys: jax.Array, rows: np.ndarray) -> jax.Array:
+  """Of typed keys [B], those of some rows; JAX would compile six programs."""
+  data = np.asarray(jax.random.key_data(keys))[rows]
+  return jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))

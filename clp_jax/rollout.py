@@ -193,4 +193,9 @@ def score_groups(
 
 def row_keys(key: jax.Array, num_rows: int) -> jax.Array:
   """One key a row, by its number: no device or batch layout changes them."""
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_rows))
+  return keys_of_rows(key, jnp.arange(num_rows))
+
+
+def keys_of_rows(key: jax.Array, numbers: jax.Array) -> jax.Array:
+  """`row_keys` of rows by their numbers, [B] int32."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)

@@ -16,6 +16,7 @@ from clp_jax import adapters, sharding
 from clp_jax.bank import Bank
 from clp_jax.models import decoding, families, t5
 from clp_jax.sampling import Sampling
+from clp_jax.train.optimizer import keep_orthogonal
 
 CONFIG = dataclasses.replace(
   both_families.T5, vocab_size=11, head_dim=3, mlp_dim=5
@@ -390,7 +391,7 @@ def test_the_penalty_vanishes_for_orthonormal_factors_only():
     rtol=1e-4,
   )
   # The optimizer follows it, whatever the loss is.
-  step = optax.chain(adapters.keep_orthogonal(0.5), optax.sgd(0.002))
+  step = optax.chain(keep_orthogonal(0.5), optax.sgd(0.002))
   zero = jax.tree.map(jnp.zeros_like, params)
   updates, _ = jax.jit(step.update)(zero, step.init(params), params)
   moved = optax.apply_updates(params, updates)

@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 import pytest
-from matplotlib import image
+from matplotlib import axes, image
 from rich.console import Console
 
 from clp_jax.errors import FrontError
@@ -282,13 +282,13 @@ class TestPlot:
 
   def test_dominated_points_are_hollow(self, tmp_path, monkeypatch):
     faces = []
-    scatter = plot.Axes.scatter
+    scatter = axes.Axes.scatter
 
     def record(self, *args, **kwargs):
       faces.extend(kwargs["c"])
       return scatter(self, *args, **kwargs)
 
-    monkeypatch.setattr(plot.Axes, "scatter", record)
+    monkeypatch.setattr(axes.Axes, "scatter", record)
     plot.plot_fronts([_front()], tmp_path / "plane.png")
     assert [face == "white" for face in faces] == [False, False, True, False]
     faces.clear()

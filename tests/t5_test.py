@@ -387,6 +387,15 @@ class TestParameters:
       assert ("/layers/" in name) == (axes[name][0] == "layers")
       assert "layers" not in axes[name][1:]
 
+  def test_an_array_of_another_shape_is_an_error(self):
+    params, tokens = t5.abstract_params(V1_1), jnp.zeros([1, 1], jnp.int32)
+    kernel = jnp.zeros(params["decoder"]["logits_dense"]["kernel"].shape)
+    params["decoder"]["logits_dense"]["kernel"] = kernel[1:]
+    with pytest.raises(ValueError, match="decoder/logits_dense/kernel has the"):
+      jax.eval_shape(
+        lambda p: t5.T5(V1_1).apply({"params": p}, tokens, tokens), params
+      )
+
   def test_initial_values_are_distributed_as_those_of_t5x(self):
     config = dataclasses.replace(V1_1, vocab_size=400, emb_dim=200, num_heads=9)
     key = jax.random.key(1)

@@ -1,29 +1,6 @@
 """How glibc serves the megabytes that a step on the CPU takes and frees."""
 
 import ctypes
-import os
-import sys
-
-_HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
-
-
-def use_huge_pages() -> None:
-  """Starts this program anew, with glibc asking for pages of 2 MB.
-
-  Temporaries of more than 32 MB are mapped anew every step, and a third of a
-  small model's supervised step went to mapping and clearing pages of 4 kB.
-  glibc takes this setting from the environment when a program starts, and at no
-  other time. Nothing happens where the kernel would not listen, or gives huge
-  pages unasked, or the user has set GLIBC_TUNABLES.
-  """
-  try:
-    with open(_HUGE_PAGES) as file:
-      on_demand = "[madvise]" in file.read()
-  except OSError:  # not Linux
-    return
-  if on_demand and sys.executable and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def keep_freed() -> None:

@@ -27,8 +27,9 @@ def configure() -> None:
     jax.config.update(
       "jax_compilation_cache_dir", os.path.join(cache, "clp_jax", "compiled")
     )
-  # Small programs as well: a demo run is made of them.
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  # Small programs as well: a command's start is made of them. Of less, finding
+  # it, perhaps in a bucket, takes as long.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def _all_but_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -25,9 +25,14 @@ from etils import epath
 from jinja2 import ext, nodes, parser, sandbox
 
 from clp_jax.data.text_pairs import too_long
-from clp_jax.data.tokenizer import DOCUMENT, Message, Template, check_messages
+from clp_jax.data.tokenizer import (
+  DOCUMENT,
+  TOKENIZER,
+  Message,
+  Template,
+  check_messages,
+)
 
-TOKENIZER = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"

@@ -65,6 +65,7 @@ from clp_jax.data.newsroom_text import (
   DETAILS,
   DISTRACTORS,
   MAIN,
+  SUMMARY,
   WITNESSES,
   WORDS,
   Facts,
@@ -245,16 +246,19 @@ def make_items(
   ]
   ranks = np.argsort(np.stack(order, 1), axis=1)
   sentences = np.take_along_axis(np.stack(parts, 1), ranks, axis=1)
-  silence = np.asarray(None)
-  told = own | {
-    k: np.where(kept, own[k], silence) for k, kept in stated.items()
-  }
+  # As `summarise` writes them, one by one.
+  phrases = [
+    _fill(phrase, own)
+    if kind is None
+    else np.where(stated[kind], _fill(phrase, own), "")
+    for kind, phrase in SUMMARY
+  ]
   return [
-    Item(" ".join(filter(None, row)), summarise(Facts(*told)), Facts(*true))
+    Item(" ".join(filter(None, row)), " ".join(filter(None, told)) + ".", true)
     for row, told, true in zip(
       sentences.tolist(),
-      zip(*told.values(), strict=True),
-      zip(*own.values(), strict=True),
+      zip(*phrases, strict=True),
+      map(Facts, *own.values()),
       strict=True,
     )
   ]

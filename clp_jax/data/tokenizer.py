@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 DOCUMENT = "{document}"
+TOKENIZER = "tokenizer.json"
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 # Text that holds "{document}" once, or messages whose contents do.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from clp_jax.data.tokenizer import Tokenizer
+from clp_jax.data.tokenizer import TOKENIZER, Tokenizer
 
 
 def load_tokenizer(
@@ -21,8 +21,8 @@ def load_tokenizer(
   Raises:
     ValueError: a file is not valid.
   """
-  # Late: neither of the two is needed for the other.
-  from clp_jax.data import hf_tokenizer, vocabulary
+  # Late, as below: neither of the two is needed for the other.
+  from clp_jax.data import vocabulary
 
   path = epath.Path(folder)
   # First: folders of T5 hold it beside a tokenizer.json of the same pieces.
@@ -30,6 +30,8 @@ def load_tokenizer(
     if (path / name).exists():
       file = path / name
       return vocabulary.Vocabulary(os.fspath(file), file.read_bytes(), eos_ids)
+  from clp_jax.data import hf_tokenizer
+
   if found := hf_tokenizer.read_files(folder):
     return hf_tokenizer.HFTokenizer(os.fspath(folder), found, eos_ids, pad_id)
   return None
@@ -46,11 +48,11 @@ def find(
   Raises:
     ValueError: a file can't be read or is not valid.
   """
-  from clp_jax.data import hf_tokenizer, vocabulary
+  from clp_jax.data import vocabulary
 
   file = epath.Path(path)
   if file.is_dir():
     return load_tokenizer(path, eos_ids, pad_id)
-  if file.name == hf_tokenizer.TOKENIZER:
+  if file.name == TOKENIZER:
     return load_tokenizer(file.parent, eos_ids, pad_id)
   return vocabulary.read(path, eos_ids)

@@ -3,12 +3,10 @@
 import io
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from clp_jax.evaluation.front import (
@@ -19,6 +17,10 @@ from clp_jax.evaluation.front import (
   shared_objectives,
 )
 from clp_jax.interop import storage
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart under the common colour blindnesses; their
 # yellow is left out, too light for points on white.
@@ -45,6 +47,9 @@ def plot_fronts(
     FrontError: no fronts, or fronts over different objectives.
     OSError: the file can't be written.
   """
+  # Late: training imports this module, by the demo's config, and draws nothing.
+  from matplotlib.figure import Figure
+
   pairs = panels(shared_objectives(fronts))
   columns = min(len(pairs), 3)
   rows = -(-len(pairs) // columns)
@@ -88,7 +93,7 @@ def plot_fronts(
   save(figure, path, dpi=150)
 
 
-def tidy(ax: Axes) -> None:
+def tidy(ax: "Axes") -> None:
   """Leaves of the frame what is needed, and draws a pale grid below all."""
   ax.grid(color="0.92")
   ax.set_axisbelow(True)
@@ -96,7 +101,7 @@ def tidy(ax: Axes) -> None:
 
 
 def save(
-  figure: Figure, path: str | os.PathLike[str], dpi: int, **options: Any
+  figure: "Figure", path: str | os.PathLike[str], dpi: int, **options: Any
 ) -> None:
   """Writes a PNG, whole or not at all; `options` are Matplotlib's."""
   png = io.BytesIO()
@@ -105,7 +110,7 @@ def save(
 
 
 def _draw_points(
-  ax: Axes, front: Front, x: str | None, y: str, color: str, marker: str
+  ax: "Axes", front: Front, x: str | None, y: str, color: str, marker: str
 ) -> None:
   """One front in one panel; x None stands for KL."""
   xs, x_errors = _axis(front, x)
@@ -130,7 +135,7 @@ def _draw_points(
 
 
 def _label_weightings(
-  ax: Axes, front: Front, x: str | None, y: str, color: str
+  ax: "Axes", front: Front, x: str | None, y: str, color: str
 ) -> None:
   """Names the ends and the middle of a sweep, or a simplex's corners."""
   xs, _ = _axis(front, x)

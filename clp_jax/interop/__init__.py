@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from clp_jax.data.hf_tokenizer import TOKENIZER
+from clp_jax.data.tokenizer import TOKENIZER
 from clp_jax.interop import (
   causal,
   huggingface,

@@ -58,7 +58,8 @@ from clp_jax.models.layers import (
   step_layers,
   through_layers,
 )
-from clp_jax.models.model import Context, Params
+from clp_jax.models.model import Context
+from clp_jax.models.trees import Call
 from clp_jax.row_mixing import RowMixture
 from clp_jax.sharding import constrain
 
@@ -701,8 +702,7 @@ class Network(nn.Module):
     return constrain(logits, "batch", "length", "vocab")
 
 
-def boxed_init(config: CausalConfig, key: jax.Array) -> Params:
-  """Random float32 parameters, boxed with the names of their axes."""
+def call(config: CausalConfig) -> Call:
+  """The network, and the shapes of what it takes."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  # Lazy: makes the parameters without running the network.
-  return Network(config).lazy_init(key, tokens, tokens)["params"]
+  return Network(config), (tokens, tokens)

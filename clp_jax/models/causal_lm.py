@@ -7,7 +7,7 @@ import jax
 
 from clp_jax.models import trees
 from clp_jax.models.attention import empty_cache
-from clp_jax.models.causal import CausalConfig, Network, boxed_init
+from clp_jax.models.causal import CausalConfig, Network, call
 from clp_jax.models.model import Cache, Context, Params
 
 
@@ -18,13 +18,13 @@ class CausalLM:
   config: CausalConfig
 
   def init(self, key: jax.Array) -> Params:
-    return trees.init(boxed_init, self.config, key)
+    return trees.init(call, self.config, key)
 
   def abstract(self) -> Params:
-    return trees.abstract(boxed_init, self.config)
+    return trees.abstract(call, self.config)
 
   def axes(self) -> Params:
-    return trees.axes(boxed_init, self.config)
+    return trees.axes(call, self.config)
 
   def is_cast(self, path: tuple[str, ...]) -> bool:
     return path[-1] in ("kernel", "bias", "embedding")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from clp_jax.models import trees
 from clp_jax.models.causal import CausalConfig
 from clp_jax.models.causal_lm import CausalLM
-from clp_jax.models.encoder import EncoderConfig, Network, boxed_init
+from clp_jax.models.encoder import EncoderConfig, Network, call
 from clp_jax.models.model import Params
 
 
@@ -89,10 +89,10 @@ class EncoderClassifier:
   reads_pairs: ClassVar[bool] = True
 
   def abstract(self) -> Params:
-    return trees.abstract(boxed_init, self.config)
+    return trees.abstract(call, self.config)
 
   def axes(self) -> Params:
-    return trees.axes(boxed_init, self.config)
+    return trees.axes(call, self.config)
 
   def logits(self, params: Params, rows: jax.Array) -> jax.Array:
     return jnp.asarray(Network(self.config).apply({"params": params}, rows))

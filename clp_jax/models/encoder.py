@@ -33,7 +33,7 @@ from clp_jax.models.layers import (
   layers_of,
   through_layers,
 )
-from clp_jax.models.model import Params
+from clp_jax.models.trees import Call
 from clp_jax.sharding import constrain
 
 _NORMAL = nn.initializers.normal(0.02)
@@ -285,8 +285,7 @@ class Network(nn.Module):
     return dense("head", cfg.num_labels, ("embed", "head"))(x)
 
 
-def boxed_init(config: EncoderConfig, key: jax.Array) -> Params:
-  """Random float32 parameters, boxed with the names of their axes."""
+def call(config: EncoderConfig) -> Call:
+  """The network, and the shapes of what it takes."""
   rows = jax.ShapeDtypeStruct((1, 2, 1), jnp.int32)
-  # Lazy: makes the parameters without running the network.
-  return Network(config).lazy_init(key, rows)["params"]
+  return Network(config), (rows,)

@@ -237,9 +237,15 @@ def param(
 ) -> jax.Array | RowMixture:
   """A float32 parameter, its logical axes recorded when it is created."""
   if module.has_variable("params", name):
-    value: Any = module.get_variable("params", name)
-    if isinstance(value, RowMixture | LowRank):  # of another shape than init's
-      return cast(RowMixture, value)
+    # Flax would trace `init` for its shape, whenever a leaf is read.
+    value: Any = nn.unbox(module.get_variable("params", name))
+    stands_in = isinstance(value, RowMixture | LowRank)  # of another shape
+    if not stands_in and value.shape != shape:
+      raise ValueError(
+        f"{'/'.join(module.path)}/{name} has the shape {value.shape}, but the "
+        f"model needs {shape}."
+      )
+    return cast(RowMixture, value)
   boxed_init = nn.with_logical_partitioning(init, axes)
   made = module.param(name, boxed_init, shape, jnp.float32)
   return cast(jax.Array, made)  # param takes the box off

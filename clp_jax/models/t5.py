@@ -452,10 +452,9 @@ def init_cache(
   return empty_cache(config, config.num_decoder_layers, shape, "heads")
 
 
-def _boxed_init(config: T5Config, key: jax.Array) -> Params:
+def _call(config: T5Config) -> trees.Call:
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  # Lazy: makes the parameters without running the network.
-  return T5(config).lazy_init(key, tokens, tokens)["params"]
+  return T5(config), (tokens, tokens)
 
 
 def init_params(config: T5Config, key: jax.Array) -> Params:
@@ -463,12 +462,12 @@ def init_params(config: T5Config, key: jax.Array) -> Params:
 
   Whether the layers are scanned changes where the values are, not the values.
   """
-  return trees.init(_boxed_init, config, key)
+  return trees.init(_call, config, key)
 
 
 def abstract_params(config: T5Config) -> Params:
   """The tree of `init_params` with a jax.ShapeDtypeStruct for each array."""
-  return trees.abstract(_boxed_init, config)
+  return trees.abstract(_call, config)
 
 
 def logical_axes(config: T5Config) -> Axes:
@@ -477,4 +476,4 @@ def logical_axes(config: T5Config) -> Axes:
   The tuples are leaves by meaning but nodes to jax.tree: map over them with
   `is_leaf=lambda x: isinstance(x, tuple)`. Stacked layers put "layers" first.
   """
-  return trees.axes(_boxed_init, config)
+  return trees.axes(_call, config)

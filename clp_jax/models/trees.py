@@ -12,48 +12,57 @@ import numpy as np
 
 Params = Any  # a nested dict of arrays
 Axes = Any  # the same nesting with a tuple of axis names for each array
-# (config, key) -> parameters boxed with their logical axes
-BoxedInit = Callable[[Any, jax.Array], Params]
+# A network, and the shapes of what it takes
+Call = tuple[nn.Module, tuple[jax.ShapeDtypeStruct, ...]]
+CallOf = Callable[[Any], Call]  # of a config
 
 
-def init(boxed_init: BoxedInit, config: Any, key: jax.Array) -> Params:
+def init(call: CallOf, config: Any, key: jax.Array) -> Params:
   """Random parameters, the same whether the layers are scanned or not."""
-  # Drawing all layers at once compiles half as many programs, too.
-  scanned = dataclasses.replace(config, scan_layers=True)
-  params = nn.unbox(boxed_init(scanned, key))
+  network, inputs = _scanned(call, config)
+  # Lazy: makes the parameters without running the network.
+  params = nn.unbox(network.lazy_init(key, *inputs)["params"])
   return params if config.scan_layers else unstack_layers(params)
 
 
-def abstract(boxed_init: BoxedInit, config: Any) -> Params:
+def abstract(call: CallOf, config: Any) -> Params:
   """The tree of `init` with a jax.ShapeDtypeStruct for each array."""
-  return jax.tree.map(lambda leaf: leaf, _abstract(boxed_init, config))
+  return _of_boxes(call, config, lambda box: box.value)
 
 
-@functools.lru_cache
-def _abstract(boxed_init: BoxedInit, config: Any) -> Params:
-  # Building the modules takes half a second, and a run asks many times.
-  return jax.eval_shape(lambda: init(boxed_init, config, jax.random.key(0)))
-
-
-def axes(boxed_init: BoxedInit, config: Any) -> Axes:
+def axes(call: CallOf, config: Any) -> Axes:
   """The tree of `init` with a tuple of axis names for each array."""
-  return jax.tree.map(
-    lambda names: names, _axes(boxed_init, config), is_leaf=_are_names
-  )
+
+  def names(box):
+    return tuple(n for n in box.names if config.scan_layers or n != "layers")
+
+  return _of_boxes(call, config, names)
 
 
-@functools.lru_cache
-def _axes(boxed_init: BoxedInit, config: Any) -> Axes:
-  boxed = jax.eval_shape(lambda: boxed_init(config, jax.random.key(0)))
+def _scanned(call: CallOf, config: Any) -> Call:
+  # Drawing all layers at once compiles half as many programs, too.
+  return call(dataclasses.replace(config, scan_layers=True))
+
+
+def _of_boxes(call: CallOf, config: Any, what: Callable) -> Any:
   return jax.tree.map(
-    lambda box: tuple(box.names),
-    boxed,
+    what,
+    _boxes(call, config),
     is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
   )
 
 
-def _are_names(x: Any) -> bool:
-  return isinstance(x, tuple)
+@functools.lru_cache
+def _boxes(call: CallOf, config: Any) -> Params:
+  """The tree of `init`, each array's shape in a box with its axes."""
+  # Once for all: running the modules takes a quarter of a second.
+  network, inputs = _scanned(call, config)
+
+  def boxes(*inputs):
+    params = network.init(jax.random.key(0), *inputs)["params"]
+    return params if config.scan_layers else unstack_layers(params)
+
+  return jax.eval_shape(boxes, *inputs)
 
 
 def _stack(*leaves: Any) -> Any:

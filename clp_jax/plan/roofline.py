@@ -286,7 +286,8 @@ def _step_row(
     return sum(p["calls"] * value(p) for p in programs)
 
   times = [
-    total(lambda p, kind=kind: p["time"][kind]) for kind in programs[0]["time"]
+    sum(p["calls"] * p["time"][kind] for p in programs)
+    for kind in programs[0]["time"]
   ]
   return [
     "a step",

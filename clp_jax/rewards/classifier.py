@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 
 from clp_jax import sharding
 from clp_jax.data import tokenizer as tokenizer_lib
-from clp_jax.data.hf_tokenizer import TOKENIZER, HFTokenizer, read_files
+from clp_jax.data.hf_tokenizer import HFTokenizer, read_files
 from clp_jax.data.text_pairs import TextPairs
+from clp_jax.data.tokenizer import TOKENIZER
 from clp_jax.interop import classifiers
 from clp_jax.rewards import model as models
 from clp_jax.rewards.base import Score, Texts

@@ -2,9 +2,10 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from rouge_score import rouge_scorer, tokenize, tokenizers
+from rouge_score import tokenize
 
 TYPES = ("rouge1", "rouge2", "rougeL")
 
@@ -53,11 +54,14 @@ def _score(types: tuple[str, ...], reference: str, response: str) -> float:
 
 
 @functools.lru_cache
-def _scorer(types: tuple[str, ...]) -> rouge_scorer.RougeScorer:
+def _scorer(types: tuple[str, ...]) -> Any:
+  # Late: it imports NLTK, and that SciPy, which takes most of a second.
+  from rouge_score import rouge_scorer
+
   return rouge_scorer.RougeScorer(types, tokenizer=_CachedTokenizer())
 
 
-class _CachedTokenizer(tokenizers.Tokenizer):
+class _CachedTokenizer:
   """rouge_score's own tokenization, each text's once for all types."""
 
   def tokenize(self, text: str) -> list[str]:

@@ -261,9 +261,24 @@ def rl_optimizer(
   """
   optimizer = make_optimizer(**config.optimizer, axes=axes)
   if config.steering == "svd_lora":
-    penalty = adapters.keep_orthogonal(config.adapters.orthogonality)
+    penalty = keep_orthogonal(config.adapters.orthogonality)
     optimizer = optax.chain(penalty, optimizer)
   return optimizer
+
+
+def keep_orthogonal(weight: float) -> optax.GradientTransformation:
+  """Adds the gradient of weight x `adapters.orthogonality` to that of a loss.
+
+  A step of the optimizer, so that no algorithm's loss has to know of it. The
+  weight is >= 0.
+  """
+
+  def update(updates, state, params):
+    gradient = jax.grad(adapters.orthogonality)(params)
+    updates = jax.tree.map(lambda u, g: u + weight * g, updates, gradient)
+    return updates, state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def rl_critic_optimizer(config: ml_collections.ConfigDict):
