@@ -35,7 +35,7 @@ _IMPORTERS = {
   None: ["clp_jax"],
   "cuda": ["clp_jax"],
   "tpu": ["clp_jax"],
-  "serve": ["clp_jax/serving"],
+  "serve": ["clp_jax/serving", "benchmarks"],
   "plan": ["clp_jax/plan"],
   "wandb": ["clp_jax/train"],
   "test": ["tests"],
