@@ -22,7 +22,9 @@ LIMIT = 1.3
 READ = """
 import resource, sys
 from clp_jax import interop, sharding
+from clp_jax.cli import memory
 from clp_jax.models import t5
+memory.keep_freed()  # as commands do
 shardings = None
 if sys.argv[2] == "sharded":
   mesh = sharding.make_mesh(4, 2)

@@ -33,6 +33,13 @@ class Point(NamedTuple):
   rows: int = 32
 
 
+class Measured(NamedTuple):
+  """Of one program."""
+
+  times: timing.Times
+  size: int  # bytes
+
+
 def points(args: argparse.Namespace) -> list[Point]:
   """The first line, the others once each, and the first again."""
   first = Point(args.sizes[-1])
@@ -45,7 +52,7 @@ def points(args: argparse.Namespace) -> list[Point]:
   return [first, *dict.fromkeys(p for p in varied if p != first), first]
 
 
-def training(point: Point, args: argparse.Namespace) -> "Measured":
+def training(point: Point, args: argparse.Namespace) -> Measured:
   """Times updates."""
   config = models.config_of(args)
   params = models.random_params(config)
@@ -68,7 +75,7 @@ def training(point: Point, args: argparse.Namespace) -> "Measured":
   return _measured(compiled, step, args.n)
 
 
-def serving(point: Point, args: argparse.Namespace) -> "Measured":
+def serving(point: Point, args: argparse.Namespace) -> Measured:
   """Times decoding of rows with weightings of their own."""
   config = models.config_of(args)
   params = models.random_params(config)
@@ -82,13 +89,6 @@ def serving(point: Point, args: argparse.Namespace) -> "Measured":
   program = mixing.sample_rows(config, steerable, args.target)
   compiled = program.lower(*arguments).compile()
   return _measured(compiled, lambda: compiled(*arguments), args.n)
-
-
-class Measured(NamedTuple):
-  """Of one program."""
-
-  times: timing.Times
-  size: int  # bytes
 
 
 def _measured(compiled: Any, run: Callable[[], Any], n: int) -> Measured:
@@ -121,6 +121,7 @@ def main() -> None:
   setup.configure()
   rates = timing.measure_rates("float32")
   table: list[dict[str, Any]] = []
+  first: dict[str, float] = {}  # seconds of the first line
   for point in points(args):
     own = argparse.Namespace(
       **vars(args),
@@ -132,18 +133,15 @@ def main() -> None:
     row: dict[str, Any] = point._asdict()
     for name, measure in (("update", training), ("serving", serving)):
       measured = measure(point, own)
+      first.setdefault(name, measured.times.median)
       row |= {
         f"{name} s": measured.times.median,
         f"{name} min s": min(measured.times.wall),
         f"{name} max s": max(measured.times.wall),
-        f"{name} times": measured.times.median,
+        f"{name} times": measured.times.median / first[name],
         f"{name} GB": measured.size / 1e9,
       }
     table.append(row)
-  first = table[0]
-  for row in reversed(table):
-    for name in ("update times", "serving times"):
-      row[name] /= first[name]
   timing.show(table, args, rates)
 
 

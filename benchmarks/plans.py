@@ -57,9 +57,10 @@ class Run(NamedTuple):
   options: tuple[str, ...] = ()
 
 
-def _xsum(name: str, size: str, topology: str, judge: str, m: int) -> Run:
+def _xsum(size: str, steering: str, topology: str, judge: str, m: int) -> Run:
   """Of configs/xsum; with three rewards where m is 3."""
   options = [
+    f"--config.steering={steering}",
     f"--config.model.init={size}",
     f"--config.rewards.nli.model={judge}",
   ]
@@ -68,14 +69,8 @@ def _xsum(name: str, size: str, topology: str, judge: str, m: int) -> Run:
       "--config.objectives=('nli', 'rouge', 'tldr')",
       f"--config.rewards.tldr.model={judge}",
     ]
-  if "attn" in name:
-    options.append("--config.steering=attention")
-  return Run(
-    f"{size}, {name}, m = {m}",
-    f"configs/xsum/{size}.py",
-    topology,
-    tuple(options),
-  )
+  name = f"{size}, {steering}, m = {m}"
+  return Run(name, f"configs/xsum/{size}.py", topology, tuple(options))
 
 
 def _chat() -> list[Run]:
@@ -103,10 +98,10 @@ def _chat() -> list[Run]:
 
 RUNS = {
   "xsum": [
-    _xsum("full-CLP", "base", "v5e:2x4", "large", 2),
-    _xsum("full-CLP", "large", "v5e:4x8", "large", 3),
-    _xsum("attn-CLP", "xl", "v5e:8x16", "xl", 3),
-    _xsum("attn-CLP", "xxl", "v5p:4x8x8", "xxl", 3),
+    _xsum("base", "full", "v5e:2x4", "large", 2),
+    _xsum("large", "full", "v5e:4x8", "large", 3),
+    _xsum("xl", "attention", "v5e:8x16", "xl", 3),
+    _xsum("xxl", "attention", "v5p:4x8x8", "xxl", 3),
   ],
   "chat": _chat(),
 }

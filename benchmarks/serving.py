@@ -126,22 +126,17 @@ async def _measure(address: str, pid: int, peer: str | None, args) -> dict:
       _, expected[body["seed"]] = await client.ask(body)
   client.close()
   differing = sum(text != expected[b["seed"]] for b, text in loaded.answers)
-  ms = np.asarray(loaded.seconds) * 1e3
   return {
     "clients": args.clients,
     "seconds": args.seconds,
     "rows in a batch": args.rows,
     "requests": len(loaded.seconds),
-    "requests/s": round(len(loaded.seconds) / loaded.wall, 1),
-    "p50 ms": round(float(np.percentile(ms, 50)), 1),
-    "p99 ms": round(float(np.percentile(ms, 99)), 1),
-    "requests/s one at a time": round(len(alone.seconds) / alone.wall, 1),
-    "p50 ms one at a time": round(
-      float(np.percentile(alone.seconds, 50)) * 1e3, 1
-    ),
-    "ratio": round(
-      len(loaded.seconds) / loaded.wall * alone.wall / len(alone.seconds), 2
-    ),
+    "requests/s": round(loaded.rate, 1),
+    "p50 ms": loaded.percentile(50),
+    "p99 ms": loaded.percentile(99),
+    "requests/s one at a time": round(alone.rate, 1),
+    "p50 ms one at a time": alone.percentile(50),
+    "ratio": round(loaded.rate / alone.rate, 2),
     "status 429": loaded.refused,
     "errors": loaded.errors + alone.errors,
     "answers checked": len(loaded.answers),
@@ -162,17 +157,13 @@ def _against(loaded: "_Load", peers: list["_Load"]) -> dict:
   requests a second ours answered."""
   if not peers:
     return {}
-  rates = [len(p.seconds) / p.wall for p in peers]
+  rates = [peer.rate for peer in peers]
   return {
-    "peer requests/s": [round(r, 1) for r in rates],
-    "peer p50 ms": [round(float(np.median(p.seconds)) * 1e3) for p in peers],
-    "peer p99 ms": [
-      round(float(np.percentile(p.seconds, 99)) * 1e3) for p in peers
-    ],
-    "peer errors": sum(p.errors for p in peers),
-    "times the peer": round(
-      len(loaded.seconds) / loaded.wall / float(np.mean(rates)), 2
-    ),
+    "peer requests/s": [round(rate, 1) for rate in rates],
+    "peer p50 ms": [peer.percentile(50) for peer in peers],
+    "peer p99 ms": [peer.percentile(99) for peer in peers],
+    "peer errors": sum(peer.errors for peer in peers),
+    "times the peer": round(loaded.rate / float(np.mean(rates)), 2),
   }
 
 
@@ -185,6 +176,15 @@ class _Load:
     self.refused = 0
     self.errors = 0
     self.wall = 0.0
+
+  @property
+  def rate(self) -> float:
+    """Answers a second."""
+    return len(self.seconds) / self.wall
+
+  def percentile(self, q: float) -> float:
+    """Of the times to an answer, ms."""
+    return round(float(np.percentile(self.seconds, q)) * 1e3, 1)
 
 
 async def _load(address, make, num_clients: int, seconds: float) -> _Load:

@@ -158,6 +158,17 @@ def test_numbers_are_json_with_a_line_for_each_front():
   assert text.count("\n") < 20
 
 
+def test_a_curve_that_is_not_finished_has_empty_cells(tmp_path):
+  lifts = {("full-CLP", 4000): 0.02, ("full-CLP", 1000): 0.0}
+  content = content_of(lifts | {("Rewarded Soups", 4000): -0.02})
+  text = page._curve(content, tmp_path)
+  _, _, *lines = [x for x in text.splitlines() if x.startswith("|")]
+  cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
+  assert [bool(c) for c in cells[0]] == [True] * 3  # 1,000 and 4,000 steps
+  assert cells[1][:2] == ["Rewarded Soups", ""] and cells[1][2]
+  assert cells[2] == ["Rewarded Soups, m x", "", ""]
+
+
 def test_the_page_is_what_its_numbers_give(tmp_path):
   results = tmp_path / "results"
   results.mkdir()

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import mixing, models, rollout, timing, update
+from benchmarks import growth, mixing, models, rollout, timing, update
 from clp_jax.models import families, t5
 from clp_jax.models.presets import PRESETS
 
@@ -88,6 +88,35 @@ def test_every_family_has_small_models_and_those_that_are_published():
       assert config.architecture == family
     small = families.build(models.sizes(family)["small"]).abstract()
     assert 25e6 < sum(leaf.size for leaf in jax.tree.leaves(small)) < 35e6
+
+
+def test_growth_varies_one_thing_at_a_time():
+  args = argparse.Namespace(
+    sizes=["tiny", "mini"], objectives=[1, 2], weightings=[4, 8], rows=[32, 64]
+  )
+  first, *varied, last = growth.points(args)
+  assert first == last == growth.Point("mini", 2, 4, 32)
+  names = ("objectives", "weightings", "size", "rows")
+  for point, name in zip(varied, names, strict=True):
+    assert getattr(point, name) != getattr(first, name)
+    assert point._replace(**{name: getattr(first, name)}) == first
+
+
+@pytest.mark.slow
+def test_growth_is_a_table_of_times_and_memory(monkeypatch, capsys):
+  arguments = "--sizes tiny --objectives 2,3 --weightings 4 --rows 32 --n 1"
+  words = ["it", *arguments.split(), "--source=8", "--target=4", "--json"]
+  monkeypatch.setattr(sys, "argv", words)
+  growth.main()
+  rows = json.loads(capsys.readouterr().out)["rows"]
+  assert [row["objectives"] for row in rows] == [2, 3, 2]
+  for name in ("update", "serving"):
+    assert rows[0][f"{name} times"] == 1
+    assert (
+      rows[1][f"{name} GB"] > rows[0][f"{name} GB"] == rows[2][f"{name} GB"]
+    )
+    ratio = rows[2][f"{name} s"] / rows[0][f"{name} s"]
+    assert rows[2][f"{name} times"] == pytest.approx(ratio)
 
 
 def test_a_size_is_of_its_family(monkeypatch, capsys):
