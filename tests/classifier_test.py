@@ -606,6 +606,13 @@ class TestWhatIsWrong:
     with pytest.raises(ValueError, match="run of clp: .*'preference'"):
       load(tmp_path)
 
+  def test_rows_that_a_folder_says_wrongly(self, tmp_path):
+    for value in ({"template": "x"}, {"template": 1, "source_length": 9}, []):
+      name = f"model{len(list(tmp_path.iterdir()))}"
+      folder = decoder(tmp_path / name, clp_jax=value)
+      with pytest.raises(ValueError, match="clp_jax must hold a template and"):
+        load(folder)
+
   def test_a_decoder_that_can_not_be_asked(self, qwen, tmp_path):
     folder = shutil.copytree(qwen[0], tmp_path / "model")
     (folder / "chat_template.jinja").unlink()

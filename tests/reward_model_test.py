@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reward_runs
 import runs
+import small_decoder
 from processes_test import start_training
+from safetensors import numpy as safetensors
 
 from clp_jax import config as config_lib
 from clp_jax import interop, run_folder, saved_params, sharding
-from clp_jax.data import jsonl, reader, vocabulary
+from clp_jax.data import hf_tokenizer, jsonl, reader, vocabulary
 from clp_jax.errors import ConfigError, RunError
 from clp_jax.models import families, t5
 from clp_jax.rewards import entailment, model, preference
@@ -595,3 +598,131 @@ class TestCommand:
     assert last.startswith("clp train-reward: error: ") and message in last
     assert "Traceback" not in err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+class TestExport:
+  """Of a head on a decoder, to what the source "classifier" reads."""
+
+  def scores(self, source, folder, **options):
+    spec = {"source": source, "model": str(folder), "batch": 4, **options}
+    reward = load_reward("good", spec, mesh_of())
+    documents = [d.replace("w", "the council ") for d in DOCUMENTS]
+    return reward.score(documents, documents, RESPONSES)
+
+  def export(self, workdir, output, *arguments):
+    return runs.clp(
+      *("export", "--workdir", workdir, "--format", "hf"),
+      *("--output", output, *arguments),
+    )
+
+  @pytest.mark.parametrize(
+    "architecture, changes",
+    [("qwen3", {}), ("gemma3_text", {"scan_layers": True})],
+  )
+  def test_its_scores_are_the_runs(self, architecture, changes, tmp_path):
+    reward_runs.start(tmp_path / "run", architecture, **changes)
+    status, out, err = self.export(tmp_path / "run", tmp_path / "out")
+    assert status == 0, err
+    assert out.strip() == str(tmp_path / "out")
+    expected = self.scores("preference", tmp_path / "run")
+    assert expected.std() > 0.05
+    found = self.scores("classifier", tmp_path / "out")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # Documents that are cut elsewhere give others, by both alike.
+    cut = [
+      self.scores(*pair, source_length=32)
+      for pair in (
+        ("preference", tmp_path / "run"),
+        ("classifier", tmp_path / "out"),
+      )
+    ]
+    np.testing.assert_allclose(*cut, atol=1e-5)
+    assert abs(cut[0] - expected).max() > 1e-2
+    with pytest.raises(ValueError, match="template is for other models; .*own"):
+      self.scores("classifier", tmp_path / "out", template=reward_runs.TEMPLATE)
+
+  def test_the_folder_says_what_it_is(self, tmp_path):
+    reward_runs.start(tmp_path / "run", pad_id=0, num_tokens=500)
+    report = {"accuracy": 0.75, "stderr": 0.1, "pairs": 20}
+    (tmp_path / "run" / "evaluation").mkdir()
+    accuracy = tmp_path / "run" / "evaluation" / "accuracy.json"
+    accuracy.write_text(json.dumps(report | {"step": reward_runs.STEP}))
+    arguments = ("--dtype", "bfloat16", "--step", reward_runs.STEP)
+    status, _, err = self.export(tmp_path / "run", tmp_path / "out", *arguments)
+    assert status == 0, err
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["architectures"] == ["Qwen3ForSequenceClassification"]
+    assert values["num_labels"] == len(values["id2label"]) == 1
+    assert values["pad_token_id"] == 0 != values["eos_token_id"]
+    stored = safetensors.load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["score.weight"].shape == (1, 32)
+    assert stored["score.weight"].dtype == "bfloat16"
+    assert "lm_head.weight" not in stored
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert record["step"] == reward_runs.STEP and record["format"] == "hf"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "75.0% ± 19.6%" in card and "tags: [clp_jax, reward-model]" in card
+    assert 'parts = ["Asked:", document, "Answered:", response, "End."]' in card
+    # Anew, of another step, of which the accuracy is not.
+    accuracy.write_text(json.dumps(report | {"step": 1}))
+    assert self.export(tmp_path / "run", tmp_path / "out")[0] == 0
+    assert "75.0%" not in (tmp_path / "out" / "README.md").read_text()
+
+  def test_pads_with_another_token_than_rows_end_in(self, tmp_path):
+    """<|endoftext|>, of which the tokenizer says that it pads, is EOS here."""
+    words = small_decoder.make_tokenizer()
+    words = hf_tokenizer.HFTokenizer("here", words.files(), (0,))
+    reward_runs.start(tmp_path / "run", "llama", words, eos_ids=(0, 2))
+    status, _, err = self.export(tmp_path / "run", tmp_path / "out")
+    assert status == 0, err
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    own = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert values["eos_token_id"] == [0, 2] and values["pad_token_id"] == 1
+    assert own["pad_token"] == "<|im_start|>"
+    assert own["eos_token"] == "<|im_end|>"
+    found = self.scores("classifier", tmp_path / "out")
+    expected = self.scores("preference", tmp_path / "run")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+  def test_with_a_sentencepiece_model(self, judge, tmp_path):
+    words = judge[1]
+    ids = {"pad_id": words.pad_id, "eos_ids": words.eos_ids}
+    reward_runs.start(tmp_path / "run", "qwen2", words, **ids)
+    assert self.export(tmp_path / "run", tmp_path / "out")[0] == 0
+    found = self.scores("classifier", tmp_path / "out")
+    expected = self.scores("preference", tmp_path / "run")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    (tmp_path / "out" / "vocabulary.model").unlink()
+    with pytest.raises(ValueError, match="out holds no vocabulary; restore it"):
+      self.scores("classifier", tmp_path / "out")
+
+  @pytest.mark.parametrize(
+    "status, message, arguments",
+    [
+      (2, "--weights: a reward model has none", ("--weights", "a=1")),
+      (2, "--format peft: a reward model is", ("--format", "peft")),
+      (1, "has no step 9; it has 3", ("--step", 9)),
+    ],
+  )
+  def test_bad_arguments_are_one_line(
+    self, tmp_path, status, message, arguments
+  ):
+    reward_runs.start(tmp_path / "run")
+    self.fails(tmp_path, status, message, *arguments)
+
+  def test_what_has_no_class_is_one_line(self, trained, tmp_path):
+    message = "--format hf: transformers has no T5 whose score is read"
+    self.fails(tmp_path, 2, message, "--workdir", trained[0])
+    reward_runs.start(tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    values = json.loads(file.read_text())
+    values["reward_model"]["head"] = "token"
+    file.write_text(json.dumps(values))
+    self.fails(tmp_path, 2, "score is the logit of a token")
+
+  def fails(self, tmp_path, status, message, *arguments):
+    output = tmp_path / "out"
+    got, _, err = self.export(tmp_path / "run", output, *arguments)
+    assert got == status, err
+    assert message in err.splitlines()[-1] and "Traceback" not in err
+    assert not output.exists()

@@ -1,9 +1,14 @@
-"""`clp export`: a run's policy as an ordinary checkpoint, or its adapters."""
+"""`clp export`: a run's policy as an ordinary checkpoint, or its adapters.
+
+A head that `clp train-reward` has trained on a decoder becomes (hf) a folder of
+transformers' ...ForSequenceClassification.
+"""
 
 import argparse
 import json
 
 from clp_jax.cli import arguments
+from clp_jax.data.tokenizer import TOKENIZER
 from clp_jax.errors import ConfigError, as_config_error
 
 EXAMPLE = (
@@ -29,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
   arguments.add_workdir(parser)
   help = (
-    "the weighting of the policy; none for a supervised run, and for peft's "
-    "folder an objective"
+    "the weighting of the policy; none for a supervised run or a reward model, "
+    "and for peft's folder an objective"
   )
   arguments.add_weighting(parser, help)
   arguments.add_step(parser)
@@ -44,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "fields of the T5Config. All with the SentencePiece model. peft, of "
     "steering lora and svd_lora: a folder of the peft library for each "
     "objective, or for the one weighting that is given, and base, the model "
-    "that they adapt, unless the run began from a Hugging Face folder",
+    "that they adapt, unless the run began from a Hugging Face folder. Of a "
+    "`clp train-reward` run on a decoder hf is a ...ForSequenceClassification",
   )
   help = "of the parameters"
   arguments.add(parser, "--dtype", help, "float32", choices=DTYPES)
@@ -60,14 +66,24 @@ def run(args: argparse.Namespace) -> None:
   """Runs the command."""
   from etils import epath
 
+  from clp_jax.rewards import preference
+
+  output = epath.Path(args.output)
+  old_format = _check_is_free(output)
+  trained = preference.trained_config(args.workdir)
+  if trained is None:
+    _export_policy(args, output, old_format)
+  else:
+    _export_reward(args, output, old_format, trained)
+  print(args.output)
+
+
+def _export_policy(args, output, old_format: str | None) -> None:
   from clp_jax import adapter_folders
   from clp_jax.evaluation import model_card
   from clp_jax.interop import peft
   from clp_jax.policy import Policy
-  from clp_jax.run_folder import write_json
 
-  output = epath.Path(args.output)
-  old_format = _check_is_free(output)
   policy = Policy.load(args.workdir, step=args.step)
   is_peft = args.format == "peft"
   with as_config_error():
@@ -79,29 +95,7 @@ def run(args: argparse.Namespace) -> None:
       policy.coefficients(args.weights, args.alpha)
     except ValueError as error:
       raise ConfigError(f"--weights: {error}") from error
-  output.mkdir(parents=True, exist_ok=True)
-  # Before anything else: what is left of an export that was interrupted can be
-  # written over.
-  write_json(
-    output / RECORD,
-    {
-      "written_by": "clp export",
-      "workdir": args.workdir,
-      "step": policy.step,
-      "weights": args.weights,
-      "alpha": args.alpha,
-      "format": args.format,
-      "dtype": args.dtype,
-    },
-  )
-  patterns = list(_WRITTEN)
-  if old_format == "peft":
-    patterns += _WRITTEN_PEFT
-    for old in output.glob("*/adapter_config.json"):
-      old.parent.rmtree()
-  for pattern in patterns:
-    for old in output.glob(pattern):
-      old.rmtree() if old.is_dir() else old.unlink()
+  _begin(args, output, policy.step, old_format)
   given = {"weights": args.weights, "alpha": args.alpha}
   try:
     if is_peft:
@@ -129,7 +123,83 @@ def run(args: argparse.Namespace) -> None:
     usage=usage,
     **given,
   )
-  print(args.output)
+
+
+def _export_reward(args, output, old_format: str | None, config) -> None:
+  """Of a `clp train-reward` run, whose config it is."""
+  from clp_jax import run_folder, sharding
+  from clp_jax.evaluation import model_card
+  from clp_jax.rewards import model as models
+  from clp_jax.rewards import preference
+
+  if args.weights is not None or args.alpha is not None:
+    raise ConfigError("--weights: a reward model has none; leave them out.")
+  if args.format != "hf":
+    raise ConfigError(
+      f"--format {args.format}: a reward model is written as hf alone."
+    )
+  try:
+    preference.check_exports(config, run_folder.load_model_config(args.workdir))
+  except ValueError as error:
+    raise ConfigError(f"--format hf: {error}") from error
+  judge, step = preference.load_trained(
+    args.workdir,
+    config.reward_model.head,
+    sharding.make_mesh(),
+    step=args.step,
+  )
+  _begin(args, output, step, old_format)
+  try:
+    preference.export(config, judge, args.output, args.dtype)
+  except ValueError as error:
+    raise ConfigError(f"--format hf: {error}") from error
+  words = judge.vocabulary
+  usage = model_card.of_reward(
+    models.parts(config.reward_model.template),
+    config.data.source_length,
+    begins=words.bos_id is not None,
+    is_hf=TOKENIZER in words.files(),
+  )
+  model_card.write(
+    output,
+    config,
+    args.workdir,
+    step=step,
+    weights=None,
+    alpha=None,
+    title="A reward model",
+    library="transformers",
+    usage=usage,
+  )
+
+
+def _begin(args, output, step: int, old_format: str | None) -> None:
+  """Makes the folder, says what it will be, and removes an earlier export."""
+  from clp_jax.run_folder import write_json
+
+  output.mkdir(parents=True, exist_ok=True)
+  # Before anything else: what is left of an export that was interrupted can be
+  # written over.
+  write_json(
+    output / RECORD,
+    {
+      "written_by": "clp export",
+      "workdir": args.workdir,
+      "step": step,
+      "weights": args.weights,
+      "alpha": args.alpha,
+      "format": args.format,
+      "dtype": args.dtype,
+    },
+  )
+  patterns = list(_WRITTEN)
+  if old_format == "peft":
+    patterns += _WRITTEN_PEFT
+    for old in output.glob("*/adapter_config.json"):
+      old.parent.rmtree()
+  for pattern in patterns:
+    for old in output.glob(pattern):
+      old.rmtree() if old.is_dir() else old.unlink()
 
 
 def _check_is_free(output) -> str | None:

@@ -2,7 +2,8 @@
 
 Its data are JSONL lines with "document", "chosen" and "rejected". The folder it
 makes is the model of a reward: rewards.NAME.source=preference,
-rewards.NAME.model=DIR.
+rewards.NAME.model=DIR. Of a decoder, `clp export --format hf` writes it as a
+folder of transformers.
 """
 
 import argparse

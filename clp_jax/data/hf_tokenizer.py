@@ -513,6 +513,31 @@ class HFTokenizer:
     """Name -> content."""
     return dict(self._files)
 
+  def padding(self, last: int) -> tuple[int, dict[str, bytes]]:
+    """The model's padding, or the tokenizer's own, or a control token."""
+    given = self._names.get("pad_token")
+    names = [
+      None if self.pad_id < 0 else self._tokenizer.id_to_token(self.pad_id)
+    ]
+    names += [given, *(name for _, name in sorted(self._special.items()))]
+    # A beginning pads too, but it looks odd.
+    names.sort(key=lambda name: name == self._names.get("bos_token", ""))
+    for name in filter(None, names):
+      pad = self._tokenizer.token_to_id(name)
+      if pad is not None and pad != last:
+        break
+    else:
+      raise ValueError(
+        f"{self.path} has no token to pad with but the one that ends rows; "
+        f"add one to {TOKENIZER}, and name it as pad_token in {_CONFIG}."
+      )
+    files = self.files()
+    if name != given:
+      for file in {_CONFIG, *files} & {_CONFIG, _SPECIAL}:
+        values = self._json(file) | {"pad_token": name}
+        files[file] = json.dumps(values, indent=2).encode()
+    return pad, files
+
 
 def _line(error: Exception) -> str:
   return " ".join(str(error).split())

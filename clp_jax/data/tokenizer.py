@@ -84,6 +84,19 @@ class Tokenizer(Protocol):
   def files(self) -> dict[str, bytes]:
     """Name -> content of the files that it is made of."""
 
+  def padding(self, last: int) -> tuple[int, dict[str, bytes]]:
+    """What another program can pad rows with that all end in one token.
+
+    Args:
+      last: that token, which is another than the padding.
+
+    Returns:
+      The padding, and `files`, by which the tokenizer says so.
+
+    Raises:
+      ValueError: there is no other token that could.
+    """
+
 
 def parse_template(template: Any) -> Template:
   """A template of a config: text, messages, or messages as JSON, which begin

@@ -248,6 +248,11 @@ class Vocabulary:
     """Name -> content, as a run keeps it."""
     return {FILES[0]: self._content}
 
+  def padding(self, last: int) -> tuple[int, dict[str, bytes]]:
+    """Its own, which ends no row."""
+    del last
+    return self.pad_id, self.files()
+
 
 def read(path: str | os.PathLike, eos_ids: Sequence[int] = ()) -> Vocabulary:
   """Reads a SentencePiece model; may be gs://.

@@ -4,7 +4,8 @@ The card is README.md, in the Hugging Face Hub's form. What only the user knows,
 the licence, is left to fill in.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -61,7 +62,7 @@ def write(
     f"{_MARK}\n\n# {title}",
     _origin(config, step),
     _objectives(config, weights, alpha),
-    _data(config),
+    _pairs(config, workdir, step) if _is_reward(config) else _data(config),
     _front(config, workdir, step),
     f"## How to load it\n\n{usage}",
     "## Beside it\n\n"
@@ -71,6 +72,11 @@ def write(
     "the training data allow.",
   ]
   card.write_text("\n\n".join(p for p in parts if p) + "\n")
+
+
+def _is_reward(config: ml_collections.ConfigDict) -> bool:
+  """Whether it is of `clp train-reward`."""
+  return "reward_model" in config and "objectives" not in config
 
 
 def _rewards(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -106,6 +112,9 @@ def _statistics(
 def _front_matter(config: ml_collections.ConfigDict, library: str) -> str:
   init = config.model.init
   is_hub_name = init.count("/") == 1 and not epath.Path(init).exists()
+  tags = ["clp_jax", "conditional-language-policy", "multi-objective-rl"]
+  if _is_reward(config):
+    tags = ["clp_jax", "reward-model"]
   base = [f"base_model: {init.partition('@')[0]}"] if is_hub_name else []
   return "\n".join(
     [
@@ -113,7 +122,7 @@ def _front_matter(config: ml_collections.ConfigDict, library: str) -> str:
       f"library_name: {library}",
       *base,
       "license:  # to be filled in",
-      "tags: [clp_jax, conditional-language-policy, multi-objective-rl]",
+      f"tags: [{', '.join(tags)}]",
       "---",
     ]
   )
@@ -178,6 +187,30 @@ def _data(config: ml_collections.ConfigDict) -> str:
   )
 
 
+def _pairs(config: ml_collections.ConfigDict, workdir: str, step: int) -> str:
+  """What a reward model has learnt from, and how well it tells pairs apart."""
+  data, settings = config.data, config.reward_model
+  names = [f"`{column(data, x)}`" for x in ("document", "chosen", "rejected")]
+  text = (
+    f"## Data\n\nTrained for {step:,} steps of {settings.batch:,} pairs of "
+    f"`{data.train}` (fields {', '.join(names)}), by the Bradley-Terry loss: "
+    "differences of scores mean something, their zero and scale do not."
+  )
+  try:
+    report = json.loads(
+      (epath.Path(workdir) / "evaluation" / "accuracy.json").read_text()
+    )
+  except (OSError, ValueError):
+    return text
+  if report.get("step") != step:
+    return text
+  return (
+    f"{text}\n\nOn {report['pairs']:,} held-out pairs the chosen response "
+    f"scores higher in {report['accuracy']:.1%} ± "
+    f"{_Z * report['stderr']:.1%} (95% interval)."
+  )
+
+
 def _front(config: ml_collections.ConfigDict, workdir: str, step: int) -> str:
   """A table of the run's front, with intervals; empty where there is none."""
   try:
@@ -216,6 +249,58 @@ def _front(config: ml_collections.ConfigDict, workdir: str, step: int) -> str:
     f"Hypervolume above {list(front.reference_point)}: "
     f"{front.hypervolume:.4f}.{units}"
   )
+
+
+def of_reward(
+  parts: Sequence[str], length: int, *, begins: bool, is_hf: bool
+) -> str:
+  """How a head on a decoder is loaded, as markdown.
+
+  Args:
+    parts: of its rows, tokenised apart; {document} and {response} are places.
+    length: tokens of a row.
+    begins: whether rows begin with BOS.
+    is_hf: whether transformers reads the tokenizer.
+  """
+  ours = (
+    'In clp_jax it is the reward `config_lib.model_reward("classifier", '
+    'model="DIR", normalise="fixed")`.'
+  )
+  if not is_hf:
+    return ours
+  places = {"{document}": "document", "{response}": "response"}
+  listed = ", ".join(places.get(part) or json.dumps(part) for part in parts)
+  bos = "tokenizer.bos_token_id, " if begins else ""
+  return f"""```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForSequenceClassification.from_pretrained(
+  ".", attn_implementation="eager"  # sdpa leaves out the cap that Gemma 2 has
+).eval()
+eos = model.config.eos_token_id
+eos = eos[0] if isinstance(eos, list) else eos
+
+
+def row(document, response):
+  parts = [{listed}]  # each tokenised by itself
+  tokens = [
+    token
+    for part in parts
+    for token in tokenizer(part, add_special_tokens=False).input_ids
+  ]
+  return {{"input_ids": [{bos}*tokens, eos]}}
+
+
+def scores(documents, responses):
+  rows = [row(*pair) for pair in zip(documents, responses)]
+  batch = tokenizer.pad(rows, return_tensors="pt")
+  return model(**batch).logits[:, 0]
+```
+
+Rows have at most {length} tokens: cut longer documents, never responses.
+
+{ours}"""
 
 
 def of_checkpoint(auto: str, format: str) -> str:

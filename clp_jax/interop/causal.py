@@ -119,7 +119,7 @@ _OF_COMPUTATION = (
   *("dtype", "scan_layers", "remat", "dropout_rate", "num_tokens"),
 )
 _EMBEDDING = "token_embedder/embedding"
-_HEAD = "decoder/logits_dense/kernel"
+HEAD = "decoder/logits_dense/kernel"
 
 
 def is_causal(values: Mapping[str, Any]) -> bool:
@@ -139,7 +139,7 @@ def open_folder(
   """The config and {path: leaf}; args and errors as of `huggingface`'s."""
   config = read_config(folder)
   stored = read_tensors(folder, mapped)
-  head, _ = tensor_of(config, _HEAD)
+  head, _ = tensor_of(config, HEAD)
   if config.logits_via_embedding and head in stored:
     table = stored.get(tensor_of(config, _EMBEDDING)[0])
     if table is not None and not leaves.same(stored[head], table):
@@ -431,17 +431,16 @@ def save(
   Raises:
     ValueError: no class of transformers has such a model.
   """
-  values = _config_values(config, views)
-  if tokenizer is not None and tokenizer.bos_id is not None:
-    values["bos_token_id"] = tokenizer.bos_id
+  values = config_values(config, views, tokenizer)
   files = {} if tokenizer is None else tokenizer.files()
   tensor = functools.partial(tensor_of, config)
   weight_files.save(path, values, views, tensor, max_shard_bytes, files)
 
 
-def _config_values(
-  config: CausalConfig, views: Mapping[str, View]
+def config_values(
+  config: CausalConfig, views: Mapping[str, View], tokenizer: Any
 ) -> dict[str, Any]:
+  """The content of config.json; args and errors as of `save`."""
   kind = config.architecture
   if kind not in _DEFAULTS:
     raise ValueError(
@@ -493,6 +492,8 @@ def _config_values(
     )
     values["attn_logit_softcapping"] = config.attention_cap
     values["final_logit_softcapping"] = config.logit_cap
+  if tokenizer is not None and tokenizer.bos_id is not None:
+    values["bos_token_id"] = tokenizer.bos_id
   _check_is_one(config, values)
   return values
 

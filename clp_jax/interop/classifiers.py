@@ -2,7 +2,7 @@
 
 What transformers' AutoModelForSequenceClassification reads: a decoder of
 causal.py with `score.weight` in place of its logit layer, or an encoder of
-encoders.py.
+encoders.py. A decoder can be written, too.
 """
 
 import dataclasses
@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
+from clp_jax.data.tokenizer import Tokenizer
 from clp_jax.interop import causal, encoders, leaves, weight_files
-from clp_jax.interop.leaves import Leaf
+from clp_jax.interop.leaves import Leaf, View
 from clp_jax.interop.storage import Folder
-from clp_jax.models.causal import NO_PAD
+from clp_jax.models.causal import NO_PAD, CausalConfig
 from clp_jax.models.classifiers import (
   Classifier,
   DecoderClassifier,
@@ -28,6 +30,9 @@ _ARCHITECTURE = "ForSequenceClassification"
 SINGLE_LABEL = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
 PROBLEMS = (SINGLE_LABEL, MULTI_LABEL, "regression")
+# The field of config.json that holds a `Reading`; transformers keeps it.
+_READING = "clp_jax"
+_PREFIXES = {"gemma3_text": "Gemma3Text"}  # of classes, where not capitalised
 
 
 class Labels(NamedTuple):
@@ -35,6 +40,13 @@ class Labels(NamedTuple):
 
   names: tuple[str, ...]
   problem: str  # one of PROBLEMS
+
+
+class Reading(NamedTuple):
+  """The rows that a head was trained on, in parts that are tokenised apart."""
+
+  template: str  # as `rewards.model.Inputs` takes it
+  source_length: int  # tokens of a row
 
 
 class Opened(NamedTuple):
@@ -47,6 +59,7 @@ class Opened(NamedTuple):
   # which transformers also takes text for that a row ends in.
   eos_ids: tuple[int, ...] = ()
   pad_id: int | None = None
+  reading: Reading | None = None  # of what `save_decoder` wrote
 
 
 def open_folder(
@@ -92,7 +105,11 @@ def open_folder(
   )
   if not is_decoder:
     return opened
-  return opened._replace(eos_ids=config.eos_ids, pad_id=_pad_id(values))
+  return opened._replace(
+    eos_ids=config.eos_ids,
+    pad_id=_pad_id(values),
+    reading=_reading(where, values),
+  )
 
 
 def load(
@@ -107,6 +124,65 @@ def load(
   paths = leaves.flatten(opened.model.abstract())
   at = shardings(opened.model)
   return leaves.read_tree(paths, opened.tensors, at, np.float32)
+
+
+def check_has_class(config: Any) -> None:
+  """Raises a ValueError unless transformers has such a model with a head."""
+  if not isinstance(config, CausalConfig):
+    raise ValueError(
+      "transformers has no T5 whose score is read at its first output; a head "
+      "on a decoder can be written."
+    )
+
+
+def save_decoder(
+  path: str | os.PathLike,
+  config: CausalConfig,
+  params: leaves.Params,
+  tokenizer: Tokenizer,
+  reading: Reading,
+  max_shard_bytes: int = weight_files.MAX_SHARD_BYTES,
+) -> None:
+  """Writes a decoder with a head as `open_folder` and transformers read it.
+
+  Both find the number at a row's last token that is no padding. Rows end in the
+  first of `config.eos_ids`, so that padding is made another token.
+
+  Args:
+    path: the folder; older weights in it are replaced.
+    config: of the decoder.
+    params: as of `DecoderClassifier`; a logit layer is left out.
+    tokenizer: whose files are written beside.
+    reading: the rows that the head was trained on.
+    max_shard_bytes: more than this goes to several files.
+
+  Raises:
+    ValueError: no class of transformers has such a model, or nothing can pad.
+  """
+  check_has_class(config)
+  head = params["head"]["kernel"]
+  views = leaves.views(config, params["model"])
+  values = causal.config_values(config, views, tokenizer)
+  prefix = _PREFIXES.get(config.architecture, config.architecture.capitalize())
+  names = [f"LABEL_{i}" for i in range(head.shape[1])]
+  pad_id, files = tokenizer.padding(config.eos_ids[0])
+  values |= {
+    "architectures": [prefix + _ARCHITECTURE],
+    "num_labels": len(names),
+    "id2label": {str(i): name for i, name in enumerate(names)},
+    "label2id": {name: i for i, name in enumerate(names)},
+    "pad_token_id": pad_id,
+    _READING: reading._asdict(),
+  }
+  tensors = {f"model/{p}": v for p, v in views.items() if p != causal.HEAD}
+  weight_files.save(
+    epath.Path(path),
+    values,
+    {**tensors, "head/kernel": View(head, None)},
+    functools.partial(_decoder_tensor, config),
+    max_shard_bytes,
+    files,
+  )
 
 
 def _open_decoder(folder: Folder, values: Mapping[str, Any]):
@@ -164,6 +240,22 @@ def _labels(where: str, values: Mapping[str, Any], count: int) -> Labels:
       f"{problem!r}."
     )
   return Labels(names, problem)
+
+
+def _reading(where: str, values: Mapping[str, Any]) -> Reading | None:
+  found = values.get(_READING)
+  if found is None:
+    return None
+  try:
+    reading = Reading(**found)
+    if type(reading.template) is str and type(reading.source_length) is int:
+      return reading
+  except TypeError:
+    pass
+  raise ValueError(
+    f"{where}: {_READING} must hold a template and a source_length, got "
+    f"{found!r}."
+  )
 
 
 def _pad_id(values: Mapping[str, Any]) -> int | None:

@@ -7,6 +7,9 @@ of the last token. An encoder (BERT, RoBERTa, DistilBERT, DeBERTa v3) reads the
 two as its tokenizer puts pairs together. The response is always whole; a long
 document is cut.
 
+A folder that `clp export` has made of a `clp train-reward` run says itself how
+rows are made, so that its scores are the run's.
+
 A head of one number is the score. One of several needs a label, whose score is
 its log-probability among all; where labels do not exclude each other, that of
 itself; and of a regression the number. Scores of a reward model have no zero
@@ -21,6 +24,7 @@ from jax.sharding import Mesh
 
 from clp_jax import sharding
 from clp_jax.data import tokenizer as tokenizer_lib
+from clp_jax.data import tokenizer_files
 from clp_jax.data.hf_tokenizer import HFTokenizer, read_files
 from clp_jax.data.text_pairs import TextPairs
 from clp_jax.data.tokenizer import TOKENIZER
@@ -83,7 +87,7 @@ def build(
   model: str | None = None,
   *,
   batch: int = 64,
-  source_length: int = 512,
+  source_length: int | None = None,
   template: str | None = None,
   label: str | int | None = None,
   dtype: str = "float32",
@@ -97,7 +101,8 @@ def build(
     model: a Hugging Face folder of a ...ForSequenceClassification, with its
       tokenizer.json.
     batch: rows scored together, on all devices.
-    source_length: tokens of a row; longer documents are cut.
+    source_length: tokens of a row; longer documents are cut. None takes what
+      the folder says that the model was trained with, or 512.
     template: what a decoder without a chat template reads, with {document} and
       {response}.
     label: of several, the name or the number of the one that is the score.
@@ -117,6 +122,8 @@ def build(
     )
   opened = classifiers.open_folder(model, dtype=dtype, scan_layers=scan_layers)
   number = label_of(opened.labels.names, label)
+  if source_length is None:
+    source_length = opened.reading.source_length if opened.reading else 512
   rows_of = _reader(model, opened, source_length, template)
 
   def place(made):
@@ -150,6 +157,8 @@ def _reader(
       f".source_length must be in [8, {config.max_length}], the tokens that "
       f"{path} reads, got {length}."
     )
+  if opened.reading is not None:
+    return _trained_reader(path, opened, length, template)
   files = read_files(path)
   if not files:
     raise ValueError(
@@ -184,6 +193,30 @@ def _reader(
         row.pop()
       rows.append(row)
     return tokenizer_lib.pad(rows, length, tokenizer.pad_id)
+
+  return read
+
+
+def _trained_reader(
+  path: str, opened: classifiers.Opened, length: int, template: str | None
+):
+  """`_reader`, of what `clp train-reward` has trained."""
+  assert opened.reading is not None
+  if template is not None:
+    raise ValueError(
+      f".template is for other models; {path} was trained with its own."
+    )
+  tokenizer = tokenizer_files.load_tokenizer(path, opened.eos_ids, pad_id=-1)
+  if tokenizer is None:
+    raise ValueError(f"{path} holds no vocabulary; restore it.")
+  _check_size(path, tokenizer.size, opened.model.config.vocab_size)
+  inputs = models.Inputs(
+    tokenizer, opened.reading.template, length, overlap=None
+  )
+
+  def read(documents, responses):
+    rows, _ = inputs(documents, responses)
+    return np.where(rows == tokenizer.pad_id, -1, rows)
 
   return read
 

@@ -172,6 +172,12 @@ def check_template(template: str) -> None:
     )
 
 
+def parts(template: str) -> list[str]:
+  """A template's texts and places, in order, as `Inputs` tokenises them."""
+  found = re.split(r"(\{(?:document|response)\})", template)
+  return [part.strip() for part in found if part.strip()]
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
   """Rows of tokens from pairs of texts.

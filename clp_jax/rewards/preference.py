@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clp_jax import run_folder, saved_params, sharding
+from clp_jax.interop import classifiers
 from clp_jax.models import families
 from clp_jax.models.model import Model
 from clp_jax.rewards import model as models
@@ -74,7 +75,7 @@ def logical_axes(config: families.Config, head: str) -> Params:
   return axes
 
 
-def _trained(folder: str) -> ml_collections.ConfigDict | None:
+def trained_config(folder: str) -> ml_collections.ConfigDict | None:
   """The config of a `clp train-reward` run; None of anything else."""
   if not models.is_run(folder):
     return None
@@ -83,22 +84,84 @@ def _trained(folder: str) -> ml_collections.ConfigDict | None:
   return config if is_reward else None
 
 
-def _load_trained(
-  folder: str, head: str, mesh: Mesh, dtype: str, fsdp: bool
-) -> models.Judge:
+def load_trained(
+  folder: str,
+  head: str,
+  mesh: Mesh,
+  dtype: str = "float32",
+  fsdp: bool = False,
+  step: int | None = None,
+) -> tuple[models.Judge, int]:
+  """What a `clp train-reward` run has trained.
+
+  Args:
+    folder: the run's.
+    head: "linear" or "token", as in its config.
+    mesh: where it goes.
+    dtype: of the computation.
+    fsdp: cut parameters over the data axis too.
+    step: a checkpoint; None takes the newest.
+
+  Returns:
+    The model, with the parameters that `score_rows` takes, and its step.
+
+  Raises:
+    RunError: there is no such step, or it can't be read.
+  """
   config = run_folder.load_model_config(folder)
   abstract = abstract_params(config, head)
   placed = sharding.param_shardings(
     mesh, logical_axes(config, head), abstract, fsdp=fsdp
   )
-  params, _ = saved_params.load_params(
-    folder, saved_params.abstract_like(abstract, placed)
+  params, step = saved_params.load_params(
+    folder, saved_params.abstract_like(abstract, placed), step
   )
   config = dataclasses.replace(config, dtype=dtype, remat="none")
-  return models.Judge(
+  judge = models.Judge(
     families.build(config),
     params,
     run_folder.load_tokenizer(folder),
+  )
+  return judge, step
+
+
+def check_exports(
+  config: ml_collections.ConfigDict, model_config: families.Config
+) -> None:
+  """Raises a ValueError unless transformers has a class for a trained model."""
+  if config.reward_model.head != "linear":
+    raise ValueError(
+      "this run's score is the logit of a token; transformers has classes for "
+      "linear heads, reward_model.head=linear."
+    )
+  classifiers.check_has_class(model_config)
+
+
+def export(
+  config: ml_collections.ConfigDict, judge: models.Judge, path: str, dtype: str
+) -> None:
+  """Writes a linear head on a decoder as a ...ForSequenceClassification folder,
+  which the source "classifier" reads with the same scores.
+
+  Args:
+    config: of the run.
+    judge: from `load_trained`.
+    path: the folder.
+    dtype: of the parameters written.
+
+  Raises:
+    ValueError: as `check_exports`, and as `classifiers.save_decoder`.
+  """
+  check_exports(config, judge.model.config)
+  params = jax.tree.map(lambda p: p.astype(dtype), judge.params)
+  classifiers.save_decoder(
+    path,
+    judge.model.config,
+    {"model": params["t5"], "head": {"kernel": params["head"][:, None]}},
+    judge.vocabulary,
+    classifiers.Reading(
+      config.reward_model.template, config.data.source_length
+    ),
   )
 
 
@@ -138,7 +201,7 @@ def build(
     RunError: it is a run that can't be read.
   """
   model = models.checked(model)
-  trained = _trained(model)
+  trained = trained_config(model)
   if trained is not None:
     settings = trained.reward_model
     for name, given in (("template", template), ("token", token)):
@@ -148,7 +211,7 @@ def build(
         )
     if vocabulary is not None:
       raise ValueError(f".vocabulary is for other models; {model} has its own.")
-    judge = _load_trained(model, settings.head, mesh, dtype, fsdp)
+    judge, _ = load_trained(model, settings.head, mesh, dtype, fsdp)
     template = settings.template
     token = settings.token if settings.head == "token" else None
     if source_length is None:
