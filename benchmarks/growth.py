@@ -93,10 +93,7 @@ def serving(point: Point, args: argparse.Namespace) -> Measured:
 
 def _measured(compiled: Any, run: Callable[[], Any], n: int) -> Measured:
   times = timing.take_turns({"it": run}, n)["it"]
-  memory = compiled.memory_analysis()
-  size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  size += memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return Measured(times, size)
+  return Measured(times, timing.held_bytes(compiled))
 
 
 def main() -> None:

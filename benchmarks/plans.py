@@ -2,10 +2,15 @@
 
   python -m benchmarks.plans --output runs/plans
   python -m benchmarks.plans --output runs/plans --runs chat --json
+  python -m benchmarks.plans --output runs/plans --runs adapters
 
 Compiles for minutes a run. A run whose plan lies in --output is not compiled
 again; delete its file to do so. --json prints the tables as
 docs/results/plans.json has them.
+
+"adapters" has whole sets and LoRA on the same slices, and a third table of what
+each program holds: adapters that are merged for every policy cost what whole
+sets do, so that full-CLP is the "before" of adapters that are not.
 """
 
 import argparse
@@ -43,6 +48,14 @@ STEPS = {
   "responses a second and chip": ".2f",
   "steps": ",.0f",
   "chip-hours": ".1f",
+}
+MEMORY = {
+  "model": "",
+  "slice": "",
+  "program": "",
+  "full-CLP, GB a chip": ".2f",
+  "LoRA-CLP, GB a chip": ".2f",
+  "times": ".2f",
 }
 
 Json = dict[str, Any]
@@ -96,6 +109,16 @@ def _chat() -> list[Run]:
   ]
 
 
+def _adapters() -> list[Run]:
+  """Whole sets, then LoRA, of one model on one slice; the next model."""
+  steerings = ("full", "lora")
+  chat = [
+    next(run for run in _chat() if run.name == f"qwen3_8b, {steering}")
+    for steering in steerings  # the first slice is of v5e
+  ]
+  return [_xsum("xl", s, "v5e:8x16", "xl", 3) for s in steerings] + chat
+
+
 RUNS = {
   "xsum": [
     _xsum("base", "full", "v5e:2x4", "large", 2),
@@ -104,6 +127,7 @@ RUNS = {
     _xsum("xxl", "attention", "v5p:4x8x8", "xxl", 3),
   ],
   "chat": _chat(),
+  "adapters": _adapters(),
 }
 
 
@@ -154,6 +178,24 @@ def step_row(run: Run, planned: Json) -> list[Any]:
   return row
 
 
+def memory_rows(full: Run, planned: Json, adapted: Json) -> list[list[Any]]:
+  """A row of MEMORY for each program.
+
+  Args:
+    full: the run of whole sets.
+    planned: its plan.
+    adapted: that of LoRA, of the same model on the same slice.
+  """
+  model, _, _ = full.name.partition(",")
+  rows: list[list[Any]] = []
+  for one, other in zip(planned["programs"], adapted["programs"], strict=True):
+    assert one["name"] == other["name"]
+    sizes = [program["total_bytes"] for program in (one, other)]
+    row = [model, full.topology, one["name"], *(size / 1e9 for size in sizes)]
+    rows.append([*row, sizes[1] / sizes[0]])
+  return rows
+
+
 def main() -> None:
   """Compiles what is missing and prints the tables."""
   parser = argparse.ArgumentParser(
@@ -165,11 +207,17 @@ def main() -> None:
   options = parser.parse_args()
   options.output.mkdir(parents=True, exist_ok=True)
   programs, steps = [], []
-  for run in RUNS[options.runs]:
-    planned = plan(run, options.output)
+  runs = RUNS[options.runs]
+  plans = [plan(run, options.output) for run in runs]
+  for run, planned in zip(runs, plans, strict=True):
     programs += program_rows(run, planned)
     steps.append(step_row(run, planned))
   tables = [(PROGRAMS, programs), (STEPS, steps)]
+  if options.runs == "adapters":
+    pairs = zip(runs[::2], plans[::2], plans[1::2], strict=True)
+    tables.append(
+      (MEMORY, [row for pair in pairs for row in memory_rows(*pair)])
+    )
   if options.json:
     print(json.dumps([{"columns": c, "rows": r} for c, r in tables]))
   else:

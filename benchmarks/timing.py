@@ -123,6 +123,20 @@ def add_arguments(parser: argparse.ArgumentParser, n: int) -> None:
   )
 
 
+def add_rank(parser: argparse.ArgumentParser) -> None:
+  """Adds the rank of adapters, where some are steered by."""
+  parser.add_argument(
+    "--rank", type=int, default=8, help="of adapters (default: 8)"
+  )
+
+
+def held_bytes(compiled: Any) -> int:
+  """What a compiled program holds while it runs."""
+  memory = compiled.memory_analysis()
+  size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  return size + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
 def show(
   rows: list[dict[str, Any]], args: argparse.Namespace, rates: Rates
 ) -> None:

@@ -1,14 +1,19 @@
 """Training steps: tokens a second, next to transformers; what steering costs.
 
     python -m benchmarks.update [--family t5] [--size small] [--batch 32]
-      [--source 256] [--target 64] [--dtype float32] [--remat none] [--n 3]
-      [--json]
+      [--source 256] [--target 64] [--dtype float32] [--remat none]
+      [--steering none,full,attention] [--rank 8] [--n 3] [--json]
 
 "supervised" is one step of Adam on the cross-entropy of `target` tokens, the
 peer's is torch's AdamW on the same batch. "reinforce, ..." are updates of a run
 on `batch` samples, four a prompt, under four weightings: of a single-objective
 policy, and of policies that steer three rewards. Rewards are given, so that
-what is timed is the update's program alone; "times" is to the first of them.
+what is timed is the update's program alone; "GB" is what it holds while it
+runs, with optimizer and reference; "times" and "memory times" are to the first
+of them. Adapters beside whole sets:
+
+    python -m benchmarks.update --only reinforce --steering full,lora
+
 "share of rate" is the FLOPs of forward and backward pass, of the matrix rate
 measured just before. For an accelerator:
 
@@ -34,10 +39,11 @@ from clp_jax.train.optimizer import make_optimizer
 from clp_jax.train.state import TrainState, init_state
 
 SAMPLES, WEIGHTINGS = 4, 4
-STEERINGS = {
-  "single-objective": ("none", 1),
-  "full-CLP, m = 3": ("full", 3),
-  "attn-CLP, m = 3": ("attention", 3),
+STEERINGS = {  # name of a row, and number of rewards
+  "none": ("single-objective", 1),
+  "full": ("full-CLP, m = 3", 3),
+  "attention": ("attn-CLP, m = 3", 3),
+  "lora": ("LoRA-CLP, m = 3", 3),
 }
 
 
@@ -68,17 +74,19 @@ def supervised(config, params, source, target):
 
 
 def reinforce(config, params, args, steering, num_rewards):
-  """A function that takes one policy-gradient update after the other."""
+  """A function that takes one policy-gradient update after the other, and the
+  bytes that its program holds."""
   update, state, arguments = reinforce_program(
     config, params, args, steering, num_rewards, WEIGHTINGS
   )
+  compiled = update.lower(state, *arguments).compile()
   held = [state]
 
   def step():
-    held[0], metrics = update(held[0], *arguments)
+    held[0], metrics = compiled(held[0], *arguments)
     return metrics
 
-  return step
+  return step, timing.held_bytes(compiled)
 
 
 def reinforce_program(
@@ -93,6 +101,8 @@ def reinforce_program(
   update takes: a rollout, rewards, and the reference."""
   c = config_lib.get_config()
   c.steering = steering
+  if steering == "lora":
+    c.adapters.rank = args.rank
   c.objectives = tuple(f"reward{i}" for i in range(num_rewards))
   c.rewards = {name: config_lib.reward("length") for name in c.objectives}
   if num_rewards == 1:
@@ -143,8 +153,7 @@ def peer_step(peer, source, target):
   return step
 
 
-def main() -> None:
-  """Runs the benchmark."""
+def _arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -157,10 +166,29 @@ def main() -> None:
     choices=("supervised", "reinforce"),
     help="leave the others out",
   )
+  parser.add_argument(
+    "--steering",
+    type=lambda x: x.split(","),
+    default="none,full,attention",
+    help=f"of reinforce, some of {','.join(STEERINGS)}; the first is what the\n"
+    "others are compared with (default: none,full,attention)",
+  )
+  timing.add_rank(parser)
   timing.add_arguments(parser, n=3)
   args = models.parse(parser)
   if args.batch % (SAMPLES * WEIGHTINGS):
     parser.error(f"--batch must be a multiple of {SAMPLES * WEIGHTINGS}.")
+  if unknown := [x for x in args.steering if x not in STEERINGS]:
+    parser.error(
+      f"--steering must be some of {','.join(STEERINGS)}, got "
+      f"{','.join(unknown)}."
+    )
+  return args
+
+
+def main() -> None:
+  """Runs the benchmark."""
+  args = _arguments()
   setup.configure()
   config = dataclasses.replace(models.config_of(args), remat=args.remat)
   params = models.random_params(config)
@@ -197,12 +225,15 @@ def main() -> None:
       for n in runs
     ]
   if args.only != "supervised":
-    runs = {
-      f"reinforce, {name}": reinforce(config, params, args, *kind)
-      for name, kind in STEERINGS.items()
-    }
+    runs, sizes = {}, {}
+    for steering in dict.fromkeys(args.steering):
+      name, num_rewards = STEERINGS[steering]
+      name = f"reinforce, {name}"
+      runs[name], sizes[name] = reinforce(
+        config, params, args, steering, num_rewards
+      )
     times = timing.take_turns(runs, args.n)
-    single = next(iter(runs))
+    first = next(iter(runs))
     for name in runs:
       row = timing.row(
         name,
@@ -210,9 +241,11 @@ def main() -> None:
         tokens=args.batch // SAMPLES * args.source + args.batch * args.target,
         **models.describe(args),
         **share(times[name], args.batch // SAMPLES),
+        GB=sizes[name] / 1e9,
       )
-      if name != single:
-        row |= timing.multiple(times[name], times[single])
+      if name != first:
+        row |= timing.multiple(times[name], times[first])
+        row["memory times"] = sizes[name] / sizes[first]
       table.append(row)
   timing.show(table, args, rates)
 

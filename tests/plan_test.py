@@ -461,6 +461,35 @@ def test_rows_of_the_plans_page_are_those_of_the_report():
   assert plans.program_rows(run, too_large)[0][4:] == ["no", *[None] * 7]
 
 
+def test_adapters_are_planned_beside_whole_sets_of_the_same_run():
+  runs_ = plans.RUNS["adapters"]
+  for full, lora in zip(runs_[::2], runs_[1::2], strict=True):
+    assert (full.config, full.topology) == (lora.config, lora.topology)
+    assert full.topology.startswith("v5e:")
+    changed = set(full.options) ^ set(lora.options)
+    assert changed == {"--config.steering=full", "--config.steering=lora"}
+    assert full.name != lora.name  # which are those of the files
+  assert [run.config for run in runs_[::2]] == [
+    *("configs/xsum/xl.py", "configs/chat/qwen3_8b.py")
+  ]
+
+
+def test_memory_of_adapters_is_told_program_by_program():
+  full, lora = example_report(needed=8e9), example_report(needed=2e9)
+  names = [program["name"] for program in full["programs"]]
+  run = plans.Run("xl, full, m = 3", "a.py", "v5e:2x4")
+  rows = plans.memory_rows(run, full, lora)
+  assert [row[:3] for row in rows] == [["xl", "v5e:2x4", n] for n in names]
+  for row, one, other in zip(
+    rows, full["programs"], lora["programs"], strict=True
+  ):
+    sizes = [one["total_bytes"], other["total_bytes"]]
+    assert row[3:] == [sizes[0] / 1e9, sizes[1] / 1e9, sizes[1] / sizes[0]]
+  assert rows[0][-1] < 1
+  with pytest.raises(ValueError, match="shorter|longer"):
+    plans.memory_rows(run, full, lora | {"programs": []})
+
+
 def test_responses_that_are_sampled_ahead_are_counted():
   config = demo.get_config()
   config.model.init, config.sft.steps, config.algorithm = "micro", 0, "ppo"

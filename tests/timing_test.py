@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import growth, mixing, models, rollout, timing, update
+from clp_jax import row_mixing
 from clp_jax.models import families, t5
 from clp_jax.models.presets import PRESETS
 
@@ -179,6 +180,53 @@ def test_steering_of_either_kind_is_timed(family, monkeypatch, capsys):
   assert [row["what"] for row in rows if "tokens/s" in row] == [
     *("merged, m = 2", "per row, m = 2", "per row, m = 3", "DeRa, 2 models")
   ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("t5", "qwen3"))
+def test_adapters_are_timed_beside_whole_sets(family, monkeypatch, capsys):
+  tiny = f"--family {family} --size tiny --rank 2 --n 1 "
+  arguments = shlex.split(
+    f"{tiny} --only reinforce --steering full,lora --batch 16 --source 18 "
+    "--target 2"
+  )
+  whole, adapters = _rows(update, arguments, monkeypatch, capsys)
+  assert whole["what"] == "reinforce, full-CLP, m = 3"
+  assert adapters["what"] == "reinforce, LoRA-CLP, m = 3"
+  assert adapters["times"] == pytest.approx(
+    adapters["median s"] / whole["median s"]
+  )
+  # Three sets, their optimizer and the reference, against the last alone.
+  assert adapters["memory times"] == adapters["GB"] / whole["GB"] < 0.7
+  arguments = shlex.split(
+    f"{tiny} --steering lora --one-by-one --batch 2 --source 8 --target 2"
+  )
+  rows = _rows(mixing, arguments, monkeypatch, capsys)
+  decoded = ("merged, m = 2", "per row, m = 2", "per row, m = 3")
+  assert [row["what"] for row in rows if "tokens/s" in row] == [
+    *(*decoded, "one by one, m = 2")
+  ]
+
+
+@pytest.mark.parametrize("steering", (mixing.full, mixing.lora))
+def test_what_is_mixed_for_rows_is_what_is_merged(steering):
+  """A row of its own weighting decodes as the policy that is merged for it."""
+  args = argparse.Namespace(family="qwen3", size="tiny", dtype="float32")
+  config = models.config_of(args)
+  base = models.random_params(config)
+  options = {"rank": 2} if steering is mixing.lora else {}
+  steered = steering(config, base, 3, **options)
+  c = np.asarray([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]], np.float32)
+  tokens = models.random_tokens(2, 6, config)
+  score = jax.jit(families.build(config).score)
+  rows = row_mixing.mix_rows(steered.sets, steered.steerable, c)
+  found, _ = score(rows, tokens, tokens)
+  plain, _ = score(base, tokens, tokens)
+  for i in range(2):
+    one = tokens[i : i + 1]
+    expected, _ = score(steered.mix(c[i]), one, one)
+    np.testing.assert_allclose(found[i : i + 1], expected, atol=1e-4)
+    assert abs(expected - plain[i : i + 1]).max() > 1e-3
 
 
 def _rows(module, arguments, monkeypatch, capsys):
