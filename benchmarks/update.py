@@ -9,8 +9,9 @@ peer's is torch's AdamW on the same batch. "reinforce, ..." are updates of a run
 on `batch` samples, four a prompt, under four weightings: of a single-objective
 policy, and of policies that steer three rewards. Rewards are given, so that
 what is timed is the update's program alone; "GB" is what it holds while it
-runs, with optimizer and reference; "times" and "memory times" are to the first
-of them. Adapters beside whole sets:
+runs, the optimizer's state too, and the reference where it reads that, as the
+base of adapters; "times" and "memory times" are to the first of them. Adapters
+beside whole sets:
 
     python -m benchmarks.update --only reinforce --steering full,lora
 

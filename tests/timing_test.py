@@ -196,8 +196,9 @@ def test_adapters_are_timed_beside_whole_sets(family, monkeypatch, capsys):
   assert adapters["times"] == pytest.approx(
     adapters["median s"] / whole["median s"]
   )
-  # Three sets, their optimizer and the reference, against the last alone.
-  assert adapters["memory times"] == adapters["GB"] / whole["GB"] < 0.7
+  # Of whole sets three and their optimizer's, of adapters the base.
+  times = adapters["memory times"]
+  assert times == pytest.approx(adapters["GB"] / whole["GB"]) and times < 0.7
   arguments = shlex.split(
     f"{tiny} --steering lora --one-by-one --batch 2 --source 8 --target 2"
   )
@@ -216,7 +217,7 @@ def test_what_is_mixed_for_rows_is_what_is_merged(steering):
   base = models.random_params(config)
   options = {"rank": 2} if steering is mixing.lora else {}
   steered = steering(config, base, 3, **options)
-  c = np.asarray([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]], np.float32)
+  c = np.asarray([[0.2, 0.3, 0.5], [0.0, 0.0, 1.0]], np.float32)
   tokens = models.random_tokens(2, 6, config)
   score = jax.jit(families.build(config).score)
   rows = row_mixing.mix_rows(steered.sets, steered.steerable, c)
