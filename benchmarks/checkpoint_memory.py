@@ -2,11 +2,11 @@
 
     python benchmarks/checkpoint_memory.py [--gib 2.0] [--folder DIR]
 
-writes a T5 v1.1 with parameters of at least that size in every format, then
-reads each in a process of its own and prints one line a format: the size of the
-files, the memory that was resident after the imports, the most that was ever,
-and the ratio of that to the size. "sharded" reads to 8 virtual devices of that
-one process, whose memory is the host's.
+writes a T5 v1.1 and a Qwen3 with parameters of at least that size in every
+format, then reads each in a process of its own and prints one line a format:
+the size of the files, the memory that was resident after the imports, the most
+that was ever, and the ratio of that to the size. "sharded" reads to 8 virtual
+devices of that one process, whose memory is the host's.
 """
 
 import argparse
@@ -23,44 +23,57 @@ READ = """
 import resource, sys
 from clp_jax import interop, sharding
 from clp_jax.cli import memory
-from clp_jax.models import t5
+from clp_jax.models import families
 memory.keep_freed()  # as commands do
 shardings = None
 if sys.argv[2] == "sharded":
   mesh = sharding.make_mesh(4, 2)
-  shardings = lambda config: sharding.param_shardings(
-    mesh, t5.logical_axes(config), t5.abstract_params(config), fsdp=True)
+  def shardings(config):
+    model = families.build(config)
+    return sharding.param_shardings(
+      mesh, model.axes(), model.abstract(), fsdp=True)
 resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(resident())
-config, params = interop.load_t5(sys.argv[1], shardings)
+model, params = interop.load_model(sys.argv[1], shardings)
 print(resident())
 """
 
 
-def write(folder: pathlib.Path, gib: float) -> dict[str, pathlib.Path]:
-  """Writes the checkpoint in each format: {name: folder}."""
+def write(folder: pathlib.Path, gib: float) -> None:
+  """Writes the checkpoint of each family in each of its formats."""
+  import dataclasses
+
   import numpy as np
 
   from clp_jax import interop
   from clp_jax.interop import leaves
+  from clp_jax.models import families
   from clp_jax.models.presets import PRESETS
 
-  config = PRESETS["base"]
-  shapes = leaves.expected_shapes(config)
-  while 4 * sum(int(np.prod(s)) for s in shapes.values()) < gib * 2**30:
-    depth = config.num_encoder_layers + 2
-    fields = {"num_encoder_layers": depth, "num_decoder_layers": depth}
-    config = config.__class__(**(vars(config) | fields))
-    shapes = leaves.expected_shapes(config)
+  def grown(config: families.Config, *depths: str):
+    """As many layers as the size wants."""
+    shapes = {}
+    while 4 * sum(int(np.prod(s)) for s in shapes.values()) < gib * 2**30:
+      if shapes:
+        deeper = {name: getattr(config, name) + 2 for name in depths}
+        config = dataclasses.replace(config, **deeper)
+      shapes = leaves.expected_shapes(config)
+    return config, shapes
+
+  t5 = grown(PRESETS["base"], "num_encoder_layers", "num_decoder_layers")
+  shallow = dataclasses.replace(PRESETS["qwen3-0.6b"], num_layers=2)
+  decoder = grown(shallow, "num_layers")
   rng = np.random.default_rng(0)
-  params = leaves.unflatten(
-    {p: rng.standard_normal(s, np.float32) for p, s in shapes.items()}
-  )
-  folders = {}
-  for name in interop.FORMATS:
-    folders[name] = folder / name
-    interop.save_t5(folders[name], config, params, name)
-  return folders
+  for family, (config, shapes), formats in (
+    ("", t5, interop.FORMATS),
+    ("qwen3-", decoder, ("hf", "orbax")),
+  ):
+    params = leaves.unflatten(
+      {p: rng.standard_normal(s, np.float32) for p, s in shapes.items()}
+    )
+    for name in formats:
+      model = families.build(config)
+      interop.save_model(folder / f"{family}{name}", model, params, name)
 
 
 def size_of(folder: pathlib.Path) -> int:
