@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import buckets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -663,6 +664,67 @@ class TestFolders:
   def test_a_t5_is_still_asked_for_by_name(self):
     with pytest.raises(ValueError, match="is not a T5; interop.load_model"):
       interop.load_t5(FIXTURES / "llama")
+
+
+IN_THE_BUCKET = """
+import fsspec
+import jax
+import numpy as np
+from etils.epath import gpath
+from fsspec.implementations import memory
+from clp_jax import initial, interop
+from clp_jax import config as config_lib
+from clp_jax.data import tokenizer_files
+from clp_jax.interop import storage
+
+# epath writes by gcsfs or TensorFlow, for which this stands.
+class Written(memory.MemoryFileSystem):
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(str(path).removeprefix("gs:/"))
+
+fsspec.register_implementation("gcs", Written)
+gpath._is_tf_installed = lambda: False
+
+def exchange(name):
+  # tensorstore's bucket and epath's become one.
+  folder = storage.Folder(f"gs://bucket/{name}")
+  for file in folder.names(""):
+    fsspec.filesystem("gcs").pipe(f"gs://bucket/{name}/{file}",
+                                  folder.read(file))
+  for path in fsspec.filesystem("gcs").find(f"gs://bucket/{name}"):
+    storage.write(folder, path.rsplit("/", 1)[1],
+                  fsspec.filesystem("gcs").cat(path))
+
+exchange("old")
+model, params = interop.load_model("gs://bucket/old")
+config = config_lib.get_config()
+config.model.init = "gs://bucket/old"
+config.data.source_length = config.data.target_length = 60
+assert not config.model.scan_layers
+start = initial.load_initial(config)
+jax.tree.map(np.testing.assert_array_equal, start.params, params)
+tokenizer = tokenizer_files.find("gs://bucket/old", (2,), -1)
+assert start.vocabulary.files() == tokenizer.files()
+interop.save_model("gs://bucket/new", model, params, "hf",
+                   tokenizer=tokenizer, max_shard_bytes=60_000)
+exchange("new")
+again, same = interop.load_model("gs://bucket/new")
+assert again == model
+jax.tree.map(np.testing.assert_array_equal, same, params)
+print("done")
+"""
+
+
+def test_buckets_are_read_and_written(tmp_path):
+  small_decoder.save(tmp_path / "old", "qwen3")
+  objects = buckets.objects_in(tmp_path)
+  done = buckets.run_beside(objects, IN_THE_BUCKET)
+  assert done.stdout == "done\n", done.stderr
+  found = {name.removeprefix("new/") for name in objects if "new/" in name}
+  assert {*small_decoder.tokenizer_files(), "config.json"} < found
+  assert "generation_config.json" in found
+  assert sum(name.endswith(".safetensors") for name in found) > 1
 
 
 def test_a_config_comes_back_from_json():
