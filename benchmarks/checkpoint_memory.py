@@ -52,7 +52,7 @@ def write(folder: pathlib.Path, gib: float) -> None:
 
   def grown(config: families.Config, *depths: str):
     """As many layers as the size wants."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     while 4 * sum(int(np.prod(s)) for s in shapes.values()) < gib * 2**30:
       if shapes:
         deeper = {name: getattr(config, name) + 2 for name in depths}
@@ -61,8 +61,10 @@ def write(folder: pathlib.Path, gib: float) -> None:
     return config, shapes
 
   t5 = grown(PRESETS["base"], "num_encoder_layers", "num_decoder_layers")
-  shallow = dataclasses.replace(PRESETS["qwen3-0.6b"], num_layers=2)
-  decoder = grown(shallow, "num_layers")
+  shallow = {"num_layers": 2}
+  decoder = grown(
+    dataclasses.replace(PRESETS["qwen3-0.6b"], **shallow), "num_layers"
+  )
   rng = np.random.default_rng(0)
   for family, (config, shapes), formats in (
     ("", t5, interop.FORMATS),
