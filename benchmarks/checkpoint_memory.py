@@ -1,15 +1,16 @@
 """How much memory reading a checkpoint needs, as a multiple of its size.
 
-    python benchmarks/checkpoint_memory.py [--gib 2.0] [--folder DIR]
+    python -m benchmarks.checkpoint_memory [--gib 2.0] [--folder DIR]
 
-writes a T5 v1.1 with parameters of at least that size in every format, then
-reads each in a process of its own and prints one line a format: the size of the
-files, the memory that was resident after the imports, the most that was ever,
-and the ratio of that to the size. "sharded" reads to 8 virtual devices of that
-one process, whose memory is the host's.
+writes a T5 v1.1 in float32 and a Qwen3 in bfloat16, with parameters of at least
+that size, in every format, then reads each in a process of its own and prints
+one line a format: the size of the files, the memory that was resident after the
+imports, the most that was ever, and the ratio of that to the size. "sharded"
+reads to 8 virtual devices of that one process, whose memory is the host's.
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -23,44 +24,60 @@ READ = """
 import resource, sys
 from clp_jax import interop, sharding
 from clp_jax.cli import memory
-from clp_jax.models import t5
+from clp_jax.models import families
 memory.keep_freed()  # as commands do
 shardings = None
 if sys.argv[2] == "sharded":
   mesh = sharding.make_mesh(4, 2)
-  shardings = lambda config: sharding.param_shardings(
-    mesh, t5.logical_axes(config), t5.abstract_params(config), fsdp=True)
+  def shardings(config):
+    model = families.build(config)
+    return sharding.param_shardings(
+      mesh, model.axes(), model.abstract(), fsdp=True)
 resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(resident())
-config, params = interop.load_t5(sys.argv[1], shardings)
+model, params = interop.load_model(sys.argv[1], shardings)
 print(resident())
 """
+MODELS = (
+  ("t5", "base", "float32", ("hf", "t5x", "t5x-orbax", "orbax")),
+  ("qwen3", "qwen3-0.6b", "bfloat16", ("hf", "orbax")),
+)
 
 
-def write(folder: pathlib.Path, gib: float) -> dict[str, pathlib.Path]:
-  """Writes the checkpoint in each format: {name: folder}."""
+def write(folder: pathlib.Path, gib: float) -> None:
+  """Writes each model in each format, to folders of their names."""
+  import jax.numpy as jnp
   import numpy as np
 
   from clp_jax import interop
   from clp_jax.interop import leaves
+  from clp_jax.models import families
   from clp_jax.models.presets import PRESETS
 
-  config = PRESETS["base"]
-  shapes = leaves.expected_shapes(config)
-  while 4 * sum(int(np.prod(s)) for s in shapes.values()) < gib * 2**30:
-    depth = config.num_encoder_layers + 2
-    fields = {"num_encoder_layers": depth, "num_decoder_layers": depth}
-    config = config.__class__(**(vars(config) | fields))
+  for family, size, dtype_name, formats in MODELS:
+    config, dtype = PRESETS[size], jnp.dtype(dtype_name)
     shapes = leaves.expected_shapes(config)
-  rng = np.random.default_rng(0)
-  params = leaves.unflatten(
-    {p: rng.standard_normal(s, np.float32) for p, s in shapes.items()}
-  )
-  folders = {}
-  for name in interop.FORMATS:
-    folders[name] = folder / name
-    interop.save_t5(folders[name], config, params, name)
-  return folders
+    while dtype.itemsize * sum(map(np.prod, shapes.values())) < gib * 2**30:
+      depths = [n for n in vars(config) if n.endswith("_layers")]
+      deeper = {n: getattr(config, n) + 2 for n in depths if n[:4] == "num_"}
+      config = dataclasses.replace(config, **deeper)
+      shapes = leaves.expected_shapes(config)
+    rng = np.random.default_rng(0)
+    params = leaves.unflatten(
+      {
+        path: rng.standard_normal(shape, np.float32).astype(dtype)
+        for path, shape in shapes.items()
+      }
+    )
+    model = families.build(config)
+    for name in formats:
+      interop.save_model(
+        folder / f"{family} {name}",
+        model,
+        params,
+        name,
+        max_shard_bytes=2**29,
+      )
 
 
 def size_of(folder: pathlib.Path) -> int:
@@ -85,7 +102,7 @@ def main() -> int:
       os._exit(0)
     if os.waitpid(pid, 0)[1]:
       return 1
-    print("                      GiB  before    peak   ratio       s")
+    print(f"{'':24}     GiB  before    peak   ratio       s")
     for folder in sorted(parent.iterdir()):
       for where in ("host", "sharded"):
         start = time.perf_counter()
@@ -106,7 +123,7 @@ def main() -> int:
         worst = max(worst, peak / size)
         name = folder.name + ("" if where == "host" else ", sharded")
         gib = "".join(f"{n / 2**30:8.2f}" for n in (size, before, peak))
-        print(f"{name:18}{gib}{peak / size:8.2f}{seconds:8.1f}", flush=True)
+        print(f"{name:24}{gib}{peak / size:8.2f}{seconds:8.1f}", flush=True)
   finally:
     shutil.rmtree(parent)
   print(f"worst ratio {worst:.2f}, at most {LIMIT} is wanted")

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import buckets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -379,12 +380,126 @@ class TestFolders:
     assert "\n" not in str(info.value)
 
   @pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+      ("llama", {"num_attention_heads": 0}, "num_attention_heads must be"),
+      ("llama", {"num_hidden_layers": 2.5}, "num_hidden_layers must be"),
+      ("llama", {"num_key_value_heads": 0}, "num_key_value_heads must be"),
+      ("llama", {"head_dim": "6"}, "head_dim must be a number"),
+      ("llama", {"vocab_size": True}, "vocab_size must be a number"),
+      ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number"),
+      ("llama", {"rope_theta": 0}, "rope_theta must be a number above 0"),
+      ("llama", {"attention_bias": "no"}, "attention_bias must be true or"),
+      ("llama", {"pad_token_id": [0]}, "pad_token_id must be a number"),
+      ("llama", {"eos_token_id": "</s>"}, "eos_ids must be tokens"),
+      ("llama", {"eos_token_id": -1}, "eos_ids must be tokens"),
+      ("llama", {"attention_multiplier": 0.5}, "attention_multiplier = 0.5 is"),
+      ("llama", {"logits_scaling": 8.0}, "logits_scaling = 8.0 is not"),
+      ("llama", {"rope_scaling": "linear"}, "rope_scaling must be an object"),
+      *(
+        ("llama", {"rope_scaling": {"rope_type": kind, "factor": 2.0}}, message)
+        for kind, message in [
+          *((k, "rope_type must be") for k in ("dynamic", "longrope", "yarn")),
+          ("llama3", "lacks 'low_freq_factor'"),
+        ]
+      ),
+      *(
+        (
+          "llama",
+          {"rope_scaling": {"rope_type": "linear", "factor": factor}},
+          "factor of the rotary embedding must be a number above 0",
+        )
+        for factor in (None, "2", 0)
+      ),
+      (
+        "llama",
+        {
+          "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 2.0,
+            "low_freq_factor": 4.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+          }
+        },
+        "high_freq_factor must be above low_freq_factor = 4, got 4",
+      ),
+      ("qwen2", {"rope_parameters": {"rope_theta": None}}, "rope_theta of the"),
+      ("qwen3", {"num_experts": 8}, "num_experts = 8 is not supported"),
+      ("qwen3", {"sliding_window": 0}, "sliding_window must be a number"),
+      ("qwen3", {"layer_types": "full_attention"}, "layer_types must name"),
+      ("qwen3", {"layer_types": [{}] * 3}, "layer_types must name"),
+      (
+        "qwen3",
+        {"layer_types": None, "max_window_layers": None},
+        "max_window_layers must be a number",
+      ),
+      ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be"),
+      ("gemma2", {"final_logit_softcapping": -1.0}, "softcapping must be a"),
+      ("gemma2", {"hidden_activation": None}, "hidden_activation must be one"),
+      (
+        "gemma3_text",
+        {"layer_types": None, "sliding_window_pattern": 0},
+        "sliding_window_pattern must be",
+      ),
+      (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": 8.0}},
+        "rope_parameters must hold objects",
+      ),
+      (
+        "gemma3_text",
+        {"use_bidirectional_attention": True},
+        "use_bidirectional_attention = True is not supported",
+      ),
+      (
+        "gemma3_text",
+        {"model_type": "gemma3", "text_config": "gemma3_text"},
+        "text_config must be an object of model_type gemma3_text",
+      ),
+      (
+        "gemma3_text",
+        {"model_type": "gemma3", "quantization_config": {"bits": 4}},
+        "quantization_config =",
+      ),
+    ],
+  )
+  def test_a_value_that_no_field_can_have_is_named(
+    self, tmp_path, name, changes, message
+  ):
+    values = json.loads((FIXTURES / name / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message) as info:
+      causal_folders.read_config(Folder(str(tmp_path)))
+    assert "\n" not in str(info.value)
+    assert str(info.value).startswith(str(tmp_path))
+
+  @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [
       ("qwen2", {"num_key_value_heads": None}, {"num_kv_heads": 6}),
       ("qwen2", {"use_sliding_window": None}, {"windows": ()}),
       ("llama", {"hidden_activation": "relu"}, {}),
       ("gemma2", {"hidden_act": "relu"}, {}),
+      # What no class of the family reads, or only for a window that is off.
+      ("llama", {"query_pre_attn_scalar": None, "sliding_window": 0}, {}),
+      ("llama", {"pretraining_tp": 2, "logit_scale": 1.0}, {}),
+      (
+        "qwen2",
+        {
+          "use_sliding_window": False,
+          "layer_types": None,
+          "max_window_layers": None,
+          "sliding_window": 0,
+        },
+        {"windows": ()},
+      ),
+      ("qwen2", {"hidden_act": "swish"}, {}),
+      (
+        "gemma3_text",
+        {"layer_types": None, "sliding_window_pattern": None},
+        {"windows": (6,) * 5 + (0, 6)},
+      ),
       ("gemma2", {"attn_logit_softcapping": None}, {"attention_cap": None}),
       ("gemma3_text", {"pad_token_id": None}, {"pad_id": -1}),
       ("gemma3_text", {"pad_token_id": 3}, {"pad_id": -1}),  # an end
@@ -408,6 +523,19 @@ class TestFolders:
     config = interop.load_config(FIXTURES / name)
     found = causal_folders.read_config(Folder(str(tmp_path)))
     assert found == dataclasses.replace(config, **expected)
+
+  @pytest.mark.parametrize("eos", [900, [900, 3], [3, 67, 5]])
+  def test_an_end_beyond_the_vocabulary_ends_nothing_and_is_logged(
+    self, tmp_path, caplog, eos
+  ):
+    """As of a config that was cut down from a larger model's."""
+    values = json.loads((FIXTURES / "qwen3" / "config.json").read_text())
+    values["eos_token_id"] = eos
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = causal_folders.read_config(Folder(str(tmp_path)))
+    assert config.eos_ids == tuple(i for i in np.atleast_1d(eos) if i < 67)
+    (message,) = caplog.messages
+    assert "eos_token_id names" in message and "vocab_size is 67" in message
 
   def test_padding_that_is_no_token_comes_back(self, tmp_path):
     for name in ARCHITECTURES:
@@ -502,9 +630,101 @@ class TestFolders:
       )
       jax.tree.map(np.testing.assert_array_equal, params, same)
 
+  @pytest.mark.parametrize("is_stored", [True, False])
+  def test_a_multimodal_config_may_untie_what_its_text_does_not(
+    self, tmp_path, is_stored
+  ):
+    """transformers 5 goes by it and writes the tensor, 4 does neither."""
+    from safetensors import numpy as safetensors
+
+    config = small_decoder.make_config(
+      "gemma3_text", logits_via_embedding=not is_stored
+    )
+    params = small_decoder.random_params(config)
+    interop.save_model(tmp_path, families.build(config), params, "hf")
+    file = tmp_path / "config.json"
+    text = json.loads(file.read_text())
+    del text["tie_word_embeddings"]
+    outer = {"model_type": "gemma3", "tie_word_embeddings": False}
+    file.write_text(json.dumps(outer | {"text_config": text}))
+    model, found = interop.load_model(tmp_path)
+    assert model.config.logits_via_embedding == (not is_stored)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    # What the text says itself is what it has to have.
+    text["tie_word_embeddings"] = False
+    file.write_text(json.dumps(outer | {"text_config": text}))
+    if is_stored:
+      assert not interop.load_config(tmp_path).logits_via_embedding
+    else:
+      with pytest.raises(ValueError, match="it lacks lm_head.weight"):
+        interop.load_config(tmp_path)
+    tensors = safetensors.load_file(tmp_path / "model.safetensors")
+    assert ("lm_head.weight" in tensors) == is_stored
+
   def test_a_t5_is_still_asked_for_by_name(self):
     with pytest.raises(ValueError, match="is not a T5; interop.load_model"):
       interop.load_t5(FIXTURES / "llama")
+
+
+IN_THE_BUCKET = """
+import fsspec
+import jax
+import numpy as np
+from etils.epath import gpath
+from fsspec.implementations import memory
+from clp_jax import initial, interop
+from clp_jax import config as config_lib
+from clp_jax.data import tokenizer_files
+from clp_jax.interop import storage
+
+# epath writes by gcsfs or TensorFlow, for which this stands.
+class Written(memory.MemoryFileSystem):
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(str(path).removeprefix("gs:/"))
+
+fsspec.register_implementation("gcs", Written)
+gpath._is_tf_installed = lambda: False
+
+def exchange(name):
+  # tensorstore's bucket and epath's become one.
+  folder = storage.Folder(f"gs://bucket/{name}")
+  for file in folder.names(""):
+    fsspec.filesystem("gcs").pipe(f"gs://bucket/{name}/{file}",
+                                  folder.read(file))
+  for path in fsspec.filesystem("gcs").find(f"gs://bucket/{name}"):
+    storage.write(folder, path.rsplit("/", 1)[1],
+                  fsspec.filesystem("gcs").cat(path))
+
+exchange("old")
+model, params = interop.load_model("gs://bucket/old")
+config = config_lib.get_config()
+config.model.init = "gs://bucket/old"
+config.data.source_length = config.data.target_length = 60
+assert not config.model.scan_layers
+start = initial.load_initial(config)
+jax.tree.map(np.testing.assert_array_equal, start.params, params)
+tokenizer = tokenizer_files.find("gs://bucket/old", (2,), -1)
+assert start.vocabulary.files() == tokenizer.files()
+interop.save_model("gs://bucket/new", model, params, "hf",
+                   tokenizer=tokenizer, max_shard_bytes=60_000)
+exchange("new")
+again, same = interop.load_model("gs://bucket/new")
+assert again == model
+jax.tree.map(np.testing.assert_array_equal, same, params)
+print("done")
+"""
+
+
+def test_buckets_are_read_and_written(tmp_path):
+  small_decoder.save(tmp_path / "old", "qwen3")
+  objects = buckets.objects_in(tmp_path)
+  done = buckets.run_beside(objects, IN_THE_BUCKET)
+  assert done.stdout == "done\n", done.stderr
+  found = {name.removeprefix("new/") for name in objects if "new/" in name}
+  assert {*small_decoder.tokenizer_files(), "config.json"} < found
+  assert "generation_config.json" in found
+  assert sum(name.endswith(".safetensors") for name in found) > 1
 
 
 def test_a_config_comes_back_from_json():

@@ -44,6 +44,14 @@ SMALL = {
 }
 
 
+# What makes a folder's config.json that of another model.
+FIELDS = {
+  "an unknown model": {"model_type": "mamba"},
+  "a missing layer": {"num_hidden_layers": 4, "layer_types": None},
+  "a misshapen layer": {"intermediate_size": 40},
+}
+
+
 def write(path, rows):
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -181,6 +189,11 @@ def test_a_conversation_is_answered_as_its_chat_template_shows_it(
     ("a larger tokenizer", "the model .* embeds 300"),
     ("too long", "was made for 512 tokens"),
     ("no references", "learns from references"),
+    ("a failing template", "the chat template of .* fails: no system; correct"),
+    ("an unknown model", "model_type must be one of .*, got 'mamba'"),
+    ("a missing layer", "it lacks model.layers.3"),
+    ("a misshapen layer", r"has shape \(48, 32\), expected \(40, 32\)"),
+    ("no weights", "holds no weights"),
   ],
 )
 def test_what_can_not_work_is_said_in_one_line(
@@ -201,6 +214,15 @@ def test_what_can_not_work_is_said_in_one_line(
     interop.save_model(model, built, small_decoder.random_params(small), "hf")
     for name, content in small_decoder.tokenizer_files().items():
       (model / name).write_bytes(content)
+  elif change == "a failing template":
+    template = "{{ raise_exception('no system') }}"
+    (model / "chat_template.jinja").write_text(template)
+  elif change in FIELDS:
+    file = model / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | FIELDS[change]))
+  elif change == "no weights":
+    (model / "model.safetensors").unlink()
   elif change == "too long":
     extra.append("--config.data.source_length=600")
   else:

@@ -9,8 +9,9 @@ import pytest
 import runs
 
 import clp_jax
-from clp_jax import demo, run_folder
+from clp_jax import demo, interop, run_folder
 from clp_jax.baselines import dera, soups
+from clp_jax.cli import combine as combine_command
 
 ALPHA = 0.05
 TEXTS = ["Brivane opened the museum.", "It happened in Merrowby on Friday."]
@@ -95,6 +96,61 @@ def test_a_soup_is_that_of_the_recipe(folders, tmp_path):
   assert policy.step == 8  # of both
   record = json.loads((tmp_path / "command" / "parts.json").read_text())
   assert [part["part"] for part in record] == [*NAMES, "reference"]
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+  """A run of a decoder-only model for each reward, of another size."""
+  root = tmp_path_factory.mktemp("decoders")
+  fields = {"steering": "none", "weightings.alpha": ALPHA}
+  found = {name: str(root / name) for name in NAMES}
+  for draw, (name, folder) in enumerate(found.items()):
+    own = {"objectives": f'("{name}",)'}
+    runs.make_run(folder, "tiny-decoder", draw=draw, **fields, **own)
+  return found
+
+
+@pytest.mark.parametrize("method", combine_command.METHODS)
+def test_decoders_are_combined_and_evaluated(decoders, tmp_path, method):
+  """By every method; a vertex is the run that was finetuned for it."""
+  workdir = tmp_path / method
+  policy = combined(decoders, method, workdir)
+  alpha = ALPHA if method == "dera" else None
+  scores = {}
+  for name, folder in decoders.items():
+    scores[name] = clp_jax.Policy.load(folder).score(TEXTS, RESPONSES)
+    found = policy.score(TEXTS, RESPONSES, {name: 1.0}, alpha)
+    np.testing.assert_allclose(found, scores[name], atol=1e-4)
+  assert np.abs(scores["nli"] - scores["rouge"]).max() > 1e-2
+  half = policy.score(TEXTS, RESPONSES, dict.fromkeys(NAMES, 0.5), alpha)
+  for other in scores.values():
+    assert np.abs(half - other).max() > 1e-3
+  if method == "dera":  # at alpha 1 all that is left is the reference
+    ends = [policy.score(TEXTS, RESPONSES, {n: 1.0}, 1.0) for n in NAMES]
+    np.testing.assert_allclose(*ends, atol=1e-4)
+    assert np.abs(ends[0] - scores["nli"]).max() > 1e-2
+  if method != "soup":
+    return
+  for folder in (workdir, decoders["nli"]):
+    command = ("evaluate", "--workdir", folder, "--grid", 2, "--prompts", 4)
+    status, _, err = runs.clp(*command)
+    assert status == 0, err
+  front = json.loads((workdir / "evaluation" / "front.json").read_text())
+  assert front["method"] == "Rewarded Soups" and len(front["points"]) == 2
+  status, out, err = runs.clp(
+    *("compare", workdir, "--output", tmp_path / "compared"),
+    *("--bootstrap", 10),
+  )
+  assert status == 0, err
+  assert "Rewarded Soups" in out
+  status, _, err = runs.clp(
+    *("export", "--workdir", workdir, "--weights", "nli=0.5,rouge=0.5"),
+    *("--format", "hf", "--output", tmp_path / "export"),
+  )
+  assert status == 0, err
+  _, exported = interop.load_model(tmp_path / "export")
+  mixed = policy.params(dict.fromkeys(NAMES, 0.5))
+  jax.tree.map(np.testing.assert_array_equal, exported, mixed)
 
 
 def test_mod_is_that_of_the_recipe(folders, tmp_path):

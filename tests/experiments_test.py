@@ -624,7 +624,8 @@ def test_documented_commands_make_plans(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_small_experiment_from_nothing_to_its_table(tmp_path):
+@pytest.mark.parametrize("preset", runs.PRESETS)
+def test_a_small_experiment_from_nothing_to_its_table(tmp_path, preset):
   command = [
     *("experiment", "single-reward-multi-kl", "--workdir", tmp_path),
     *("--methods", "clp-full-frozen-realigned,rewarded-soups,dera,oracle"),
@@ -632,6 +633,7 @@ def test_a_small_experiment_from_nothing_to_its_table(tmp_path):
     *("--sft-steps", 4, "--steps", 2, "--prompts", 6, "--grid", 3),
     *("--config.sft.batch=16", "--config.rollout.prompts=8"),
     *("--config.rollout.samples=2", "--config.eval.samples=1"),
+    f"--config.model.init={preset}",
   ]
   status, out, err = runs.clp(*command)
   assert status == 0, err

@@ -419,6 +419,28 @@ class TestPrompts:
     assert TOKENIZER.prompt("a", None, 9)[0] == TOKENIZER.encode("a")
     assert TOKENIZER.bos_id is None
 
+  @pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "GemmaTokenizer"])
+  def test_a_class_that_is_told_whether_to_begin_with_bos_does_as_told(
+    self, kind
+  ):
+    """Whatever tokenizer.json puts there, as in transformers; in a chat the
+    template has the word."""
+    flag = "add_bos_token"
+    hello = TOKENIZER.encode("hello")
+    told = with_bos(**{"tokenizer_class": kind, flag: False})
+    assert told.prompt("hello", None, 99)[0] == hello
+    config = {"tokenizer_class": kind, "bos_token": "<|endoftext|>"}
+    told = make(json_files={"tokenizer_config.json": config | {flag: True}})
+    assert told.prompt("hello", None, 99)[0] == [0, *hello]
+    assert 0 not in told.prompt(user("hello"), None, 99)[0]
+    told = with_bos(**{"tokenizer_class": kind, flag: True})
+    for template in (None, "{document}", user("{document}")):
+      ids, _ = told.prompt("hello", template, 99)
+      assert ids[0] == 0 and ids.count(0) == 1
+    # Other classes leave it to tokenizer.json.
+    other = {"tokenizer_class": "PreTrainedTokenizerFast", flag: False}
+    assert with_bos(**other).prompt("hello", None, 99)[0] == [0, *hello]
+
   def test_a_chat_begins_with_bos_where_its_template_puts_one(self):
     hello = TOKENIZER.encode("hello")
     assert with_bos().prompt(user("hello"), None, 99)[0] == [0, *hello]

@@ -39,14 +39,19 @@ def test_4_steps_are_2_and_a_restart_and_2_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-  "algorithm",
-  [{}, pytest.param(AHEAD, marks=pytest.mark.slow)],
-  ids=["reinforce", "ahead"],
+  ("preset", "algorithm"),
+  [
+    ("tiny", {}),
+    pytest.param("tiny", AHEAD, marks=pytest.mark.slow),
+    pytest.param("tiny-decoder", {}, marks=pytest.mark.slow),
+  ],
+  ids=["reinforce", "ahead", "decoder"],
 )
 def test_killed_anywhere_a_run_ends_as_if_never_killed(
-  algorithm, sft_run, tmp_path
+  preset, algorithm, sft_runs, tmp_path
 ):
   """SIGTERM, then SIGKILL at two moments, whatever they interrupt."""
+  sft_run = sft_runs(preset)
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   fields = {"train.checkpoint_every": 3, "train.keep": 2} | algorithm
   fields["rewards.nli.normalise"] = "running"  # statistics count too

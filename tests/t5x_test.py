@@ -1,16 +1,11 @@
 """t5x's checkpoints and Orbax's: both layouts, round trips, bad ones."""
 
 import dataclasses
-import http.server
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
-import threading
-import urllib.parse
 
+import buckets
 import flax.serialization
 import jax
 import numpy as np
@@ -367,60 +362,6 @@ class TestBadCheckpoints:
         save(tmp_path / "model", config)
 
 
-class Bucket(http.server.BaseHTTPRequestHandler):
-  """As much of Google Cloud Storage's API as reading and writing needs."""
-
-  objects: dict[str, bytes]
-
-  def do_GET(self):
-    url = urllib.parse.urlparse(self.path)
-    query = urllib.parse.parse_qs(url.query)
-    _, _, name = url.path.partition("/b/bucket/o")
-    name = urllib.parse.unquote(name.lstrip("/"))
-    if not name:
-      prefix = query.get("prefix", [""])[0]
-      first = query.get("startOffset", [""])[0]
-      stop = query.get("endOffset", ["\U0010ffff"])[0]
-      items = [
-        {"name": key, "generation": "1", "size": "1"}
-        for key in sorted(self.objects)
-        if key.startswith(prefix) and first <= key < stop
-      ]
-      return self._answer(200, json.dumps({"items": items}).encode())
-    content = self.objects.get(name)
-    if content is None:
-      return self._answer(404, b"")
-    status = 200
-    if wanted := self.headers.get("Range"):
-      first, last = wanted.removeprefix("bytes=").split("-")
-      total = len(content)
-      content = content[int(first) : int(last) + 1]
-      status = 206
-      return self._answer(
-        status, content, ("Content-Range", f"bytes {first}-{last}/{total}")
-      )
-    return self._answer(status, content)
-
-  def do_POST(self):
-    url = urllib.parse.urlparse(self.path)
-    (name,) = urllib.parse.parse_qs(url.query)["name"]
-    length = int(self.headers["Content-Length"])
-    self.objects[name] = self.rfile.read(length)
-    self._answer(200, json.dumps({"name": name, "generation": "1"}).encode())
-
-  def _answer(self, status, content, *headers):
-    self.send_response(status)
-    self.send_header("x-goog-generation", "1")
-    self.send_header("Content-Length", str(len(content)))
-    for header in headers:
-      self.send_header(*header)
-    self.end_headers()
-    self.wfile.write(content)
-
-  def log_message(self, *_):
-    pass
-
-
 IN_THE_BUCKET = """
 import sys
 import numpy as np
@@ -448,32 +389,13 @@ print([m for m in ("tensorflow", "torch") if m in sys.modules])
 
 
 def test_buckets_are_read_and_written_by_tensorstore(tmp_path):
-  """In a process of its own: tensorstore takes the server from the shell."""
   legacy = save(tmp_path / "legacy", step=3)
   save(tmp_path / "legacy", step=2)
   save(tmp_path / "orbax", format="t5x-orbax", step=3)
   save(tmp_path / "hf", format="hf", step=3, max_shard_bytes=9000)
   (tmp_path / "spiece.model").write_bytes(VOCABULARY)
-  Bucket.objects = {
-    str(file.relative_to(tmp_path)): file.read_bytes()
-    for file in tmp_path.rglob("*")
-    if file.is_file()
-  }
-  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
-  threading.Thread(target=server.serve_forever, daemon=True).start()
-  done = subprocess.run(
-    [sys.executable, "-c", IN_THE_BUCKET, str(tmp_path)],
-    env=os.environ
-    | {
-      "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{server.server_port}",
-      "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
-    },
-    cwd=pathlib.Path(__file__).parents[1],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  server.shutdown()
+  objects = buckets.objects_in(tmp_path)
+  done = buckets.run_beside(objects, IN_THE_BUCKET, tmp_path)
   assert done.stdout == "[]\n", done.stderr
   for name in ("legacy", "orbax", "hf", "new"):
     loaded = leaves.unflatten(dict(np.load(tmp_path / f"{name}.npz")))

@@ -46,6 +46,8 @@ _NAMES = (
   "cls_token",
   "mask_token",
 )
+# Classes of transformers that go by add_bos_token, whatever tokenizer.json has.
+_TOLD = ("LlamaTokenizer", "GemmaTokenizer")
 _PLACES = re.compile(r"\{(?:document|response)\}")
 _PRIVATE = range(0xF0000, 0xFFFFE)  # characters to which Unicode gives no use
 
@@ -211,7 +213,13 @@ class HFTokenizer:
     framed = self._tokenizer.encode("a", add_special_tokens=True)
     ids, special = framed.ids, framed.special_tokens_mask
     after = special[::-1].index(0)
-    return ids[: special.index(0)], ids[len(ids) - after :]
+    before = ids[: special.index(0)]
+    config = self._json(_CONFIG)
+    told = config.get("add_bos_token")
+    kind = str(config.get("tokenizer_class")).removesuffix("Fast")
+    if kind in _TOLD and isinstance(told, bool) and self.bos_id is not None:
+      before = [self.bos_id] if told else []
+    return before, ids[len(ids) - after :]
 
   def encode(self, text: str) -> list[int]:
     """The tokens of a text, which makes no control token (but for one that

@@ -87,14 +87,28 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 TEXT_MODELS = tuple(_DEFAULTS)  # model_types
 _DERIVED = (
   *("head_dim", "layer_types", "rope_parameters", "rope_theta"),
-  *("attention_bias", "mlp_bias"),
+  *("attention_bias", "mlp_bias", "sliding_window_pattern"),
 )
 _MAY_BE_NULL = (
   *("final_logit_softcapping", "attn_logit_softcapping", "sliding_window"),
   *("num_key_value_heads", "use_sliding_window", "tie_word_embeddings"),
-  "pad_token_id",
+  *("pad_token_id", "attention_bias", "mlp_bias"),
+)
+_WHOLE = (
+  *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+  *("num_attention_heads", "num_key_value_heads", "head_dim"),
+  *("max_position_embeddings", "sliding_window_pattern"),
+)
+_REAL = (
+  *("rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"),
+  *("final_logit_softcapping", "attn_logit_softcapping"),
+)
+_FLAGS = (
+  *("tie_word_embeddings", "use_sliding_window", "attention_bias"),
+  "mlp_bias",
 )
 _GEMMAS = ("gemma2", "gemma3_text")
+_QWENS = ("qwen2", "qwen3")
 _NESTED = {"gemma3": "gemma3_text"}  # of a multimodal model -> its text model
 ACTIVATIONS = {
   "gelu_pytorch_tanh": "gelu",
@@ -102,6 +116,7 @@ ACTIVATIONS = {
   "gelu": "gelu_exact",
   "gelu_new": "gelu",
   "relu": "relu",
+  "swish": "silu",
 }
 # Fields that may be there, but only so.
 _REFUSED = {
@@ -110,6 +125,13 @@ _REFUSED = {
   "quantization_config": (None,),
   "num_experts": (None, 0),
   "num_local_experts": (None, 0),
+  "n_routed_experts": (None, 0),
+  "attention_multiplier": (None, 1, 1.0),
+  "residual_multiplier": (None, 1, 1.0),
+  "embedding_multiplier": (None, 1, 1.0),
+  "logits_scaling": (None, 1, 1.0),
+  "logit_scale": (None, 1, 1.0),
+  "clip_qkv": (None,),
 }
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 # Prefixes of the text model, and of what is not of it, in multimodal folders.
@@ -140,6 +162,8 @@ def open_folder(
   config = read_config(folder)
   stored = read_tensors(folder, mapped)
   head, _ = tensor_of(config, HEAD)
+  if head not in stored and _is_untied_around_the_text(folder):
+    config = dataclasses.replace(config, logits_via_embedding=True)
   if config.logits_via_embedding and head in stored:
     table = stored.get(tensor_of(config, _EMBEDDING)[0])
     if table is not None and not leaves.same(stored[head], table):
@@ -153,6 +177,18 @@ def open_folder(
   tensor = functools.partial(tensor_of, config)
   expected = leaves.expected_shapes(config)
   return config, weight_files.model_leaves(folder, stored, expected, tensor)
+
+
+def _is_untied_around_the_text(folder: Folder) -> bool:
+  """Whether a multimodal config unties the logits, and its text model's says
+  nothing: for transformers 5 it has the word, for 4 it has not, and no tensor
+  is written."""
+  outer = weight_files.read_json(folder, "config.json")
+  text = outer.get("text_config") or {}
+  name = "tie_word_embeddings"
+  return outer.get("model_type") in _NESTED and (
+    outer.get(name) is False and text.get(name) is None
+  )
 
 
 def read_tensors(folder: Folder, mapped: bool) -> dict[str, Leaf]:
@@ -181,8 +217,17 @@ def read_config(folder: Folder) -> CausalConfig:
   eos_ids = weight_files.eos_ids(folder, values)
   if values.get("model_type") in _NESTED:
     outer = values
-    values = dict(outer.get("text_config") or {})
-    values["model_type"] = _NESTED[outer["model_type"]]
+    _check_refused(where, outer)
+    values = outer.get("text_config") or {}
+    text_type = _NESTED[outer["model_type"]]
+    if (
+      not isinstance(values, dict)
+      or values.get("model_type", text_type) != text_type
+    ):
+      raise ValueError(
+        f"{where}: text_config must be an object of model_type {text_type}."
+      )
+    values = values | {"model_type": text_type}
     for name in ("eos_token_id", "pad_token_id", "tie_word_embeddings"):
       if outer.get(name) is not None:
         values.setdefault(name, outer[name])
@@ -203,18 +248,68 @@ def read_config(folder: Folder) -> CausalConfig:
     if value is not None or name not in _DERIVED
   }
   given = {**_DEFAULTS[kind], **own}
-  for name, default in _DEFAULTS[kind].items():
-    is_number = isinstance(default, int | float) and name not in _MAY_BE_NULL
-    if is_number and not isinstance(given[name], int | float):
-      raise ValueError(
-        f"{where}: {name} must be a number, got {given[name]!r}."
-      )
+  _check_values(where, kind, given)
   try:
-    return _config(where, kind, given, eos_ids)
+    return _config(where, kind, given, _producible(where, given, eos_ids))
   except KeyError as error:
     raise ValueError(f"{where} lacks {error}.") from error
   except TypeError as error:
     raise ValueError(f"{where}: {error}") from error
+
+
+def _producible(
+  where: str, values: Mapping[str, Any], eos_ids: tuple[Any, ...]
+) -> tuple[Any, ...]:
+  """Ends without those that no row of the vocabulary stands for: a config cut
+  down from a larger model's may name some."""
+  size = values["vocab_size"]
+  beyond = [i for i in eos_ids if isinstance(i, int) and i >= size]
+  if beyond:
+    logging.warning(
+      "%s: eos_token_id names %s, and vocab_size is %d: nothing will end there",
+      where,
+      ", ".join(map(str, beyond)),
+      size,
+    )
+  return tuple(i for i in eos_ids if i not in beyond)
+
+
+def _check_values(where: str, kind: str, values: Mapping[str, Any]) -> None:
+  """Raises a ValueError that names a field whose value can't be one."""
+
+  def is_number(value: Any, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
+
+  read = {*_DEFAULTS[kind], "num_key_value_heads", "head_dim", "pad_token_id"}
+  if kind == "gemma3_text":
+    read.add("sliding_window_pattern")
+  given = {name: values[name] for name in values if name in read}
+  for name, value in given.items():
+    if value is None and name in _MAY_BE_NULL:
+      continue
+    if name in _WHOLE and not (is_number(value, int) and value > 0):
+      what = "a number, whole and above 0"
+    elif name in _REAL and not (is_number(value, int, float) and value > 0):
+      what = "a number above 0"
+    elif name == "rms_norm_eps" and not (
+      is_number(value, int, float) and value >= 0
+    ):
+      what = "a number, 0 or more"
+    elif name == "pad_token_id" and not is_number(value, int):
+      what = "a number, a token"
+    else:
+      continue
+    raise ValueError(f"{where}: {name} must be {what}, got {value!r}.")
+  for name in _FLAGS:
+    if values.get(name) not in (None, False, True):
+      raise ValueError(
+        f"{where}: {name} must be true or false, got {values[name]!r}."
+      )
+  for name in ("rope_scaling", "rope_parameters"):
+    if not isinstance(values.get(name) or {}, Mapping):
+      raise ValueError(
+        f"{where}: {name} must be an object, got {values[name]!r}."
+      )
 
 
 def _check_refused(where: str, values: Mapping[str, Any]) -> None:
@@ -243,6 +338,10 @@ def _config(
   windows: tuple[int, ...] = ()
   size = values.get("sliding_window")
   if _SLIDING in types and size is not None:
+    if not isinstance(size, int) or size < 1:
+      raise ValueError(
+        f"{where}: sliding_window must be a number of tokens, got {size!r}."
+      )
     windows = tuple(size if t == _SLIDING else 0 for t in types)
   ropes, layer_ropes = _ropes(where, kind, values, types)
   bias = bool(values.get("attention_bias", False))
@@ -298,11 +397,14 @@ def _layer_types(
   where: str, kind: str, values: Mapping[str, Any]
 ) -> tuple[str, ...]:
   layers = range(values["num_hidden_layers"])
+  types = (_FULL,) * len(layers)
   if kind == "llama":
-    return (_FULL,) * len(layers)
+    return types
   if "layer_types" in values:
-    types = tuple(values["layer_types"])
-    if len(types) != len(layers) or not {*types} <= {_SLIDING, _FULL}:
+    given = values["layer_types"]
+    types = tuple(given) if isinstance(given, list) else (given,)
+    known = all(t in (_SLIDING, _FULL) for t in types)
+    if len(types) != len(layers) or not known:
       raise ValueError(
         f"{where}: layer_types must name {_FULL} or {_SLIDING} for each of "
         f"{len(layers)} layers, got {types}."
@@ -312,10 +414,14 @@ def _layer_types(
   elif kind == "gemma3_text":
     period = values.get("sliding_window_pattern", 6)
     types = tuple(_SLIDING if (i + 1) % period else _FULL for i in layers)
-  else:
+  elif values["use_sliding_window"]:
     first = values["max_window_layers"]
+    if not isinstance(first, int):
+      raise ValueError(
+        f"{where}: max_window_layers must be a number, got {first!r}."
+      )
     types = tuple(_SLIDING if i >= first else _FULL for i in layers)
-  if kind in ("qwen2", "qwen3") and not values["use_sliding_window"]:
+  if kind in _QWENS and not values["use_sliding_window"]:
     return (_FULL,) * len(layers)
   return types
 
@@ -342,29 +448,52 @@ def _ropes(
   if not nested:  # local layers are not scaled
     found = {_FULL: found}
   ropes = (
-    _rope(where, found.get(_FULL, {}), theta),
-    _rope(where, found.get(_SLIDING, {}), values["rope_local_base_freq"]),
+    _rope(where, found.get(_FULL) or {}, theta),
+    _rope(where, found.get(_SLIDING) or {}, values["rope_local_base_freq"]),
   )
   return ropes, tuple(int(t == _SLIDING) for t in types)
 
 
-def _rope(where: str, fields: Mapping[str, Any], theta: float) -> Rope:
+def _rope(where: str, fields: Any, theta: float) -> Rope:
   """theta: where there is none in the fields."""
-  kind = fields.get("rope_type", fields.get("type", "default"))
-  theta = float(fields.get("rope_theta", theta))
+  if not isinstance(fields, Mapping):
+    raise ValueError(
+      f"{where}: rope_parameters must hold objects, got {fields!r}."
+    )
   _check_refused(where, fields)
+
+  def number(name: str) -> float:
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      value = None
+    if value is None or value <= 0:
+      raise ValueError(
+        f"{where}: {name} of the rotary embedding must be a number above 0, "
+        f"got {fields[name]!r}."
+      )
+    return float(value)
+
+  kind = fields.get("rope_type", fields.get("type", "default"))
+  if "rope_theta" in fields:
+    theta = number("rope_theta")
   if kind == "default":
-    return Rope(theta)
+    return Rope(float(theta))
   if kind == "linear":
-    return Rope(theta, "linear", float(fields["factor"]))
+    return Rope(float(theta), "linear", number("factor"))
   if kind == "llama3":
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if high <= low:
+      raise ValueError(
+        f"{where}: high_freq_factor must be above low_freq_factor = {low:g}, "
+        f"got {high:g}."
+      )
     return Rope(
-      theta,
+      float(theta),
       "llama3",
-      factor=float(fields["factor"]),
-      low_frequency_factor=float(fields["low_freq_factor"]),
-      high_frequency_factor=float(fields["high_freq_factor"]),
-      original_length=int(fields["original_max_position_embeddings"]),
+      factor=number("factor"),
+      low_frequency_factor=low,
+      high_frequency_factor=high,
+      original_length=int(number("original_max_position_embeddings")),
     )
   raise ValueError(
     f"{where}: rope_type must be default, linear or llama3, got {kind!r}."
@@ -479,7 +608,7 @@ def config_values(
     values["mlp_bias"] = config.mlp_bias
   else:
     values["layer_types"] = [_SLIDING if w else _FULL for w in windows]
-    if kind in ("qwen2", "qwen3"):
+    if kind in _QWENS:
       values["use_sliding_window"] = any(windows)
     if any(windows) or not gemma:
       values["sliding_window"] = max(windows) or None
