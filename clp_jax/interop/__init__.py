@@ -200,19 +200,17 @@ def save_model(
   config = model.config
   if isinstance(config, T5Config):
     files = {} if tokenizer is None else tokenizer.files()
-    # Of tokenizer.json no T5 format says anything: it is written as it is.
-    is_model = orbax.VOCABULARY in files
     save_t5(
       path,
       config,
       params,
       format,
-      vocabulary=files[orbax.VOCABULARY] if is_model else None,
+      vocabulary=files.pop(orbax.VOCABULARY, None),
       step=step,
       max_shard_bytes=max_shard_bytes,
     )
-    if not is_model:
-      _write_files(path, files)
+    # Of tokenizer.json no T5 format says anything: it is written as it is.
+    _write_files(path, files)
     return
   if format not in ("hf", "orbax"):
     raise ValueError(

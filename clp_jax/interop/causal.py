@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from clp_jax.interop import leaves, weight_files
-from clp_jax.interop.leaves import Leaf, View
+from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
 from clp_jax.models.causal import NO_PAD, CausalConfig, Rope
 
@@ -104,7 +104,7 @@ ACTIVATIONS = {
   "relu": "relu",
 }
 # Fields that may be there, but only so.
-_REFUSED = {
+_ONLY = {
   "partial_rotary_factor": (None, 1, 1.0),
   "use_bidirectional_attention": (None, False),
   "quantization_config": (None,),
@@ -195,7 +195,7 @@ def read_config(folder: Folder) -> CausalConfig:
       f"{where}: model_type must be one of {', '.join(families())}, got "
       f"{kind!r}."
     )
-  _check_refused(where, values)
+  weight_files.check_only(where, values, _ONLY)
   # null means that these are to be found out; elsewhere it means off.
   own = {
     name: value
@@ -215,15 +215,6 @@ def read_config(folder: Folder) -> CausalConfig:
     raise ValueError(f"{where} lacks {error}.") from error
   except TypeError as error:
     raise ValueError(f"{where}: {error}") from error
-
-
-def _check_refused(where: str, values: Mapping[str, Any]) -> None:
-  for name, allowed in _REFUSED.items():
-    if values.get(name) not in allowed:
-      raise ValueError(
-        f"{where}: {name} = {values[name]!r} is not supported; it must be "
-        f"{allowed[-1]!r}."
-      )
 
 
 def _config(
@@ -352,7 +343,7 @@ def _rope(where: str, fields: Mapping[str, Any], theta: float) -> Rope:
   """theta: where there is none in the fields."""
   kind = fields.get("rope_type", fields.get("type", "default"))
   theta = float(fields.get("rope_theta", theta))
-  _check_refused(where, fields)
+  weight_files.check_only(where, fields, _ONLY)
   if kind == "default":
     return Rope(theta)
   if kind == "linear":
@@ -418,7 +409,7 @@ def tensor_of(config: CausalConfig, path: str) -> tuple[str, bool]:
 def save(
   path: epath.Path,
   config: CausalConfig,
-  views: Mapping[str, View],
+  views: Mapping[str, Leaf],
   tokenizer: Any,
   max_shard_bytes: int,
 ) -> None:
@@ -440,7 +431,7 @@ def save(
 
 
 def _config_values(
-  config: CausalConfig, views: Mapping[str, View]
+  config: CausalConfig, views: Mapping[str, Leaf]
 ) -> dict[str, Any]:
   kind = config.architecture
   if kind not in _DEFAULTS:

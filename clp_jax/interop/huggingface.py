@@ -19,7 +19,7 @@ import sentencepiece
 from etils import epath
 
 from clp_jax.interop import leaves, weight_files
-from clp_jax.interop.leaves import Leaf, View
+from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
 from clp_jax.models import layers
 from clp_jax.models.t5 import T5Config
@@ -264,7 +264,7 @@ def read_vocabulary(content: bytes) -> Vocabulary:
 def save(
   path: epath.Path,
   config: T5Config,
-  views: Mapping[str, View],
+  views: Mapping[str, Leaf],
   vocabulary: Vocabulary | None,
   max_shard_bytes: int,
 ) -> None:
@@ -291,7 +291,7 @@ def save(
 
 
 def _config_values(
-  config: T5Config, views: Mapping[str, View]
+  config: T5Config, views: Mapping[str, Leaf]
 ) -> dict[str, Any]:
   names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
   if config.mlp_activations not in names:
