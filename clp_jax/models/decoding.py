@@ -222,16 +222,12 @@ def start(
   max_length: int,
   at_once: int = 1,
 ) -> tuple[NextLogits, Cache]:
-  """Does once what decoding needs from the prompts.
-
-  Args:
-    num_samples: N.
-    max_length: T, positions of the cache.
-    at_once: see `read_prompts`.
+  """Does once what decoding needs from the prompts; see `read_prompts`.
 
   Returns:
     A function that gives the logits of a position, and the cache it starts
-    with: what `sample_from` takes.
+    with, of N = num_samples rows a prompt and T = max_length positions: what
+    `sample_from` takes.
   """
   context = read_prompts(model, params, encoder_input_tokens, at_once)
   rows = encoder_input_tokens.shape[0] * num_samples

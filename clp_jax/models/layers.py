@@ -18,12 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from clp_jax.low_rank import LowRank
-from clp_jax.models.attention import (
-  MANY_QUERIES,
-  MASKED,
-  KeysValues,
-  in_blocks,
-)
+from clp_jax.models import attention
 from clp_jax.row_mixing import RowMixture
 from clp_jax.sharding import constrain
 
@@ -454,7 +449,7 @@ def attend(
     [B, H, Q, K], of the queries' dtype.
   """
   length = query.shape[2]
-  if length < MANY_QUERIES or mask.shape[2] > 1:
+  if length < attention.MANY_QUERIES or mask.shape[2] > 1:
     return _attend(query, keys, values, mask, bias)
 
   # Their gradients are summed over the blocks, in this precision.
@@ -466,7 +461,9 @@ def attend(
     )
     return _attend(query, narrow_keys, narrow_values, mask, bias)
 
-  return in_blocks(block, (query, bias), (-2, None if bias is None else -2))
+  return attention.in_blocks(
+    block, (query, bias), (-2, None if bias is None else -2)
+  )
 
 
 def _attend(query, keys, values, mask, bias):
@@ -475,7 +472,7 @@ def _attend(query, keys, values, mask, bias):
   )
   if bias is not None:
     logits = logits + bias
-  logits = jnp.where(mask, logits, MASKED)
+  logits = jnp.where(mask, logits, attention.MASKED)
   probs = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
   return jnp.einsum("bhqs,bhsk->bhqk", probs, values)
 
@@ -505,15 +502,15 @@ class Attention(nn.Module):
     """[..., H * K] -> [..., H, K]."""
     return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
 
-  def keys_values(self, x: jax.Array) -> KeysValues:
+  def keys_values(self, x: jax.Array) -> attention.KeysValues:
     """x: [B, S, D] -> keys and values [B, H, S, K]."""
     keys, values = self._split(self.key(x)), self._split(self.value(x))
-    return KeysValues.of(keys, values, "heads")
+    return attention.KeysValues.of(keys, values, "heads")
 
   def __call__(
     self,
     x: jax.Array,
-    keys_values: KeysValues,
+    keys_values: attention.KeysValues,
     mask: jax.Array,
     bias: jax.Array | None = None,
     deterministic: bool = True,
