@@ -169,12 +169,7 @@ def adaptation(config: ml_collections.ConfigDict) -> Adaptation | None:
 
 def scalarisation(config: ml_collections.ConfigDict) -> Scalarisation:
   """How a weighting makes one number of the rewards."""
-  s = config.scalarisation
-  return Scalarisation(
-    name=s.name,
-    utopia=None if s.utopia is None else tuple(s.utopia),
-    smoothness=s.smoothness,
-  )
+  return Scalarisation(**config.scalarisation)
 
 
 def has_critic(config: ml_collections.ConfigDict) -> bool:

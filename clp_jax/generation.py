@@ -169,11 +169,6 @@ class RowDecoder:
     lengths = {"num_samples": num_samples, "max_length": self.max_length}
     return start(self.model, policies, self._cut_rows(tokens), **lengths)
 
-  def first_loop(self, cache: decoding.Cache, rows: int) -> decoding.Loop:
-    """A decoding of R rows before its first position."""
-    pad_id = self.model.config.pad_id
-    return decoding.first_loop(cache, rows, self.max_length, pad_id)
-
   def sampling(self, **settings: Any) -> Sampling:
     """How tokens are drawn with these settings; how rows end is the model's."""
     config = self.model.config

@@ -66,8 +66,3 @@ class LowRank:
     if stacked:
       diagonal = jnp.moveaxis(diagonal, 1, 0)
     return LowRank(self.kernel, self.left, self.right, diagonal)
-
-
-def is_low_rank(leaf: object) -> bool:
-  """Whether it stands for a kernel."""
-  return isinstance(leaf, LowRank)

@@ -30,7 +30,7 @@ from jax.sharding import (
   PartitionSpec,
 )
 
-from clp_jax.low_rank import is_low_rank
+from clp_jax.low_rank import LowRank
 
 Tree = Any
 
@@ -233,7 +233,7 @@ def spread(policies: Tree, logical_axes: Tree, dtypes: Tree, *, whole: bool):
   def leaf(names, policy, dtype):
     if placement is None:
       return policy.astype(dtype)
-    if is_low_rank(policy):
+    if isinstance(policy, LowRank):
       # The base is shared, and the factors and diagonals are small: whole.
       return policy.astype(dtype).replace(
         kernel=leaf(names, policy.kernel, dtype)

@@ -232,7 +232,8 @@ class Decoder:
     top = (rows, length, ALTERNATIVES)
     cache = self._rows.model.empty_cache(rows, length)
     noted = (jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
-    loop = self._rows.first_loop((cache, noted), rows)
+    pad_id = self._rows.model.config.pad_id
+    loop = decoding.first_loop((cache, noted), rows, length, pad_id)
     position = jnp.zeros([rows], jnp.int32)
     return _State(context, loop._replace(position=position))
 
