@@ -26,6 +26,7 @@ from clp_jax.evaluation.metrics import in_plane
 from clp_jax.evaluation.tables import (
   bare,
   markdown_table,
+  row_each,
   units_note,
   without_empty,
 )
@@ -210,21 +211,12 @@ def print_tables(found: Comparison) -> None:
   console = Console()
   unbounded = console.options.update(max_width=1000)
   for title, rows in tables(found).items():
-    table = _one_row_each(title, rows)
+    named = {"title": title, "title_justify": "left"}
+    table = row_each(rows, {"no_wrap": True}, **named)
     if console.measure(table, options=unbounded).maximum > console.width:
       table = _one_line_each(title, rows)
     console.print(table)
   console.print(note(found), highlight=False)
-
-
-def _one_row_each(title: str, rows: Sequence[Row]) -> Table:
-  """A row a method."""
-  table = bare(title=title, title_justify="left")
-  for i, column in enumerate(rows[0]):
-    table.add_column(column, justify="right" if i else "left", no_wrap=True)
-  for row in rows:
-    table.add_row(*(Text(cell) for cell in row.values()))
-  return table
 
 
 def _one_line_each(title: str, rows: Sequence[Row]) -> Table:
