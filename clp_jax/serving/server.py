@@ -95,13 +95,8 @@ def make_server(
 ) -> uvicorn.Server:
   """A server that only needs a socket, `run(sockets=[...])`.
 
-  Args:
-    policy: the run.
-    decoder: its compiled programs.
-    name: of the model.
-    limits: of the requests.
-    key: that clients must know, or None.
-    loopback: whether the socket's address is a loopback one.
+  Args: as for `make_app`, but for:
+    decoder: the compiled programs of the policy.
   """
   metrics = Metrics()
   batcher = Batcher(decoder, limits.waiting, metrics.on_batch)
