@@ -103,9 +103,6 @@ class Adaptation:
     reward in units of its range over the front. Cells that are not known, or
     have no known neighbour, count as the mean of those that are.
 
-    Args:
-      estimate: of the front.
-
     Returns:
       [P] float32 that sum to 1; uniform where all gaps are equal.
     """

@@ -134,9 +134,6 @@ class Bank:
   def update_scales(self, reference: Params) -> dict[tuple[str, ...], Any]:
     """What leaves that start at 0 count as large, for optimizers that ask.
 
-    Args:
-      reference: an ordinary T5's parameters.
-
     Returns:
       {path of a trained leaf: [M, L] float32 or less, its stacking dimensions},
       of the adapters' leaves that `adapters.Adapter.update_scales` names.

@@ -30,11 +30,8 @@ MIXINGS = ("parameters", "logits")
 def make_mesh(
   config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """The mesh as the config describes it.
-
-  Args:
-    config: reads `mesh`.
-    devices: None takes jax.devices().
+  """The mesh as the config's `mesh` describes it; devices None are
+  jax.devices().
 
   Raises:
     ConfigError: when it does not fit the devices.
@@ -78,12 +75,8 @@ def distribution(config: ml_collections.ConfigDict) -> Distribution:
 def bank(
   config: ml_collections.ConfigDict, model_config: ModelConfig
 ) -> bank_lib.Bank:
-  """How the config conditions a T5 on weightings.
-
-  Args:
-    config: a valid training config.
-    model_config: of the reference.
-  """
+  """How the config, a valid one, conditions the model of the reference on
+  weightings."""
   own, steering = config.conditioning, config.steering
   _one_of("conditioning.kl_set", own.kl_set, bank_lib.KL_SETS)
   if own.shared is not None:

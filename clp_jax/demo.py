@@ -145,11 +145,8 @@ def train_soups(full: ml_collections.ConfigDict, workdir: str) -> str:
 
 
 def show_steering(workdir: str) -> None:
-  """Prints a telling held-out article and its greedy summaries.
-
-  Args:
-    workdir: of an evaluated run of two rewards.
-  """
+  """Prints a telling held-out article of an evaluated run of two rewards, and
+  its greedy summaries."""
   policy = Policy.load(workdir)
   rows = examples.load(workdir)
   articles = examples.telling(rows, CANDIDATES)

@@ -32,9 +32,6 @@ class Initial(NamedTuple):
 def load_initial(config: ml_collections.ConfigDict) -> Initial:
   """What `config.model.init` names.
 
-  Args:
-    config: a training config.
-
   Returns:
     The model in the layout and dtype of computation that the config asks for.
 
@@ -117,9 +114,6 @@ def _check_fits(
 def load_model_config(config: ml_collections.ConfigDict) -> families.Config:
   """The model of `load_initial`, its parameters neither made nor read.
 
-  Args:
-    config: a training config.
-
   Raises:
     ConfigError: when `config.model.init` names no model.
   """
@@ -141,9 +135,6 @@ def load_model_config(config: ml_collections.ConfigDict) -> families.Config:
 
 def load_vocabulary_of(config: ml_collections.ConfigDict) -> Tokenizer:
   """The vocabulary of the model that `config.model.init` names.
-
-  Args:
-    config: a training config.
 
   Raises:
     ConfigError: when there is none.

@@ -54,12 +54,8 @@ class LowRank:
     return LowRank(kernel, left, right, self.diagonal)
 
   def of_rows(self, coefficients: jax.Array, stacked: bool) -> "LowRank":
-    """Of sets, those that B rows of coefficients [B, M] mix.
-
-    Args:
-      coefficients: float32.
-      stacked: whether it is of a stack of layers.
-    """
+    """Of sets, those that B rows of coefficients [B, M] float32 mix; `stacked`
+    says whether it is of a stack of layers."""
     diagonal = jnp.tensordot(
       coefficients, self.diagonal, ((1,), (0,)), precision="highest"
     )

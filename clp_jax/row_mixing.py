@@ -130,12 +130,8 @@ def row_coefficients(params: Params) -> jax.Array | None:
 
 
 def mix_one(params: Params, coefficients: jax.Array) -> Params:
-  """One policy out of what `mix_rows` made, as `conditioning.mix` gives it.
-
-  Args:
-    params: from `mix_rows`.
-    coefficients: [M] float32.
-  """
+  """One policy, of coefficients [M] float32, out of what `mix_rows` made, as
+  `conditioning.mix` gives it."""
 
   def leaf(p):
     if not isinstance(p, RowMixture):

@@ -305,12 +305,7 @@ def summarise(
 
 
 def print_result(runs: Sequence[str], result: Mapping[str, Any]) -> None:
-  """Prints what `summarise` gave to stdout.
-
-  Args:
-    runs: names of the two.
-    result: of `judge_pairs`.
-  """
+  """Prints what `judge_pairs` gave for two runs, by their names, to stdout."""
 
   def shown(rate: Mapping[str, Any]) -> tuple[str, ...]:
     interval = f"{rate['low']:.3f} to {rate['high']:.3f}"

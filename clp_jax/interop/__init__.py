@@ -100,9 +100,6 @@ def load_t5(
 def load_config(path: str | os.PathLike) -> Config:
   """The config of a model that `load_model` would load, its arrays unread.
 
-  Args:
-    path: as for `load_model`.
-
   Raises:
     ValueError: as for `load_model`.
   """
@@ -146,9 +143,6 @@ def _open(
 def find_vocabulary(path: str | os.PathLike) -> str | None:
   """The SentencePiece model or tokenizer.json that lies with a checkpoint, or
   None.
-
-  Args:
-    path: as for `load_t5`.
 
   Returns:
     The path of the file.

@@ -98,12 +98,9 @@ def open_folder(
 def load(
   opened: Opened, shardings: Callable[[Classifier], leaves.Shardings]
 ) -> leaves.Params:
-  """The float32 parameters, each device's part of them on it.
-
-  Args:
-    opened: from `open_folder`.
-    shardings: where the parameters of a classifier lie, a tree like them.
-  """
+  """The float32 parameters of what `open_folder` has found, each device's part
+  of them on it; `shardings` says where those of a classifier lie, a tree like
+  them."""
   paths = leaves.flatten(opened.model.abstract())
   at = shardings(opened.model)
   return leaves.read_tree(paths, opened.tensors, at, np.float32)

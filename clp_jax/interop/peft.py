@@ -157,10 +157,6 @@ def base_of(path: str) -> str:
 def load(path: str, config: Config) -> LoRA:
   """Reads an adapter of a model.
 
-  Args:
-    path: the folder.
-    config: of the model.
-
   Raises:
     ValueError: when there is none, it is of another kind than LoRA, or not of
       such a model; one line that names the field or the tensor.

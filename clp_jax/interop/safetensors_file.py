@@ -124,11 +124,8 @@ def _read_part(
 
 
 def write(path: epath.Path, tensors: Mapping[str, Leaf]) -> None:
-  """Writes a file, one tensor in memory at a time; whole or not at all.
-
-  Args:
-    path: of the file.
-    tensors: by name, in the order of the file.
+  """Writes tensors in their order, one in memory at a time; whole or not at
+  all.
 
   Raises:
     ValueError: for a dtype that the format doesn't have.

@@ -285,11 +285,8 @@ def _map_rows(function: Any, rows: Any, at_once: int) -> Any:
 
 
 def logits_after(model: Model, params: Params, context: Context) -> NextLogits:
-  """What gives the logits of a position, for `sample_from` and `advance`.
-
-  Args:
-    context: from `read_prompts`, with the same parameters.
-  """
+  """What gives the logits of a position, for `sample_from` and `advance`; the
+  context is from `read_prompts`, with the same parameters."""
   params = _in_compute_dtype(model, params)
 
   def next_logits(tokens, cache, position):

@@ -253,18 +253,12 @@ def by_row(leaf: Any, rows: int) -> jax.Array:
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """x @ kernel, whose gradient is summed in the cheaper layout.
+  """x [..., D] @ kernel [D, F], of its dtype: [..., F], whose gradient is
+  summed in the cheaper layout.
 
   JAX's own rule has the output's gradient on the left of the kernel's, and on a
   CPU XLA writes it out transposed. The input is narrower, and the same for all
   kernels that read it.
-
-  Args:
-    x: [..., D].
-    kernel: [D, F], of x's dtype.
-
-  Returns:
-    [..., F].
   """
   return x @ kernel
 

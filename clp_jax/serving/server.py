@@ -147,9 +147,6 @@ def api_key(host: str) -> str | None:
 def example_documents(policy: Policy) -> schema.Documents:
   """Held-out documents, telling ones where the run's samples say which are.
 
-  Args:
-    policy: the run.
-
   Returns:
     The documents, none where the run's data is elsewhere, and how they were
     chosen.

@@ -226,10 +226,6 @@ def own_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   """Finetunes `model.init` on the task's references, or resumes doing so.
 
-  Args:
-    config: see config.py; reads SECTIONS.
-    workdir: the folder of this run.
-
   Returns:
     The finetuned model.
   """
