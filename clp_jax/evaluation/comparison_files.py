@@ -20,16 +20,10 @@ from rich.text import Text
 
 from clp_jax.evaluation import examples, html, plot
 from clp_jax.evaluation import front as front_lib
+from clp_jax.evaluation import tables as tables_lib
 from clp_jax.evaluation.compare import Comparison, mean_front
 from clp_jax.evaluation.intervals import Value
 from clp_jax.evaluation.metrics import in_plane
-from clp_jax.evaluation.tables import (
-  bare,
-  markdown_table,
-  row_each,
-  units_note,
-  without_empty,
-)
 from clp_jax.interop import storage
 
 Row = dict[str, str]
@@ -60,7 +54,7 @@ def tables(found: Comparison) -> dict[str, list[Row]]:
       row[f"dominates of {first}"] = f"{found.dominated[name][first]:.2f}"
       rows.append(row)
     made[f"Differences from {first}"] = rows
-  return {title: without_empty(rows) for title, rows in made.items()}
+  return {title: tables_lib.without_empty(rows) for title, rows in made.items()}
 
 
 def note(found: Comparison) -> str:
@@ -91,7 +85,7 @@ def note(found: Comparison) -> str:
     "rewards, and of the objective with its KL term. Dominated: share of "
     "points beaten in every "
     + ("reward and in KL." if plane else "reward.")
-    + units_note(front)
+    + tables_lib.units_note(front)
   )
 
 
@@ -110,7 +104,8 @@ def shown(value: Value, digits: int, sign: bool = False) -> str:
 
 def markdown(found: Comparison) -> str:
   """The tables with their note."""
-  parts = [f"### {t}\n\n{markdown_table(r)}" for t, r in tables(found).items()]
+  table = tables_lib.markdown_table
+  parts = [f"### {t}\n\n{table(rows)}" for t, rows in tables(found).items()]
   return "\n".join(parts) + f"\n{note(found)}\n"
 
 
@@ -212,7 +207,7 @@ def print_tables(found: Comparison) -> None:
   unbounded = console.options.update(max_width=1000)
   for title, rows in tables(found).items():
     named = {"title": title, "title_justify": "left"}
-    table = row_each(rows, {"no_wrap": True}, **named)
+    table = tables_lib.row_each(rows, {"no_wrap": True}, **named)
     if console.measure(table, options=unbounded).maximum > console.width:
       table = _one_line_each(title, rows)
     console.print(table)
@@ -222,7 +217,7 @@ def print_tables(found: Comparison) -> None:
 def _one_line_each(title: str, rows: Sequence[Row]) -> Table:
   """A line a figure, those of one kind together."""
   first, *columns = rows[0]
-  table = bare(title=title, title_justify="left")
+  table = tables_lib.bare(title=title, title_justify="left")
   for name in ("", first, ""):
     table.add_column(name)
   for column in columns:

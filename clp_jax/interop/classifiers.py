@@ -16,12 +16,8 @@ import numpy as np
 from clp_jax.interop import causal, encoders, leaves, weight_files
 from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
+from clp_jax.models import classifiers as models
 from clp_jax.models.causal import NO_PAD
-from clp_jax.models.classifiers import (
-  Classifier,
-  DecoderClassifier,
-  EncoderClassifier,
-)
 
 _HEAD = "score.weight"
 _ARCHITECTURE = "ForSequenceClassification"
@@ -40,7 +36,7 @@ class Labels(NamedTuple):
 class Opened(NamedTuple):
   """A folder whose arrays are not read yet."""
 
-  model: Classifier
+  model: models.Classifier
   tensors: Mapping[str, Leaf]
   labels: Labels
   # Of decoders, where they have them: tokens that end responses, and padding,
@@ -96,7 +92,7 @@ def open_folder(
 
 
 def load(
-  opened: Opened, shardings: Callable[[Classifier], leaves.Shardings]
+  opened: Opened, shardings: Callable[[models.Classifier], leaves.Shardings]
 ) -> leaves.Params:
   """The float32 parameters of what `open_folder` has found, each device's part
   of them on it; `shardings` says where those of a classifier lie, a tree like
@@ -115,7 +111,7 @@ def _open_decoder(folder: Folder, values: Mapping[str, Any]):
   )
   stored = causal.read_tensors(folder, mapped=True)
   count = _rows(stored, _HEAD)
-  model = DecoderClassifier(config, count)
+  model = models.DecoderClassifier(config, count)
   tensor = functools.partial(_decoder_tensor, config)
   return model, _leaves(folder, stored, model, tensor), count
 
@@ -132,7 +128,7 @@ def _open_encoder(folder: Folder, values: Mapping[str, Any]):
   tensor = functools.partial(encoders.tensor_of, kind)
   count = _rows(stored, tensor("head/kernel")[0])
   where = f"{folder.path}/config.json"
-  model = EncoderClassifier(encoders.read_config(where, values, count))
+  model = models.EncoderClassifier(encoders.read_config(where, values, count))
   return model, _leaves(folder, stored, model, tensor), count
 
 
@@ -144,7 +140,7 @@ def _rows(stored: Mapping[str, Leaf], name: str) -> int:
 def _leaves(
   folder: Folder,
   stored: Mapping[str, Leaf],
-  model: Classifier,
+  model: models.Classifier,
   tensor: weight_files.Tensor,
 ) -> dict[str, Leaf]:
   expected = leaves.shapes(leaves.flatten(model.abstract()))

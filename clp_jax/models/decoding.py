@@ -27,13 +27,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clp_jax import sharding
+from clp_jax import row_mixing, sharding
 from clp_jax.models.model import Cache, Context, Model, Params
-from clp_jax.row_mixing import (
-  mix_one,
-  row_coefficients,
-  stands_for_an_array,
-)
 from clp_jax.sampling import Sampling, at_token, check_positive, per_row
 
 # (last tokens [R] int32, cache, position [] or [R] int32)
@@ -257,9 +252,9 @@ def read_prompts(
 
   def read_one(row):
     coefficients, tokens = row
-    return read(mix_one(params, coefficients), tokens[None])
+    return read(row_mixing.mix_one(params, coefficients), tokens[None])
 
-  coefficients = row_coefficients(params)
+  coefficients = row_mixing.row_coefficients(params)
   if coefficients is None or encoder_input_tokens.shape[1] < LONG_PROMPT:
     return read(params, encoder_input_tokens)
   context = _map_rows(read_one, (coefficients, encoder_input_tokens), at_once)
@@ -438,7 +433,7 @@ def spread_policies(model: Model, policies: Params, *, whole: bool) -> Params:
   dtypes = jax.tree_util.tree_map_with_path(
     lambda path, x: _dtype(model, path, x),
     policies,
-    is_leaf=stands_for_an_array,
+    is_leaf=row_mixing.stands_for_an_array,
   )
   return sharding.spread(policies, model.axes(), dtypes, whole=whole)
 
@@ -448,7 +443,7 @@ def _in_compute_dtype(model: Model, params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(
     lambda path, x: x.astype(_dtype(model, path, x)),
     params,
-    is_leaf=stands_for_an_array,
+    is_leaf=row_mixing.stands_for_an_array,
   )
 
 

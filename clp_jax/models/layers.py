@@ -404,8 +404,14 @@ class RelativeBias(nn.Module):
   config: T5Config
 
   @nn.compact
-  def __call__(self, buckets: jax.Array | np.ndarray) -> jax.Array:
-    """buckets: [Q, S] int -> [1 or B, H, Q, S] float32."""
+  def __call__(self, distance: np.ndarray, *, bidirectional: bool) -> jax.Array:
+    """distance: [Q, S] int -> [1 or B, H, Q, S] float32."""
+    buckets = relative_position_buckets(
+      distance,
+      bidirectional=bidirectional,
+      num_buckets=self.config.relative_attention_num_buckets,
+      max_distance=self.config.relative_attention_max_distance,
+    )
     table = param(
       self,
       "rel_embedding",

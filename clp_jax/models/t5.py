@@ -35,7 +35,10 @@ import numpy as np
 from clp_jax.models import layers as parts
 from clp_jax.models import trees
 from clp_jax.models.attention import KeysValues, empty_cache, write_cache
-from clp_jax.models.layers import T5Config, relative_position_buckets
+from clp_jax.models.layers import T5Config
+from clp_jax.models.layers import (
+  relative_position_buckets as relative_position_buckets,
+)
 from clp_jax.models.trees import Axes, Params
 from clp_jax.models.trees import stack_layers as stack_layers
 from clp_jax.models.trees import unstack_layers as unstack_layers
@@ -161,17 +164,6 @@ class DecoderLayer(nn.Module):
     return constrain(x, "batch", "length", "embed")
 
 
-def _buckets(
-  config: T5Config, distance: np.ndarray, bidirectional: bool
-) -> np.ndarray:
-  return relative_position_buckets(
-    distance,
-    bidirectional=bidirectional,
-    num_buckets=config.relative_attention_num_buckets,
-    max_distance=config.relative_attention_max_distance,
-  )
-
-
 class Encoder(nn.Module):
   """All the encoder layers, with their shared relative bias and last norm."""
 
@@ -191,7 +183,7 @@ class Encoder(nn.Module):
     """x: [B, S, D] embedded, mask: [B, S] bool -> [B, S, D]."""
     position = np.arange(x.shape[1])
     distance = position[:, None] - position[None, :]
-    bias = self.relpos_bias(_buckets(self.config, distance, True))
+    bias = self.relpos_bias(distance, bidirectional=True)
 
     def body(layer, x, _, mask, bias):
       return layer(x, mask, bias, deterministic), None
@@ -235,7 +227,7 @@ class Decoder(nn.Module):
     """x: [B * N, T, D] embedded, encoded: [B, S, D] -> [B * N, T, D]."""
     position = np.arange(x.shape[1])
     distance = position[:, None] - position[None, :]
-    bias = self.relpos_bias(_buckets(self.config, distance, False))
+    bias = self.relpos_bias(distance, bidirectional=False)
     mask = jnp.asarray(distance >= 0)[None]
 
     def body(layer, x, _, mask, bias, encoded, encoder_mask):
@@ -269,9 +261,8 @@ class Decoder(nn.Module):
     distance = jnp.reshape(position, (-1, 1, 1)) - jnp.arange(
       length, dtype=jnp.int32
     ).reshape(1, 1, -1)
-    of_distance = _buckets(self.config, np.arange(length), False)
     bias = jnp.take_along_axis(
-      self.relpos_bias(of_distance[None]),
+      self.relpos_bias(np.arange(length)[None], bidirectional=False),
       jnp.maximum(distance, 0)[:, None],
       axis=-1,
       mode="clip",  # a row that has ended may have reached T
