@@ -295,12 +295,8 @@ def load_starts(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
 
 
 def start_from(params: Params, starts: Mapping[str, np.ndarray]) -> Params:
-  """A run's sets before the first update, with the factors of `load_starts`.
-
-  Args:
-    params: what is trained, placed. A set of the KL term is left as it is.
-    starts: of all objectives.
-  """
+  """A run's sets, placed, before the first update, with all objectives' factors
+  of `load_starts`. A set of the KL term is left as it is."""
   flat = leaves.flatten(params)
   old = {path: flat[path] for path in starts}
 

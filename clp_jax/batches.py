@@ -143,12 +143,8 @@ def train_batches(
 def eval_batch(
   config: ml_collections.ConfigDict, tokenizer: Tokenizer, num_examples: int
 ) -> Batch:
-  """The first held-out examples, in order, the same on every process.
-
-  Args:
-    config: a training config; reads `data`.
-    tokenizer: of the model.
-    num_examples: how many.
+  """The first num_examples of the held-out ones that the config's `data` names,
+  in order, the same on every process.
 
   Raises:
     ConfigError: when there are fewer, or the data can't be had.

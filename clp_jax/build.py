@@ -120,12 +120,8 @@ def control_tokens(config: ml_collections.ConfigDict) -> int:
 def prompts(
   config: ml_collections.ConfigDict, vocabulary: Tokenizer, vocab_size: int
 ) -> prompting.Prompts | None:
-  """The config's prompt format, or None without one.
-
-  Args:
-    config: a valid training config.
-    vocabulary: of the model.
-    vocab_size: V, rows of the model's embedding.
+  """The prompt format of a valid config, or None without one, for the model's
+  vocabulary and the rows V of its embedding.
 
   Raises:
     ConfigError: when the vocabulary can't express it.

@@ -155,13 +155,8 @@ class RowDecoder:
     *,
     num_samples: int = 1,
   ) -> tuple[decoding.NextLogits, decoding.Cache]:
-    """What `decoding.sample_from` takes.
-
-    Args:
-      policies: from `policies` or `Policy.mix`.
-      tokens: [B, S] int32, prompts.
-      num_samples: N, a prompt.
-    """
+    """What `decoding.sample_from` takes, of policies from `policies` or
+    `Policy.mix` and prompts [B, S] int32 of N = num_samples responses."""
     start: Any = mixture.start
     if not isinstance(policies, mixture.Mixture):
       at_once = self.mesh.shape["data"]

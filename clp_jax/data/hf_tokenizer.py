@@ -385,12 +385,8 @@ class HFTokenizer:
     return ids + self.encode(text[start:].translate(back))
 
   def _hide(self, value: Any, hidden: dict[str, str]) -> Any:
-    """A message, or a part of one, that spells no control token.
-
-    Args:
-      value: what JSON can hold.
-      hidden: character -> the one that stands for it; is added to.
-    """
+    """A message, or a part of one, whatever JSON can hold, that spells no
+    control token; what stands for a character is added to `hidden`."""
     if isinstance(value, Mapping):
       return {name: self._hide(x, hidden) for name, x in value.items()}
     if isinstance(value, list | tuple):

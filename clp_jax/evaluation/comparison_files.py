@@ -162,13 +162,8 @@ def save(
   commands: Sequence[str],
   unsupported: html.Checker | None = None,
 ) -> str:
-  """Writes the files of the module, and gives the address of report.html.
-
-  Args:
-    directory: the folder.
-    found: the comparison.
-    title: of the page, as commands and unsupported are; see `html.render`.
-  """
+  """Writes the files of the module, and gives the address of report.html;
+  title, commands and unsupported are of `html.render`."""
   path = epath.Path(directory)
   path.mkdir(parents=True, exist_ok=True)
   fronts = [mean_front(found.runs[name], name) for name in found.methods]

@@ -342,11 +342,8 @@ def _rate(by_document: Mapping[str, Sequence[float]]) -> Rate:
 
 
 def wilson(successes: float, n: int) -> Rate:
-  """A share with Wilson's 95% score interval; (1/2, 0, 1) for n = 0.
-
-  Args:
-    successes: sum of n values in [0, 1].
-    n: independent values.
+  """A share, n independent values in [0, 1] of this sum, with Wilson's 95%
+  score interval; (1/2, 0, 1) for n = 0.
 
   Source: Wilson 1927.
   """

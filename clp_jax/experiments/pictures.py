@@ -103,13 +103,8 @@ def by_value(content: Json, path: pathlib.Path) -> None:
 
 
 def curve(content: Json, methods: Sequence[str], path: pathlib.Path) -> None:
-  """Draws hypervolume and dominated points over training steps.
-
-  Args:
-    content: of training-steps.
-    methods: to draw, the first is what the others are held against.
-    path: of the PNG.
-  """
+  """Draws hypervolume and dominated points of training-steps over those steps,
+  into a PNG; the first method is what the others are held against."""
   figure = Figure(figsize=(9.5, 4.0), layout="constrained")
   left, right = figure.subplots(1, 2)
   for i, method in enumerate(methods):

@@ -69,12 +69,8 @@ def collect(workdir: str, folder: pathlib.Path) -> None:
 
 
 def page_of(folder: pathlib.Path, commands: Mapping[str, str]) -> str:
-  """The page's markdown, with its pictures drawn into FOLDER.
-
-  Args:
-    folder: of the numbers that `collect` has written.
-    commands: see `page.write`.
-  """
+  """The page's markdown, with its pictures drawn into FOLDER, of the numbers
+  that `collect` has written there; commands are of `page.write`."""
   contents = {}
   for name in NAMES:
     if (folder / f"{name}.json").exists():

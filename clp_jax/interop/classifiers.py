@@ -48,12 +48,8 @@ class Opened(NamedTuple):
 def open_folder(
   path: str | os.PathLike, *, dtype: str = "float32", scan_layers: bool = False
 ) -> Opened:
-  """What a folder holds; nothing but headers is read.
-
-  Args:
-    path: of the folder.
-    dtype: of the computation.
-    scan_layers: stack the layers.
+  """What a folder holds, for a computation in `dtype`, layers stacked where
+  scan_layers says so; nothing but headers is read.
 
   Raises:
     ValueError: there is no such model; one line that names the file, the field

@@ -122,12 +122,8 @@ _ONLY = {"position_embedding_type": ("absolute",), "is_decoder": (False,)}
 def read_config(
   where: str, values: Mapping[str, Any], num_labels: int
 ) -> EncoderConfig:
-  """The config of an encoder, out of a config.json.
-
-  Args:
-    where: the file, for messages.
-    values: its content; model_type is one of MODEL_TYPES.
-    num_labels: that the head has.
+  """The config of an encoder of num_labels, out of the values of a config.json;
+  `where` is the file, for messages.
 
   Raises:
     ValueError: names the field that is not known or not valid.

@@ -35,14 +35,8 @@ def is_orbax(folder: Folder) -> bool:
 
 
 def stored_leaves(folder: Folder, prefix: str = "") -> dict[str, Leaf]:
-  """The arrays of a tree that Orbax saved.
-
-  Args:
-    folder: with _METADATA.
-    prefix: only what is in this part of the tree: "target", or "" for all.
-
-  Returns:
-    {path within the prefix: leaf}.
+  """The arrays of a tree that Orbax saved, or of what is in the part `prefix`
+  of it, by their paths there.
 
   Raises:
     ValueError: when an array can't be read.

@@ -190,13 +190,8 @@ def held_out(
 def report_held_out(
   config: ml_collections.ConfigDict, workdir: str, initial: Initial
 ) -> HeldOut | None:
-  """Writes DIR/evaluation/held_out.json; None without held-out documents.
-
-  Args:
-    config: see `held_out`.
-    workdir: of the supervised run.
-    initial: what `train` returned.
-  """
+  """Writes DIR/evaluation/held_out.json of what `train` returned, see
+  `held_out`; None without held-out documents."""
   if config.data.train is not None and config.data.eval is None:
     return None
   vocabulary = run_folder.load_tokenizer(workdir)
