@@ -83,7 +83,8 @@ def open_folder(
     ValueError: names what is wrong with the folder.
   """
   values = weight_files.read_json(folder, "config.json")
-  _check_is_whole(folder, values)
+  if values.get("is_encoder_decoder") is False:
+    raise ValueError(f"{folder.path} holds only an encoder; give a whole T5.")
   stored = weight_files.read(folder, mapped)
   stored.pop(_UNUSED, None)
   _unify_embeddings(folder, stored)
@@ -91,11 +92,6 @@ def open_folder(
   return config, weight_files.model_leaves(
     folder, stored, leaves.expected_shapes(config), tensor_of
   )
-
-
-def _check_is_whole(folder: Folder, values: Mapping[str, Any]) -> None:
-  if values.get("is_encoder_decoder") is False:
-    raise ValueError(f"{folder.path} holds only an encoder; give a whole T5.")
 
 
 def _config(folder: Folder, values: Mapping[str, Any], tied: bool) -> T5Config:
