@@ -49,12 +49,8 @@ def measure_costs(workdir: str, command: str, repeats: int = 30) -> None:
 
 
 def collect(workdir: str, folder: pathlib.Path) -> None:
-  """Writes FOLDER/<experiment>.json of every experiment that has been run.
-
-  Args:
-    workdir: of the experiments.
-    folder: of the numbers; files of experiments that WORKDIR lacks stay.
-  """
+  """Writes FOLDER/<experiment>.json of every experiment that has been run in
+  WORKDIR; files of experiments that WORKDIR lacks stay."""
   folder.mkdir(parents=True, exist_ok=True)
   for name in NAMES:
     directory = pathlib.Path(workdir) / name

@@ -34,15 +34,8 @@ _MAX_HEADER = 100 << 20  # the library's own limit
 def read(
   folder: Folder, name: str, unused: tuple[str, ...] = ()
 ) -> dict[str, Leaf]:
-  """The tensors of a file, none of them read yet.
-
-  Args:
-    folder: where the file is.
-    name: of the file.
-    unused: ends of names that are left out, and may be of any dtype.
-
-  Returns:
-    {tensor name: leaf}.
+  """The tensors of a file in a folder, by name, none of them read yet; those
+  whose names have an end of `unused` are left out, and may be of any dtype.
 
   Raises:
     ValueError: when the file is truncated, isn't one, or holds integers.

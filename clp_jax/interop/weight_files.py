@@ -72,16 +72,9 @@ def model_leaves(
   expected: Mapping[str, tuple[int, ...]],
   tensor: Tensor,
 ) -> dict[str, Leaf]:
-  """The parameters of a model, out of the tensors that a folder holds.
-
-  Args:
-    folder: named in errors.
-    stored: from `read`.
-    expected: the shape at each path of the tree.
-    tensor: where each parameter is.
-
-  Returns:
-    {path: leaf}.
+  """The parameters of a model, by path, out of the tensors that `read` found in
+  a folder, which errors name; `expected` has the shape at each path of the
+  tree.
 
   Raises:
     ValueError: not all are there, or others, or of other shapes.

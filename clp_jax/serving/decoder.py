@@ -106,12 +106,8 @@ class Decoder:
   """
 
   def __init__(self, policy: Policy, rows: int):
-    """Prepares, but does not compile.
-
-    Args:
-      policy: the run.
-      rows: R; rounded up to a multiple of the mesh's data axis.
-    """
+    """Prepares, but does not compile, for R rows, rounded up to a multiple of
+    the mesh's data axis."""
     self._rows = policy.decoder
     self.rows = self._rows.whole(rows)
     self.joining = self._rows.whole(-(-self.rows // JOINING))
