@@ -1,6 +1,7 @@
 """The programs of a step of multi-objective finetuning, which moft.py takes.
 
-`make_programs` jits pure functions, which those below it make of a config.
+`make_programs` jits pure functions, which those below it, and rollout.py, make
+of a config.
 """
 
 import dataclasses
