@@ -351,8 +351,9 @@ def _first_group(attributes: str) -> tuple[int, ...]:
     return _ints(listed[1])
   pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
   if pairs:
-    found = map(_ints, re.findall(r"\d+,\d+", pairs[1]))
-    return tuple(dict.fromkeys(max(found, key=lambda p: abs(p[0] - p[1]))))
+    found = [_ints(pair) for pair in re.findall(r"\d+,\d+", pairs[1])]
+    longest = max(found, key=lambda p: abs(p[0] - p[1]))
+    return tuple(dict.fromkeys(longest))
   iota = re.search(
     r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
   )
