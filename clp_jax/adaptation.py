@@ -28,14 +28,6 @@ class FrontEstimate:
   rewards: jax.Array  # [P, m] float32, decayed sums of group mean rewards
   count: jax.Array  # [P] float32, decayed number of groups
 
-  @classmethod
-  def empty(cls, num_cells: int, num_rewards: int) -> "FrontEstimate":
-    """Nothing seen yet."""
-    return cls(
-      jnp.zeros([num_cells, num_rewards], jnp.float32),
-      jnp.zeros([num_cells], jnp.float32),
-    )
-
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
@@ -80,7 +72,10 @@ class Adaptation:
 
   def empty(self) -> FrontEstimate:
     """The estimate before training."""
-    return FrontEstimate.empty(len(self.grid), self.num_rewards)
+    return FrontEstimate(
+      jnp.zeros(self.grid.shape, jnp.float32),
+      jnp.zeros([len(self.grid)], jnp.float32),
+    )
 
   def update(
     self, estimate: FrontEstimate, weights: jax.Array, rewards: jax.Array
@@ -107,9 +102,6 @@ class Adaptation:
     A cell's gap is the mean distance of its rewards from its neighbours', each
     reward in units of its range over the front. Cells that are not known, or
     have no known neighbour, count as the mean of those that are.
-
-    Args:
-      estimate: of the front.
 
     Returns:
       [P] float32 that sum to 1; uniform where all gaps are equal.

@@ -21,8 +21,9 @@ from clp_jax import build, interop, run_folder
 from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_model_config
 from clp_jax.interop import leaves, peft, storage
-from clp_jax.models import families
-from clp_jax.policy import Policy, Weights
+from clp_jax.models import families, trees
+from clp_jax.policy import Policy
+from clp_jax.weightings import Weights
 
 Params = Any
 
@@ -294,12 +295,8 @@ def load_starts(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
 
 
 def start_from(params: Params, starts: Mapping[str, np.ndarray]) -> Params:
-  """A run's sets before the first update, with the factors of `load_starts`.
-
-  Args:
-    params: what is trained, placed. A set of the KL term is left as it is.
-    starts: of all objectives.
-  """
+  """A run's sets, placed, before the first update, with all objectives' factors
+  of `load_starts`. A set of the KL term is left as it is."""
   flat = leaves.flatten(params)
   old = {path: flat[path] for path in starts}
 
@@ -317,24 +314,12 @@ def start_from(params: Params, starts: Mapping[str, np.ndarray]) -> Params:
 def merge(lora: peft.LoRA, base: Params) -> Params:
   """An ordinary model's parameters: a base's, its layers listed or stacked,
   with the kernels that a LoRA of that model adapts."""
-  flat = leaves.flatten(base)
-  for path, leaf in flat.items():
-    is_stack = "/layers/" in path
-    own = (
-      [path.replace("/layers/", f"/layers_{i}/") for i in range(len(leaf))]
-      if is_stack
-      else [path]
-    )
-    if lora.factors.keys().isdisjoint(own):
-      continue
-    changes = [
-      np.float32(lora.scale) * np.matmul(*lora.factors[p])
-      if p in lora.factors
-      else np.zeros(leaf.shape[-2:], np.float32)
-      for p in own
-    ]
-    flat[path] = leaf + (np.stack(changes) if is_stack else changes[0])
-  return leaves.unflatten(flat)
+  flat = leaves.flatten(trees.unstack_layers(base))
+  for path, factors in lora.factors.items():
+    flat[path] = flat[path] + np.float32(lora.scale) * np.matmul(*factors)
+  merged = leaves.unflatten(flat)
+  is_stack = any("layers" in stack for stack in base.values())
+  return trees.stack_layers(merged) if is_stack else merged
 
 
 def check_base(folder: str, base: str, init: str) -> None:

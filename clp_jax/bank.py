@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from clp_jax import adapters, conditioning
 from clp_jax.low_rank import LowRank
@@ -93,14 +93,14 @@ class Bank:
   def steerable(self) -> Params:
     """Over a policy's tree: True where a leaf depends on the weighting."""
     flat = self._has_sets.items()
-    return _unflatten({p: s or bool(self._adapter_of(p)) for p, s in flat})
+    return unflatten_dict({p: s or bool(self._adapter_of(p)) for p, s in flat})
 
   @functools.cached_property
   def policy_axes(self) -> Params:
     """jax.vmap's in_axes for G `policies`; where LowRanks stand for kernels,
     the diagonal alone is [G, ...]."""
     adapted = LowRank(None, None, None, 0)  # type: ignore[arg-type]
-    return _unflatten(
+    return unflatten_dict(
       {
         p: adapted if self._adapter_of(p) else 0 if s else None
         for p, s in self._has_sets.items()
@@ -116,7 +116,7 @@ class Bank:
       key: of factors that start random.
     """
     trained = self.num_sets - self.frozen_kl
-    ordered = sorted(_flatten(reference).items())
+    ordered = sorted(flatten_dict(reference).items())
     first = dict(ordered)
     if self.soft_tokens:
       table = reference["token_embedder"]["embedding"]
@@ -129,20 +129,17 @@ class Bank:
       if adapter := self._adapter_of(path):
         own = jax.random.fold_in(key, number)
         flat |= _beside(path, adapter.init(leaf, trained, own))
-    return _unflatten(flat)
+    return unflatten_dict(flat)
 
   def update_scales(self, reference: Params) -> dict[tuple[str, ...], Any]:
     """What leaves that start at 0 count as large, for optimizers that ask.
-
-    Args:
-      reference: an ordinary T5's parameters.
 
     Returns:
       {path of a trained leaf: [M, L] float32 or less, its stacking dimensions},
       of the adapters' leaves that `adapters.Adapter.update_scales` names.
     """
     scales: dict[tuple[str, ...], Any] = {}
-    for path, leaf in _flatten(reference).items():
+    for path, leaf in flatten_dict(reference).items():
       if adapter := self._adapter_of(path):
         scales |= _beside(path, adapter.update_scales(leaf))
     return scales
@@ -191,8 +188,8 @@ class Bank:
         f"there are {coefficients.shape[-1]} coefficients for "
         f"{self.num_sets} parameter sets; give one for each."
       )
-    trained = _flatten(params)
-    frozen = _flatten(reference) if self.needs_reference else {}
+    trained = flatten_dict(params)
+    frozen = flatten_dict(reference) if self.needs_reference else {}
     flat = {p: x for p, x in (frozen | trained).items() if p in self._has_sets}
     if self.frozen_kl:
       flat |= {
@@ -210,7 +207,7 @@ class Bank:
         }
         adapt = adapter.adapt if merged else adapter.unmerged
         mixed[path] = adapt(kernel, leaves, coefficients)
-    return _unflatten(mixed)
+    return unflatten_dict(mixed)
 
   def stacked(self, params: Params, reference: Params) -> Params:
     """The bank as plain sets: steerable leaves [M, ...], shared ones [...]."""
@@ -227,7 +224,7 @@ class Bank:
     trained = sum(leaf.size for leaf in jax.tree.leaves(params))
     frozen = sum(
       leaf.size
-      for path, leaf in _flatten(reference).items()
+      for path, leaf in flatten_dict(reference).items()
       if (self.frozen_kl if self._has_sets[path] else self.frozen_shared)
     )
     return Counts(trained, stored=trained + frozen)
@@ -241,7 +238,7 @@ class Bank:
   def logical_axes(self) -> Params:
     """Logical axes of what is trained, a tuple of names for each array."""
     flat: dict[tuple[str, ...], Any] = {}
-    axes = traverse_util.flatten_dict(families.build(self.model_config).axes())
+    axes = flatten_dict(families.build(self.model_config).axes())
     for path, names in axes.items():
       if adapter := self._adapter_of(path):
         flat |= _beside(path, adapter.logical_axes(names))
@@ -249,7 +246,7 @@ class Bank:
         flat[path] = ("objective", *names)
       elif not self.frozen_shared:
         flat[path] = names
-    return _unflatten(flat)
+    return unflatten_dict(flat)
 
   @functools.cached_property
   def _has_sets(self) -> dict[tuple[str, ...], bool]:
@@ -257,7 +254,7 @@ class Bank:
     M times."""
     abstract = families.build(self.model_config).abstract()
     kind = "none" if self.adapter is not None else self.kind
-    return _flatten(conditioning.steerable_leaves(abstract, kind))
+    return flatten_dict(conditioning.steerable_leaves(abstract, kind))
 
   def _adapter_of(self, path: tuple[str, ...]) -> adapters.Adapter | None:
     """That of the leaf at a path, if it has one."""
@@ -278,11 +275,3 @@ class Bank:
 def _beside(path: tuple[str, ...], leaves: adapters.Leaves) -> Params:
   """The leaves of an adapter by their paths, next to its kernel's."""
   return {(*path[:-1], name): leaf for name, leaf in leaves.items()}
-
-
-def _flatten(tree: Params) -> dict[tuple[str, ...], Any]:
-  return traverse_util.flatten_dict(tree)
-
-
-def _unflatten(flat: dict[tuple[str, ...], Any]) -> Params:
-  return traverse_util.unflatten_dict(flat)

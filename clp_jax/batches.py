@@ -18,26 +18,9 @@ from clp_jax.data.vocabulary import for_seqio
 from clp_jax.errors import ConfigError, as_config_error
 
 
-class _WithoutReferences:
-  """Rows of documents alone, whose references are empty."""
-
-  def __init__(self, rows: jsonl.Rows):
-    self._rows = rows
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  def __getitem__(self, row: int) -> tuple[Any, str]:
-    return self._rows[row][0], ""
-
-
-def _jsonl_rows(data: ml_collections.ConfigDict, pattern: str) -> reader.Rows:
-  document, reference = column(data, "document"), column(data, "reference")
-  if reference is None:
-    return _WithoutReferences(
-      jsonl.read_rows(pattern, (document,), conversations=True)
-    )
-  return jsonl.read_rows(pattern, (document, reference), conversations=True)
+def _jsonl_rows(data: ml_collections.ConfigDict, pattern: str) -> jsonl.Rows:
+  fields = (column(data, "document"), column(data, "reference"))
+  return jsonl.read_rows(pattern, fields, conversations=True)
 
 
 def _reader(
@@ -160,12 +143,8 @@ def train_batches(
 def eval_batch(
   config: ml_collections.ConfigDict, tokenizer: Tokenizer, num_examples: int
 ) -> Batch:
-  """The first held-out examples, in order, the same on every process.
-
-  Args:
-    config: a training config; reads `data`.
-    tokenizer: of the model.
-    num_examples: how many.
+  """The first num_examples of the held-out ones that the config's `data` names,
+  in order, the same on every process.
 
   Raises:
     ConfigError: when there are fewer, or the data can't be had.

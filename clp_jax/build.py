@@ -30,11 +30,8 @@ MIXINGS = ("parameters", "logits")
 def make_mesh(
   config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """The mesh as the config describes it.
-
-  Args:
-    config: reads `mesh`.
-    devices: None takes jax.devices().
+  """The mesh as the config's `mesh` describes it; devices None are
+  jax.devices().
 
   Raises:
     ConfigError: when it does not fit the devices.
@@ -78,12 +75,8 @@ def distribution(config: ml_collections.ConfigDict) -> Distribution:
 def bank(
   config: ml_collections.ConfigDict, model_config: ModelConfig
 ) -> bank_lib.Bank:
-  """How the config conditions a T5 on weightings.
-
-  Args:
-    config: a valid training config.
-    model_config: of the reference.
-  """
+  """How the config, a valid one, conditions the model of the reference on
+  weightings."""
   own, steering = config.conditioning, config.steering
   _one_of("conditioning.kl_set", own.kl_set, bank_lib.KL_SETS)
   if own.shared is not None:
@@ -127,12 +120,8 @@ def control_tokens(config: ml_collections.ConfigDict) -> int:
 def prompts(
   config: ml_collections.ConfigDict, vocabulary: Tokenizer, vocab_size: int
 ) -> prompting.Prompts | None:
-  """The config's prompt format, or None without one.
-
-  Args:
-    config: a valid training config.
-    vocabulary: of the model.
-    vocab_size: V, rows of the model's embedding.
+  """The prompt format of a valid config, or None without one, for the model's
+  vocabulary and the rows V of its embedding.
 
   Raises:
     ConfigError: when the vocabulary can't express it.
@@ -169,12 +158,7 @@ def adaptation(config: ml_collections.ConfigDict) -> Adaptation | None:
 
 def scalarisation(config: ml_collections.ConfigDict) -> Scalarisation:
   """How a weighting makes one number of the rewards."""
-  s = config.scalarisation
-  return Scalarisation(
-    name=s.name,
-    utopia=None if s.utopia is None else tuple(s.utopia),
-    smoothness=s.smoothness,
-  )
+  return Scalarisation(**config.scalarisation)
 
 
 def has_critic(config: ml_collections.ConfigDict) -> bool:

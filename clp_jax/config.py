@@ -255,15 +255,9 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def column(data: ml_collections.ConfigDict, name: str) -> Any:
-  """What the lines of JSONL files call what this package calls `name`.
-
-  Args:
-    data: the section of a config.
-    name: "document", "reference", "chosen" or "rejected".
-
-  Returns:
-    The field's name; None where rows have no reference.
-  """
+  """What the lines of JSONL files call what this package calls `name`:
+  "document", "reference", "chosen" or "rejected"; None where rows have no
+  reference."""
   usual = {"document": data.document_field, "reference": data.reference_field}
   own = data.get("fields") or {}  # runs of older versions have none
   named = own.get(name)

@@ -38,17 +38,9 @@ class CriticState:
 def init_params(
   key: jax.Array, width: int, hidden: int, num_values: int
 ) -> Params:
-  """Parameters whose values are 0 everywhere, the same for each objective.
-
-  Args:
-    key: a typed key.
-    width: D, of the decoder states.
-    hidden: units of a hidden layer.
-    num_values: K.
-
-  Returns:
-    A nested dict of float32 arrays [K, ...].
-  """
+  """Parameters whose values are 0 everywhere, the same for each of K
+  objectives: a nested dict of float32 arrays [K, ...]. States have the width D,
+  the hidden layer so many units."""
   kernel = jax.random.normal(key, (width, hidden), jnp.float32) / width**0.5
   return {
     "hidden": {

@@ -61,15 +61,9 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def run(workdir: str, seed: int) -> list[front_lib.Front]:
-  """Runs all stages, or those that are not finished yet.
-
-  Args:
-    workdir: the folder.
-    seed: of models, data order, weightings and samples.
-
-  Returns:
-    The fronts, full-CLP first.
-  """
+  """Runs all stages in a folder, or those that are not finished yet; the seed
+  is of models, data order, weightings and samples. Gives the fronts, full-CLP
+  first."""
   seconds: dict[str, float] = {}
   full = get_config()
   full.seed = seed
@@ -114,15 +108,9 @@ def run(workdir: str, seed: int) -> list[front_lib.Front]:
 
 
 def train_soups(full: ml_collections.ConfigDict, workdir: str) -> str:
-  """Trains a model for each reward, and averages them.
-
-  Args:
-    full: full-CLP's config; together they sample as much as its run.
-    workdir: its folder, whose supervised model they start from.
-
-  Returns:
-    The folder of Rewarded Soups.
-  """
+  """Trains a model for each reward, which together sample as much as full-CLP's
+  run and start from its supervised model, and averages them; gives the folder
+  of Rewarded Soups."""
 
   def variant() -> ml_collections.ConfigDict:
     config = full.copy_and_resolve_references()
@@ -145,11 +133,8 @@ def train_soups(full: ml_collections.ConfigDict, workdir: str) -> str:
 
 
 def show_steering(workdir: str) -> None:
-  """Prints a telling held-out article and its greedy summaries.
-
-  Args:
-    workdir: of an evaluated run of two rewards.
-  """
+  """Prints a telling held-out article of an evaluated run of two rewards, and
+  its greedy summaries."""
   policy = Policy.load(workdir)
   rows = examples.load(workdir)
   articles = examples.telling(rows, CANDIDATES)

@@ -43,12 +43,8 @@ def as_config_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def importing(what: str, remedy: str) -> Iterator[None]:
-  """Turns what importing a user's code raises into a ValueError.
-
-  Args:
-    what: could not be imported, for the message.
-    remedy: beside correcting the path.
-  """
+  """Turns what importing a user's code raises into a ValueError: what could not
+  be imported, and the remedy beside correcting the path."""
   try:
     yield
   except Exception as error:  # it runs that code: all can happen

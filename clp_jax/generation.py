@@ -155,24 +155,14 @@ class RowDecoder:
     *,
     num_samples: int = 1,
   ) -> tuple[decoding.NextLogits, decoding.Cache]:
-    """What `decoding.sample_from` takes.
-
-    Args:
-      policies: from `policies` or `Policy.mix`.
-      tokens: [B, S] int32, prompts.
-      num_samples: N, a prompt.
-    """
+    """What `decoding.sample_from` takes, of policies from `policies` or
+    `Policy.mix` and prompts [B, S] int32 of N = num_samples responses."""
     start: Any = mixture.start
     if not isinstance(policies, mixture.Mixture):
       at_once = self.mesh.shape["data"]
       start = functools.partial(decoding.start, at_once=at_once)
     lengths = {"num_samples": num_samples, "max_length": self.max_length}
     return start(self.model, policies, self._cut_rows(tokens), **lengths)
-
-  def first_loop(self, cache: decoding.Cache, rows: int) -> decoding.Loop:
-    """A decoding of R rows before its first position."""
-    pad_id = self.model.config.pad_id
-    return decoding.first_loop(cache, rows, self.max_length, pad_id)
 
   def sampling(self, **settings: Any) -> Sampling:
     """How tokens are drawn with these settings; how rows end is the model's."""

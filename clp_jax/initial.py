@@ -32,9 +32,6 @@ class Initial(NamedTuple):
 def load_initial(config: ml_collections.ConfigDict) -> Initial:
   """What `config.model.init` names.
 
-  Args:
-    config: a training config.
-
   Returns:
     The model in the layout and dtype of computation that the config asks for.
 
@@ -43,17 +40,7 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
   """
   config = _found(config)
   init = config.model.init
-  if init in PRESETS:
-    vocabulary = _vocabulary(config)
-    model_config = _preset(config, vocabulary)
-  elif _is_run(init):
-    vocabulary = run_folder.load_tokenizer(init)
-    model_config = run_folder.load_model_config(init)
-  elif Folder(init).is_folder():
-    vocabulary = _vocabulary_beside(config)
-    model_config = interop.load_config(init)
-  else:
-    raise _nothing(init)
+  model_config, vocabulary = _opened(config)
   # Before a checkpoint is read, which may take minutes.
   _check_fits(config, model_config, vocabulary)
   stored = model_config
@@ -117,9 +104,6 @@ def _check_fits(
 def load_model_config(config: ml_collections.ConfigDict) -> families.Config:
   """The model of `load_initial`, its parameters neither made nor read.
 
-  Args:
-    config: a training config.
-
   Raises:
     ConfigError: when `config.model.init` names no model.
   """
@@ -142,18 +126,27 @@ def load_model_config(config: ml_collections.ConfigDict) -> families.Config:
 def load_vocabulary_of(config: ml_collections.ConfigDict) -> Tokenizer:
   """The vocabulary of the model that `config.model.init` names.
 
-  Args:
-    config: a training config.
-
   Raises:
     ConfigError: when there is none.
   """
-  config = _found(config)
-  if config.model.init in PRESETS:
-    return _vocabulary(config)
-  if _is_run(config.model.init):
-    return run_folder.load_tokenizer(config.model.init)
-  return _vocabulary_beside(config)
+  return _opened(_found(config))[1]
+
+
+def _opened(
+  config: ml_collections.ConfigDict,
+) -> tuple[families.Config, Tokenizer]:
+  """The model and its vocabulary, of a config from `_found`."""
+  init = config.model.init
+  if init in PRESETS:
+    vocabulary = _vocabulary(config)
+    return _preset(config, vocabulary), vocabulary
+  if _is_run(init):
+    vocabulary = run_folder.load_tokenizer(init)
+    return run_folder.load_model_config(init), vocabulary
+  if Folder(init).is_folder():
+    vocabulary = _vocabulary_beside(config)
+    return interop.load_config(init), vocabulary
+  raise _nothing(init)
 
 
 def _found(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -21,10 +21,6 @@ LAST_STEP = int(np.iinfo(np.int32).max)
 
 
 def of_step(key: jax.Array, step: jax.Array) -> jax.Array:
-  """Three keys of one step, for weightings, samples and the update.
-
-  Args:
-    key: the run's.
-    step: [] int32, completed updates.
-  """
+  """Three keys of a step, [] int32 completed updates, of a run's key: for
+  weightings, samples and the update."""
   return jax.random.split(jax.random.fold_in(key, step), 3)

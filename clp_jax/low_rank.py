@@ -54,20 +54,11 @@ class LowRank:
     return LowRank(kernel, left, right, self.diagonal)
 
   def of_rows(self, coefficients: jax.Array, stacked: bool) -> "LowRank":
-    """Of sets, those that B rows of coefficients [B, M] mix.
-
-    Args:
-      coefficients: float32.
-      stacked: whether it is of a stack of layers.
-    """
+    """Of sets, those that B rows of coefficients [B, M] float32 mix; `stacked`
+    says whether it is of a stack of layers."""
     diagonal = jnp.tensordot(
       coefficients, self.diagonal, ((1,), (0,)), precision="highest"
     )
     if stacked:
       diagonal = jnp.moveaxis(diagonal, 1, 0)
     return LowRank(self.kernel, self.left, self.right, diagonal)
-
-
-def is_low_rank(leaf: object) -> bool:
-  """Whether it stands for a kernel."""
-  return isinstance(leaf, LowRank)

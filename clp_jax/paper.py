@@ -47,12 +47,8 @@ def large_reward(source: str, **options) -> ml_collections.ConfigDict:
 
 
 def set_size(config: ml_collections.ConfigDict, name: str, size: Size) -> None:
-  """What runs of large models have in common.
-
-  Args:
-    config: is changed.
-    name: preset of the policy, in plans; model.init is left to be given.
-    size: of the model.
+  """Changes in a config what runs of large models have in common, for a size;
+  `name` is the policy's preset, in plans, and model.init is left to be given.
   """
   config.model.init = None
   config.model.dtype = "bfloat16"

@@ -35,8 +35,7 @@ from clp_jax.models import decoding, families, mixture
 from clp_jax.models.model import Model, Params
 from clp_jax.prompting import Prompts
 from clp_jax.rollout import keys_of_rows
-from clp_jax.steering import Steering, Weights, per_text
-from clp_jax.weightings import Weighting
+from clp_jax.weightings import Weighting, WeightingSpace, Weights, per_text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,7 +141,7 @@ class Policy:
       if weights is not None or alpha is not None:
         raise ValueError("this run has no objectives: give no weights.")
       return np.ones([1], np.float32)
-    return self.steering.coefficients(weights, alpha)
+    return self.weighting_space.coefficients(weights, alpha)
 
   def params(
     self, weights: Weights | None = None, alpha: float | None = None
@@ -337,7 +336,7 @@ class Policy:
     if self.prompts is None or not len(tokens):
       return tokens
     each = per_text(len(texts), weights, alpha)
-    given = [self.steering.weighting(*one) for one in each]
+    given = [self.weighting_space.weighting(*one) for one in each]
     prompted = self._prepend(
       self._pad(tokens),
       Weighting(
@@ -398,9 +397,9 @@ class Policy:
     )
 
   @functools.cached_property
-  def steering(self) -> Steering:
+  def weighting_space(self) -> WeightingSpace:
     """The weightings that may be given; of a run with objectives."""
-    return Steering(
+    return WeightingSpace(
       self.objectives, build.distribution(self.config), self.mixes_logits
     )
 

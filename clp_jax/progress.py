@@ -16,16 +16,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-  BarColumn,
-  MofNCompleteColumn,
-  Progress,
-  ProgressColumn,
-  Task,
-  TextColumn,
-  TimeRemainingColumn,
-)
 from rich.table import Column
 from rich.text import Text
 
@@ -82,18 +74,18 @@ def _bar(
   console: Console, total: int, description: str, start: int
 ) -> Iterator[Advance]:
   columns = (
-    TextColumn("{task.description}", markup=False),
-    BarColumn(bar_width=24),
-    MofNCompleteColumn(),
+    bars.TextColumn("{task.description}", markup=False),
+    bars.BarColumn(bar_width=24),
+    bars.MofNCompleteColumn(),
     _RateColumn(),
-    TimeRemainingColumn(),
-    TextColumn(
+    bars.TimeRemainingColumn(),
+    bars.TextColumn(
       "{task.fields[shown]}",
       markup=False,
       table_column=Column(no_wrap=True, overflow="ellipsis"),
     ),
   )
-  with Progress(*columns, console=console, redirect_stdout=False) as bar:
+  with bars.Progress(*columns, console=console, redirect_stdout=False) as bar:
     task = bar.add_task(description, total=total, completed=start, shown="")
 
     def advance(steps: int = 1, fields: Fields | None = None) -> None:
@@ -104,10 +96,10 @@ def _bar(
     yield advance
 
 
-class _RateColumn(ProgressColumn):
+class _RateColumn(bars.ProgressColumn):
   """Steps a second over the last half minute."""
 
-  def render(self, task: Task) -> Text:
+  def render(self, task: bars.Task) -> Text:
     speed = task.finished_speed or task.speed
     return Text("" if speed is None else f"{speed:.3g} it/s")
 

@@ -186,11 +186,9 @@ def control_prompts(
 ) -> Prompts:
   """The table of the style "control_tokens".
 
-  Args:
+  Args: as for `text_prompts`, but for:
     ids: tokens that may be used, from `vocabulary.control_ids`.
     num_rewards: m.
-    levels: a weight is a multiple of 1 / levels.
-    alpha_range: (low, high), or None.
     pad_id: padding.
 
   Raises:

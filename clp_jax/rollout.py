@@ -8,19 +8,21 @@
 The rewards join later, in the update.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import struct
 
-from clp_jax import sharding
+from clp_jax import build, keys, sharding
 from clp_jax.bank import Bank
 from clp_jax.models import decoding, families
 from clp_jax.prompting import Prompts
 from clp_jax.sampling import Sampling
-from clp_jax.weightings import Distribution, Weighting
+from clp_jax.weightings import Weighting
 
 Params = Any
 
@@ -43,73 +45,70 @@ class Rollout:
   ref_logp: jax.Array | None = None
 
 
-def sample_rollout(
-  params: Params,
-  reference: Params,
-  encoder_input_tokens: jax.Array,
-  weighting: Weighting,
-  samples_key: jax.Array,
-  *,
+def sampler(
+  config: ml_collections.ConfigDict,
   bank: Bank,
   prompts: Prompts | None,
-  distribution: Distribution,
-  num_samples: int,
-  max_length: int,
-  temperature: float,
   allowed: np.ndarray,
-) -> Rollout:
-  """Steps 1 and 2 of the module.
+) -> Callable[..., Rollout]:
+  """Steps 1 and 2 of the module, to be jitted.
 
   Args:
-    params: what the bank trains.
-    reference: an ordinary model's parameters; what the bank freezes.
-    encoder_input_tokens: [B, S] int32 prompts.
-    weighting: G weightings; G divides B.
-    samples_key: key of the samples.
+    config: a valid training config. rollout.temperature is that of the policy
+      and the reference alike: both are softmax(logits / temperature), so that
+      their KL is that of what samples.
     bank: that makes the policies.
     prompts: what the policies are told of their weightings, or None.
-    distribution: Q, that the weightings were drawn from.
-    num_samples: N.
-    max_length: T, tokens.
-    temperature: of the policy and the reference alike: both are
-      softmax(logits / temperature), so that their KL is that of what samples.
     allowed: [V] bool, tokens that may be sampled.
 
   Returns:
-    A Rollout.
+    (params that the bank trains, an ordinary model's that are the reference,
+    documents [B, S] int32, the run's key, [] int32 step, estimate of the front
+    or None) -> a Rollout of G weightings.
   """
-  coefficients = distribution.coefficients(weighting)
-  if prompts is not None:
-    encoder_input_tokens = prompts.prepend(encoder_input_tokens, weighting)
-  model = families.build(bank.model_config)
-  policies = decoding.spread_policies(
-    model, bank.policies(params, reference, coefficients), whole=True
-  )
-  samples = decoding.sample_groups(
-    model,
-    policies,
-    bank.policy_axes,
-    encoder_input_tokens,
-    row_keys(samples_key, encoder_input_tokens.shape[0] * num_samples),
-    Sampling(
-      allowed,
-      model.config.eos_ids,
-      model.config.pad_id,
-      temperature=temperature,
-      logp_temperature=temperature,
-    ),
-    num_groups=coefficients.shape[0],
-    num_samples=num_samples,
-    max_length=max_length,
-  )
-  return Rollout(
-    encoder_input_tokens=encoder_input_tokens,
-    tokens=samples.tokens,
-    mask=samples.mask,
-    logp=samples.logp,
-    weighting=weighting,
-    coefficients=coefficients,
-  )
+  own, model = config.rollout, families.build(bank.model_config)
+  distribution = build.distribution(config)
+  adaptation = build.adaptation(config)
+
+  def rollout(params, reference, documents, key, step, front):
+    weightings_key, samples_key, _ = keys.of_step(key, step)
+    if adaptation is None:
+      weighting = distribution.sample(weightings_key, own.weightings)
+    else:
+      weighting = adaptation.sample(
+        weightings_key, distribution, front, own.weightings
+      )
+    coefficients = distribution.coefficients(weighting)
+    if prompts is not None:
+      documents = prompts.prepend(documents, weighting)
+    policies = decoding.spread_policies(
+      model, bank.policies(params, reference, coefficients), whole=True
+    )
+    samples = decoding.sample_groups(
+      model,
+      policies,
+      bank.policy_axes,
+      documents,
+      row_keys(samples_key, documents.shape[0] * own.samples),
+      Sampling(
+        allowed,
+        model.config.eos_ids,
+        model.config.pad_id,
+        temperature=own.temperature,
+        logp_temperature=own.temperature,
+      ),
+      num_groups=own.weightings,
+      num_samples=own.samples,
+      max_length=config.data.target_length,
+    )
+    return Rollout(
+      encoder_input_tokens=documents,
+      weighting=weighting,
+      coefficients=coefficients,
+      **samples._asdict(),
+    )
+
+  return rollout
 
 
 def score_reference(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from clp_jax.conditioning import check_sets, combine
-from clp_jax.low_rank import LowRank, is_low_rank
+from clp_jax.low_rank import LowRank
 
 Params = Any  # nested dict of arrays
 
@@ -102,7 +102,7 @@ def mix_rows(
     if not combined:
       return p
     stacked = "layers" in [entry.key for entry in path]
-    if is_low_rank(p):
+    if isinstance(p, LowRank):
       check_sets(p.diagonal, coefficients)
       return p.of_rows(coefficients, stacked)
     check_sets(p, coefficients)
@@ -120,7 +120,7 @@ def row_coefficients(params: Params) -> jax.Array | None:
   """[B, M], those that `mix_rows` was given; None if it made nothing here that
   `mix_one` could mix: a LowRank costs no more for a row of its own."""
   leaves = jax.tree.leaves(params, is_leaf=stands_for_an_array)
-  if any(map(is_low_rank, leaves)):
+  if any(isinstance(leaf, LowRank) for leaf in leaves):
     return None
   for leaf in leaves:
     if isinstance(leaf, RowMixture):
@@ -130,12 +130,8 @@ def row_coefficients(params: Params) -> jax.Array | None:
 
 
 def mix_one(params: Params, coefficients: jax.Array) -> Params:
-  """One policy out of what `mix_rows` made, as `conditioning.mix` gives it.
-
-  Args:
-    params: from `mix_rows`.
-    coefficients: [M] float32.
-  """
+  """One policy, of coefficients [M] float32, out of what `mix_rows` made, as
+  `conditioning.mix` gives it."""
 
   def leaf(p):
     if not isinstance(p, RowMixture):

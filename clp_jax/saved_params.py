@@ -135,15 +135,8 @@ def abstract_like(shapes: Tree, shardings: Tree) -> Tree:
 def load_reward_stats(
   workdir: str, step: int, num_rewards: int
 ) -> RewardStats | None:
-  """The moments of a step's rewards, without the rest of its state.
-
-  Args:
-    workdir: the run's folder.
-    step: that it has saved.
-    num_rewards: m.
-
-  Returns:
-    RewardStats of NumPy arrays, [m] float32; None where nothing was trained.
+  """The moments of the m rewards at a saved step, without the rest of its
+  state: NumPy arrays, [m] float32; None where nothing was trained.
 
   Raises:
     RunError: when it can't be read.

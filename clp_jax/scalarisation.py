@@ -92,11 +92,8 @@ class Scalarisation:
     return -tau * jax.nn.logsumexp(gaps / tau, axis=-1)
 
   def gradient(self, expected: jax.Array, weights: jax.Array) -> jax.Array:
-    """e = dS/dJ of each row; objectives that tie for the largest gap share it.
-
-    Args:
-      expected: [..., m] float32, J.
-      weights: [..., m] float32 on the simplex.
+    """e = dS/dJ of each row, args as of `value`; objectives that tie for the
+    largest gap share it.
 
     Returns:
       [..., m] float32, not on the simplex in general.

@@ -30,7 +30,7 @@ from jax.sharding import (
   PartitionSpec,
 )
 
-from clp_jax.low_rank import is_low_rank
+from clp_jax.low_rank import LowRank
 
 Tree = Any
 
@@ -121,11 +121,8 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
 
 
 def fold_groups(mesh: Mesh, num_weightings: int) -> Mesh:
-  """Cuts the data axis in two: 'group', then what remains of 'data'.
-
-  Args:
-    mesh: of the axes AXES.
-    num_weightings: G; 'group' is its greatest divisor that the data axis has.
+  """Cuts the data axis of a mesh of AXES in two: 'group', the greatest divisor
+  of G = num_weightings that it has, then what remains of 'data'.
 
   Returns:
     The same devices, on which rows lie where they lay on `mesh`.
@@ -176,12 +173,8 @@ def _traced_at(placement: _Placement, function: Callable) -> Callable:
 
 
 def map_groups(function: Callable, in_axes: Any) -> Callable:
-  """jax.vmap over the weightings of a step, each at its group of shards.
-
-  Args:
-    function: of one weighting; its "batch" is that weighting's rows.
-    in_axes: as jax.vmap's.
-  """
+  """jax.vmap over the weightings of a step, each at its group of shards: the
+  "batch" of the function is one weighting's rows."""
   placement = _placement.get()
   if placement is None or GROUP not in placement.mesh.axis_names:
     return jax.vmap(function, in_axes=in_axes)
@@ -233,7 +226,7 @@ def spread(policies: Tree, logical_axes: Tree, dtypes: Tree, *, whole: bool):
   def leaf(names, policy, dtype):
     if placement is None:
       return policy.astype(dtype)
-    if is_low_rank(policy):
+    if isinstance(policy, LowRank):
       # The base is shared, and the factors and diagonals are small: whole.
       return policy.astype(dtype).replace(
         kernel=leaf(names, policy.kernel, dtype)

@@ -22,6 +22,8 @@ import numpy as np
 KL_COEFFICIENTS = ("alpha", "realigned")
 TOLERANCE = 1e-4  # weights typed by hand, such as 0.333,0.333,0.334
 
+Weights = Mapping[str, float]  # name of a reward -> its weight
+
 
 class Weighting(NamedTuple):
   """G weightings: what a step trains on and what the policy is steered by."""
@@ -205,9 +207,7 @@ def check_alpha(alpha: float) -> None:
     raise ValueError(f"alpha, the KL weight, must be in [0, 1], got {alpha}.")
 
 
-def weights_array(
-  weights: Mapping[str, float], objectives: Sequence[str]
-) -> np.ndarray:
+def weights_array(weights: Weights, objectives: Sequence[str]) -> np.ndarray:
   """Named weights to [m] float32 in the order of the objectives.
 
   Objectives that are not named get weight 0.
@@ -229,6 +229,84 @@ def weights_array(
     array = np.asarray(values, np.float32)
   check_weights(array, len(objectives))
   return array
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightingSpace:
+  """The weightings that a run can be given, by names and numbers.
+
+  Attributes:
+    objectives: names of the m rewards, in the order of weights.
+    distribution: Q, what the run was trained for.
+    extrapolates: where alpha varies, up to 1 and down to 0, excluded, whatever
+      its range in training was.
+  """
+
+  objectives: tuple[str, ...]
+  distribution: Distribution
+  extrapolates: bool
+
+  def coefficients(
+    self, weights: Weights | None, alpha: float | None
+  ) -> np.ndarray:
+    """[M] float32; see `Policy.coefficients`."""
+    array, alpha = self.weighting(weights, alpha)
+    on_host: Any = (array, np.asarray(alpha, np.float32))
+    return np.asarray(self.distribution.coefficients(Weighting(*on_host)))
+
+  def weighting(
+    self, weights: Weights | None, alpha: float | None
+  ) -> tuple[np.ndarray, float]:
+    """([m] float32, alpha), checked; arguments as for `coefficients`."""
+    if weights is None:
+      if len(self.objectives) > 1:
+        raise ValueError(
+          f"give weights for {', '.join(self.objectives)}, such as "
+          f"{self.objectives[0]}=1."
+        )
+      weights = {self.objectives[0]: 1.0}
+    array = weights_array(weights, self.objectives)
+    q = self.distribution
+    if q.alpha_range is None:
+      if alpha is not None and alpha != q.alpha:
+        raise ValueError(
+          f"this run was trained with the one alpha {q.alpha:g}, got "
+          f"{alpha:g}; leave alpha out."
+        )
+      return array, q.alpha
+    low, high = (0.0, 1.0) if self.extrapolates else q.alpha_range
+    if alpha is None or not (low <= alpha <= high and alpha > 0):
+      raise ValueError(
+        f"this run is steered by alpha in {'(' if low == 0 else '['}{low:g}, "
+        f"{high:g}] too, got {alpha}; give one of them."
+      )
+    return array, alpha
+
+
+def per_text(
+  num: int,
+  weights: Weights | Sequence[Weights] | None,
+  alpha: float | Sequence[float | None] | None,
+) -> list[tuple[Weights | None, float | None]]:
+  """(weights, alpha) of each text, given one for all or one per text.
+
+  Raises:
+    ValueError: for another number of them than of texts.
+  """
+
+  def each(name: str, value: Any, kind: Any) -> list[Any]:
+    if value is None or isinstance(value, kind):
+      return [value] * num
+    value = list(value)
+    if len(value) != num:
+      raise ValueError(
+        f"got {len(value)} {name} for {num} texts; give one for all, or one "
+        "per text."
+      )
+    return value
+
+  every_alpha = each("alpha", alpha, float | int)
+  return list(zip(each("weights", weights, Mapping), every_alpha, strict=True))
 
 
 def simplex_grid(num_rewards: int, points: int) -> np.ndarray:

@@ -121,7 +121,7 @@ def test_the_commands_of_the_page_run(folder, monkeypatch, capsys):
   found = interop.leaves.views(model.config, params)
   assert found.keys() == expected.keys()
   for path, view in found.items():
-    np.testing.assert_array_equal(view.numpy(), expected[path].numpy())
+    np.testing.assert_array_equal(view.all(), expected[path].all())
   for name, content in small_decoder.tokenizer_files().items():
     assert (export / name).read_bytes() == content
   generation = json.loads((export / "generation_config.json").read_text())

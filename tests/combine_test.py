@@ -171,7 +171,7 @@ def test_dera_goes_from_the_runs_alpha_to_the_reference(
 ):
   parts = {name: folders[name] for name in names}
   policy = combined(parts, "dera", tmp_path / "command")
-  assert policy.steering.distribution.alpha_range == (ALPHA, 1.0)
+  assert policy.weighting_space.distribution.alpha_range == (ALPHA, 1.0)
   config = recipe_config(*names, alpha_range=(ALPHA, 1.0))
   dera.make_mixture(config, parts, str(tmp_path / "recipe"))
   recipe = clp_jax.Policy.load(str(tmp_path / "recipe"))

@@ -57,10 +57,7 @@ class Trainer:
     monkeypatch.setattr(running.soups, "make_soup", self.make)
     monkeypatch.setattr(running.dera, "make_mixture", self.make)
     monkeypatch.setattr(running.sweep, "evaluate_run", self.evaluate)
-    monkeypatch.setattr(running, "_has_step", self.has_step)
-
-  def has_step(self, folder, step):
-    return self.step(folder) == step
+    monkeypatch.setattr(running.saved_params, "newest_step", self.step)
 
   def step(self, folder):
     file = pathlib.Path(folder) / "step"
@@ -209,36 +206,33 @@ def test_ablations_label_their_values_and_share_runs(trainer, tmp_path):
   ]
   q = plan_of("weighting-distribution", tmp_path, seeds=1)
   concentrations = [
-    running._config(q, cell).weightings.concentration
-    for cell in running.cells(q)
+    cell.config.weightings.concentration for cell in running.cells(q)
   ]
   assert sorted(set(concentrations)) == [0.2, 0.5, 1.0, 4.0]
   size = plan_of("model-size", tmp_path, seeds=1)
-  starts = {running._supervised(size, cell) for cell in running.cells(size)}
+  starts = {cell.supervised.folder for cell in running.cells(size)}
   assert len(starts) == 3
 
 
 def test_oracles_are_trained_for_one_weighting(trainer, tmp_path):
   plan = plan_of("two-reward", tmp_path, methods=("oracle",), seeds=1)
   (cell,) = running.cells(plan)
-  made = running._oracles(plan, cell, running._config(plan, cell))
-  assert [c.weightings.weights for c, _ in made] == [
+  made = [part.config for part in cell.oracles]
+  assert [config.weightings.weights for config in made] == [
     (0.2, 0.8),
     (0.5, 0.5),
     (0.8, 0.2),
   ]
-  assert {c.steering for c, _ in made} == {"none"}
+  assert {config.steering for config in made} == {"none"}
   plan = plan_of(
     "single-reward-multi-kl", tmp_path, methods=("oracle", "dera"), seeds=1
   )
   oracle, dera = running.cells(plan)
-  config = running._config(plan, oracle)
-  assert config.objectives == ("nli",)
-  alphas = running._oracles(plan, oracle, config)
-  assert [c.weightings.alpha for c, _ in alphas] == [0.01, 0.1]
+  assert oracle.config.objectives == ("nli",)
+  alphas = [part.config.weightings.alpha for part in oracle.oracles]
+  assert alphas == [0.01, 0.1]
   # What DeRa realigns is the run of the least alpha: the same folder.
-  singles = running._singles(plan, dera, config, methods.METHODS["dera"])
-  assert singles["nli"][1] == alphas[0][1]
+  assert dera.singles["nli"].folder == oracle.oracles[0].folder
 
 
 EVALUATIONS = {
@@ -264,10 +258,7 @@ def test_finished_runs_are_evaluated_as_the_experiment_now_asks(
   trained, evaluated = len(trainer.trained), trainer.evaluated[:]
   for field in EVALUATIONS:
     other = plan([field])
-    finished = [
-      running._is_finished(other, cell) for cell in running.cells(other)
-    ]
-    assert not any(finished), field
+    assert not any(cell.finished for cell in running.cells(other)), field
   assert running.run(plan(EVALUATIONS), train=True) == []
   assert {x[0] for x in trainer.trained[trained:]} == {"made"}
   assert trainer.evaluated == 2 * evaluated
@@ -302,12 +293,11 @@ def test_the_sweep_of_an_unfinished_run_is_not_taken_for_its_last(
 ):
   plan = plan_of("two-reward", tmp_path, methods=("clp-full",), seeds=1)
   (cell,) = running.cells(plan)
-  folder, config = running._folder(plan, cell), running._config(plan, cell)
-  trainer.finish(folder, config, 100)
-  trainer.evaluate(folder, seed=0, method="full-CLP", training_samples=1)
-  assert not running._is_finished(plan, cell)
+  trainer.finish(cell.folder, cell.config, 100)
+  trainer.evaluate(cell.folder, seed=0, method="full-CLP", training_samples=1)
+  assert not cell.finished
   running.run(plan, train=True)
-  assert running._is_finished(plan, cell)
+  assert cell.finished
 
 
 def test_runs_that_methods_share_have_the_reference_point(trainer, tmp_path):
@@ -320,18 +310,14 @@ def test_runs_that_methods_share_have_the_reference_point(trainer, tmp_path):
     seeds=1,
   )
   assert running.run(plan, train=True) == []
-  assert all(running._is_finished(plan, cell) for cell in running.cells(plan))
+  assert all(cell.finished for cell in running.cells(plan))
   before = len(trainer.evaluated)
   running.run(plan, train=True)
   assert len(trainer.evaluated) == before
   soup, oracle = running.cells(plan)
-  config = running._config(plan, soup)
-  part, folder = running._singles(
-    plan, soup, config, methods.METHODS["rewarded-soups"]
-  )["nli"]
-  (least, same), *_ = running._oracles(plan, oracle, config)
-  assert folder == same
-  assert config_lib.to_json(part) == config_lib.to_json(least)
+  part, least = soup.singles["nli"], oracle.oracles[0]
+  assert part.folder == least.folder
+  assert config_lib.to_json(part.config) == config_lib.to_json(least.config)
 
 
 def changed(config, path):
@@ -357,7 +343,7 @@ def changed(config, path):
 def test_a_folder_is_named_by_all_that_decides_its_result(tmp_path):
   plan = plan_of("two-reward", tmp_path, methods=("clp-full",), seeds=1)
   (cell,) = running.cells(plan)
-  run, start = running._folder(plan, cell), running._supervised(plan, cell)
+  run, start = cell.folder, cell.supervised.folder
   paths = {
     ".".join(part.key for part in path)
     for path, _ in jax.tree_util.tree_leaves_with_path(
@@ -367,9 +353,10 @@ def test_a_folder_is_named_by_all_that_decides_its_result(tmp_path):
   runs_change, starts_change = set(), set()
   for path in paths - {"seed", "steering"}:  # the cell's and the method's
     other = dataclasses.replace(plan, config=changed(plan.config, path))
-    if running._folder(other, cell) != run:
+    own = dataclasses.replace(cell, plan=other)
+    if own.folder != run:
       runs_change.add(path)
-    if running._supervised(other, cell) != start:
+    if own.supervised.folder != start:
       starts_change.add(path)
   assert paths - runs_change == {
     *(
@@ -411,7 +398,7 @@ def test_a_changed_default_does_not_give_old_folders_another_meaning(
   monkeypatch.setattr(running.config_lib, "get_config", with_another_default)
   after = plan_of("two-reward", tmp_path, seeds=1)
   for cell in running.cells(before):
-    assert running._folder(before, cell) != running._folder(after, cell)
+    assert cell.folder != dataclasses.replace(cell, plan=after).folder
 
 
 def test_realigned_clp_has_the_soups_coefficients(tmp_path):
@@ -420,12 +407,12 @@ def test_realigned_clp_has_the_soups_coefficients(tmp_path):
   plan = plan_of("single-reward-multi-kl", tmp_path, seeds=1)
   assert set(names) <= set(plan.methods)
   for cell in running.cells(plan):
-    if methods.METHODS[cell.method].overrides is None:
+    if cell.method.overrides is None:
       continue
-    q = build.distribution(running._config(plan, cell))
+    q = build.distribution(cell.config)
     weighting = weightings.Weighting(np.ones([2, 1]), np.float32([0.01, 0.1]))
     kl = q.coefficients(weighting)[:, 1]
-    expected = [0, 1 - 1 / 11] if cell.method in names else [0.01, 0.1]
+    expected = [0, 1 - 1 / 11] if cell.name in names else [0.01, 0.1]
     np.testing.assert_allclose(kl, expected, atol=1e-6)
   with pytest.raises(ConfigError, match="clp-full-realigned does not fit"):
     plan_of("two-reward", tmp_path, methods=("clp-full-realigned",))
@@ -439,38 +426,33 @@ def test_a_methods_rate_is_a_factor_of_the_base_configs(tmp_path, monkeypatch):
     )
 
   full, ppo = running.cells(plan(1e-4))
-  assert running._config(plan(1e-4), full).optimizer.learning_rate == 1e-4
-  assert running._config(plan(1e-4), ppo).optimizer.learning_rate == 5e-5
+  assert full.config.optimizer.learning_rate == 1e-4
+  assert ppo.config.optimizer.learning_rate == 5e-5
   # Its folder follows; the supervised checkpoint is the same.
-  before = running._folder(plan(1e-4), full)
-  start = running._supervised(plan(1e-4), full)
+  before, start = full.folder, full.supervised.folder
   monkeypatch.setitem(
     methods.METHODS, "clp-full", methods.METHODS["clp-full"]._replace(rate=3.0)
   )
-  assert running._folder(plan(1e-4), full) != before
-  assert running._supervised(plan(1e-4), full) == start
+  assert full.folder != before
+  assert full.supervised.folder == start
   # Soups train their parts with it.
   monkeypatch.setitem(
     methods.METHODS, "mod", methods.METHODS["mod"]._replace(rate=2.0)
   )
-  mod = running.Cell("mod", None, 0)
-  parts = running._singles(
-    plan(1e-4), mod, running._config(plan(1e-4), mod), methods.METHODS["mod"]
-  )
-  assert {c.optimizer.learning_rate for c, _ in parts.values()} == {2e-4}
+  parts = running.Cell(plan(1e-4), "mod", None, 0).parts
+  assert {p.config.optimizer.learning_rate for p in parts} == {2e-4}
   # Rates that were chosen, and rates that are varied, are taken as they are.
   rated = plan_of(
     "two-reward", tmp_path, methods=("clp-full", "ppo"), rates={"ppo": 3e-3}
   )
   assert [
-    running._config(rated, cell).optimizer.learning_rate
+    cell.config.optimizer.learning_rate
     for cell in list(running.cells(rated))[:2]
   ] == [3e-3, 3e-3]
   varied = plan_of("choose-rate", tmp_path, methods=("clp-full", "ppo"))
   for cell in running.cells(varied):
-    config = running._config(varied, cell)
-    assert config.optimizer.learning_rate == cell.value
-    assert config.data.eval_split == "test"
+    assert cell.config.optimizer.learning_rate == cell.value
+    assert cell.config.data.eval_split == "test"
 
 
 def test_rewards_in_units_of_each_method_are_refused(tmp_path):
@@ -496,12 +478,12 @@ def test_prompting_starts_from_a_model_that_has_seen_the_tokens(tmp_path):
     "two-reward", tmp_path, methods=("clp-full", "lora", "prompting"), seeds=1
   )
   full, lora, prompting = running.cells(plan)
-  start = running._supervised(plan, full)
-  assert running._supervised(plan, lora) == start
-  assert running._supervised(plan, prompting) != start
-  config = running._supervised_config(plan, prompting)
+  start = full.supervised.folder
+  assert lora.supervised.folder == start
+  assert prompting.supervised.folder != start
+  config = prompting.supervised.config
   assert config.prompting.sft_share == 0.5 and config.sft.steps == 700
-  assert running._config(plan, prompting).sft.steps == 0
+  assert prompting.config.sft.steps == 0
 
 
 @pytest.mark.parametrize(

@@ -49,17 +49,6 @@ def share(text: str) -> float:
   raise argparse.ArgumentTypeError(f"expected 0 < X <= 1, got {text!r}")
 
 
-def add_workdir(parser: argparse.ArgumentParser, default=None) -> None:
-  """--workdir DIR."""
-  parser.add_argument(
-    "--workdir",
-    required=default is None,
-    default=default,
-    metavar="DIR",
-    help="the run's folder" + (f" (default: {default})" if default else ""),
-  )
-
-
 def add(
   parser, name: str, help: str, default: Any = None, **options: Any
 ) -> None:
@@ -68,6 +57,17 @@ def add(
   if default is not None:
     help += f" (default: {default})"
   parser.add_argument(name, default=default, help=help, **options)
+
+
+def add_workdir(parser, default: str | None = None) -> None:
+  """--workdir DIR."""
+  more = {"required": default is None, "metavar": "DIR"}
+  add(parser, "--workdir", "the run's folder", default, **more)
+
+
+def add_output(parser, help: str) -> None:
+  """--output DIR; `help` says what it is for."""
+  add(parser, "--output", help, required=True, metavar="DIR")
 
 
 def add_count(
@@ -102,13 +102,11 @@ def add_temperature(parser) -> None:
 
 def add_training(parser: argparse.ArgumentParser) -> None:
   """--config, --workdir and what several processes need."""
-  parser.add_argument(
-    "--config",
-    required=True,
-    metavar="FILE",
-    help="a Python file with get_config(); --config.path.to.field=value "
-    "overrides a field",
+  help = (
+    "a Python file with get_config(); --config.path.to.field=value overrides a "
+    "field"
   )
+  add(parser, "--config", help, required=True, metavar="FILE")
   add_workdir(parser)
   processes = parser.add_argument_group(
     "several processes",

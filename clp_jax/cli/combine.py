@@ -31,16 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "their logits and the reference's, which alpha mixes as well, from the "
     "runs' own alpha to 1 (DeRa)",
   )
-  parser.add_argument(
-    "--config",
-    metavar="FILE",
-    help="a Python file with get_config() whose data, rewards, weightings and "
+  help = (
+    "a Python file with get_config() whose data, rewards, weightings and "
     "evaluation it has, and --config.path.to.field=value (default: the runs' "
-    "own, the first one's where they differ; adapters have none)",
+    "own, the first one's where they differ; adapters have none)"
   )
-  parser.add_argument(
-    "--output", required=True, metavar="DIR", help="the run's folder to write"
-  )
+  arguments.add(parser, "--config", help, metavar="FILE")
+  arguments.add_output(parser, "the run's folder to write")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "config but for the seed, are seeds of one method; the first method is "
     "what the others are compared with",
   )
-  parser.add_argument(
-    "--output", required=True, metavar="DIR", help="the folder to write"
-  )
+  arguments.add_output(parser, "the folder to write")
   parser.add_argument(
     "--reference-point",
     type=arguments.parse_weights,

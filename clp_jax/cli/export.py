@@ -54,12 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   help = "of the parameters"
   arguments.add(parser, "--dtype", help, "float32", choices=DTYPES)
-  parser.add_argument(
-    "--output",
-    required=True,
-    metavar="DIR",
-    help="the folder to write; an earlier export there is replaced",
-  )
+  help = "the folder to write; an earlier export there is replaced"
+  arguments.add_output(parser, help)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -31,38 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="a run's folder, or a JSONL file with document and summary; the win "
     "rate is the first one's",
   )
-  parser.add_argument(
-    "--document-field",
-    metavar="NAME",
-    help="of the JSONL files' documents (default: data.document_field of a run "
-    'among the two, or "document")',
+  help = (
+    "of the JSONL files' documents (default: data.document_field of a run "
+    'among the two, or "document")'
   )
-  parser.add_argument(
-    "--output", required=True, metavar="DIR", help="for answers and result"
-  )
-  parser.add_argument(
-    "--prompt",
-    metavar="FILE",
-    help="another question for a language model; {data} is where texts go",
-  )
+  arguments.add(parser, "--document-field", help, metavar="NAME")
+  arguments.add_output(parser, "for answers and result")
+  help = "another question for a language model; {data} is where texts go"
+  arguments.add(parser, "--prompt", help, metavar="FILE")
   model = parser.add_argument_group("a language model behind HTTP")
-  model.add_argument(
-    "--endpoint",
-    metavar="URL",
-    help="the API's base, such as https://api.openai.com/v1 or "
-    "https://generativelanguage.googleapis.com/v1beta",
+  help = (
+    "the API's base, such as https://api.openai.com/v1 or "
+    "https://generativelanguage.googleapis.com/v1beta"
   )
-  model.add_argument("--model", metavar="NAME", help="the model's name there")
+  arguments.add(model, "--endpoint", help, metavar="URL")
+  arguments.add(model, "--model", "the model's name there", metavar="NAME")
   model.add_argument(
     "--api", default="openai", choices=("openai", "gemini"), help="its form"
   )
-  model.add_argument(
-    "--key-variable",
-    default=KEY_VARIABLE,
-    metavar="NAME",
-    help="environment variable that holds the API key; none is sent where it "
-    f"is not set (default: {KEY_VARIABLE})",
+  help = (
+    "environment variable that holds the API key; none is sent where it is not "
+    "set"
   )
+  arguments.add(model, "--key-variable", help, KEY_VARIABLE, metavar="NAME")
   help = "seconds (default: 60)"
   model.add_argument("--timeout", type=float, default=60.0, help=help)
   help = "of a request, before the judge counts as down"
@@ -70,18 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   arguments.add_count(model, "--parallel", "requests at a time", 4)
   arguments.add_count(model, "--max-tokens", "of an answer", 512)
   local = parser.add_argument_group("or a model on this machine")
-  local.add_argument(
-    "--local",
-    metavar="DIR",
-    help="folder of any instruct model that clp_jax loads; its answer is the "
-    "likeliest of the three",
+  help = (
+    "folder of any instruct model that clp_jax loads; its answer is the "
+    "likeliest of the three"
   )
-  local.add_argument(
-    "--entailment",
-    metavar="DIR",
-    help="folder of a T5 entailment model; it prefers the summary that the "
-    "document entails more",
+  arguments.add(local, "--local", help, metavar="DIR")
+  help = (
+    "folder of a T5 entailment model; it prefers the summary that the document "
+    "entails more"
   )
+  arguments.add(local, "--entailment", help, metavar="DIR")
   help = "probabilities no further apart tie"
   arguments.add(local, "--margin", help, 0.05, type=float)
   fresh = parser.add_argument_group("fresh summaries instead of samples.jsonl")

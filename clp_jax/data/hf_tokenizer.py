@@ -190,7 +190,6 @@ class HFTokenizer:
 
   @property
   def unk_id(self) -> int:
-    """The token of what can't be spelled; -1 where all can."""
     model = self._tokenizer.model
     name = self._names.get("unk_token", getattr(model, "unk_token", None))
     found = None if name is None else self._tokenizer.token_to_id(name)
@@ -198,13 +197,11 @@ class HFTokenizer:
 
   @property
   def bos_id(self) -> int | None:
-    """What begins a text; None where nothing does."""
     name = self._names.get("bos_token")
     return None if name is None else self._tokenizer.token_to_id(name)
 
   @functools.cached_property
   def size(self) -> int:
-    """One more than the largest id."""
     return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
   @functools.cached_property
@@ -241,18 +238,15 @@ class HFTokenizer:
     return self._of_text.encode(text, add_special_tokens=False)
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of tokens."""
     known = [i for i in ids if 0 <= i < self.size and i not in self._control]
     return self._tokenizer.decode(known, skip_special_tokens=False)
 
   def name(self, token: int) -> str | None:
-    """What a control token is called."""
     if token >= self.size:
       token = self.eos_id
     return self._control.get(token)
 
   def token(self, name: str) -> int | None:
-    """The one token that spells a word, or the control token of this name."""
     for token, control in self._control.items():
       if control == name:
         return token
@@ -399,12 +393,8 @@ class HFTokenizer:
     return ids + self.encode(text[start:].translate(back))
 
   def _hide(self, value: Any, hidden: dict[str, str]) -> Any:
-    """A message, or a part of one, that spells no control token.
-
-    Args:
-      value: what JSON can hold.
-      hidden: character -> the one that stands for it; is added to.
-    """
+    """A message, or a part of one, whatever JSON can hold, that spells no
+    control token; what stands for a character is added to `hidden`."""
     if isinstance(value, Mapping):
       return {name: self._hide(x, hidden) for name, x in value.items()}
     if isinstance(value, list | tuple):
@@ -487,15 +477,11 @@ class HFTokenizer:
       ) from error
 
   def target(self, text: str, limit: int) -> list[int]:
-    """A response, with the token that ends it."""
     return [*self.encode(text)[: limit - 1], self.eos_id]
 
   def allowed(self, vocab_size: int) -> np.ndarray:
-    """[V] bool, the tokens that a policy may produce.
-
-    Raises:
-      ValueError: the model has fewer rows than the tokenizer has ids.
-    """
+    """Raises a ValueError for a model of fewer rows than the tokenizer has ids,
+    beside what the protocol says."""
     if vocab_size < self.size:
       raise ValueError(
         f"the model has {vocab_size} rows of vocabulary for the {self.size} "
@@ -518,7 +504,6 @@ class HFTokenizer:
     return list(range(self.size, vocab_size))
 
   def files(self) -> dict[str, bytes]:
-    """Name -> content."""
     return dict(self._files)
 
   def padding(self, last: int) -> tuple[int, dict[str, bytes]]:
@@ -574,16 +559,8 @@ def _compiled(source: str) -> jinja2.Template:
   def fail(message: str):
     raise jinja2.TemplateError(message)
 
-  def tojson(
-    x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
-  ):
-    return json.dumps(
-      x,
-      ensure_ascii=ensure_ascii,
-      indent=indent,
-      separators=separators,
-      sort_keys=sort_keys,
-    )
+  def tojson(x, ensure_ascii=False, indent=None, **options):
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **options)
 
   environment.globals["raise_exception"] = fail
   environment.globals["strftime_now"] = lambda form: (

@@ -36,14 +36,14 @@ class Rows:
   """The rows of JSONL files, in order, read when they are asked for.
 
   Attributes:
-    fields: names of the string fields of a row.
+    fields: names of the string fields of a row; None for one that is empty.
     files: open files, kept while this object lives.
     file_of: [n] int32, which file a row is in.
     offsets: [n] int64, where its line starts, in bytes.
     sizes: [n] int64, length of the line, in bytes.
   """
 
-  fields: tuple[str, ...]
+  fields: tuple[str | None, ...]
   files: tuple[BinaryIO, ...]
   file_of: np.ndarray
   offsets: np.ndarray
@@ -57,18 +57,19 @@ class Rows:
     file = self.files[self.file_of[row]]
     line = os.pread(file.fileno(), int(self.sizes[row]), int(self.offsets[row]))
     values = json.loads(line)
-    return tuple(values[name] for name in self.fields)
+    return tuple("" if name is None else values[name] for name in self.fields)
 
 
 def read_rows(
-  pattern: str, fields: Sequence[str], conversations: bool = False
+  pattern: str, fields: Sequence[str | None], conversations: bool = False
 ) -> Rows:
   """Opens JSONL files and checks every line of them.
 
   Args:
     pattern: a file, or a glob whose files are taken in the order of their
       names; may be gs://. Names that end in .gz are unpacked.
-    fields: string fields that every row must have; the first must not be blank.
+    fields: string fields that every row must have; the first must not be blank,
+      and None, of the others, is one that none has: it reads as empty.
     conversations: whether the first may also be a list of messages.
 
   Returns:
@@ -166,7 +167,7 @@ def _readable(name: str):
 def _read_rows(
   paths: tuple[str, ...],
   stamps: tuple[tuple[int, int], ...],
-  fields: tuple[str, ...],
+  fields: tuple[str | None, ...],
   conversations: bool,
 ) -> Rows:
   del stamps  # part of the cache's key: files that changed are read again
@@ -179,7 +180,7 @@ def _read_rows(
       for line_number, line in enumerate(file, 1):
         if line.strip():
           where = f"{path}, line {line_number}"
-          _check(line, where, fields, conversations)
+          _check(line, where, tuple(filter(None, fields)), conversations)
           for column, value in zip(
             columns, (number, offset, len(line)), strict=True
           ):
@@ -246,5 +247,5 @@ def _check(
     raise ValueError(f"{where}: field {fields[0]!r} is blank.")
 
 
-def _names(fields: tuple[str, ...]) -> str:
-  return ", ".join(repr(name) for name in fields)
+def _names(fields: tuple[str | None, ...]) -> str:
+  return ", ".join(repr(name) for name in fields if name is not None)

@@ -384,10 +384,6 @@ def _score(
 def unsupported(document: str, summary: str) -> list[tuple[int, int]] | None:
   """Where a summary states a fact that its article does not have.
 
-  Args:
-    document: an article.
-    summary: any text.
-
   Returns:
     [(start, end)] of the words in question, in the summary's characters and
     order; None where it is not grammatical, so that it states nothing.

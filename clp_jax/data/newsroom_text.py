@@ -175,9 +175,6 @@ def _read(words: Sequence[str]) -> tuple[str, dict[str, str]]:
 def parse(summary: str) -> Facts | None:
   """Reads the facts that a summary states.
 
-  Args:
-    summary: any text.
-
   Returns:
     The stated facts, or None where the text is not grammatical to the letter:
     `[ROLE] NAME VERB the OBJECT [at CITY] [in COUNTRY] [on DAY] [for AMOUNT]

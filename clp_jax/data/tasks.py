@@ -30,14 +30,10 @@ from typing import Any
 import numpy as np
 
 from clp_jax.data import corpora, newsroom
+from clp_jax.data import vocabulary as vocabulary_lib
 from clp_jax.data.reader import Batch, Numbering, check_lengths
 from clp_jax.data.tokenizer import DOCUMENT
-from clp_jax.data.vocabulary import (
-  Vocabulary,
-  control_ids,
-  import_seqio,
-  loaded,
-)
+from clp_jax.data.vocabulary import Vocabulary, import_seqio
 from clp_jax.errors import importing
 
 # Examples shuffled together. Memory bounds it: article texts are kilobytes, the
@@ -99,7 +95,7 @@ def vocabulary_of(task: Any) -> Vocabulary:
   Raises:
     ValueError: its file can't be read or is not valid.
   """
-  own = loaded(task.output_features["inputs"].vocabulary)
+  own = vocabulary_lib.loaded(task.output_features["inputs"].vocabulary)
   return Vocabulary(
     own.sentencepiece_model_file, own.sp_model, getattr(own, "eos_ids", ())
   )
@@ -146,7 +142,7 @@ def from_cache(task: Any, cache_dirs: Sequence[str] = ()) -> Any:
     """Unknown for control tokens: seqio's own tool lets documents make them."""
     for key in ("inputs", "targets"):
       vocabulary, tokens = task.output_features[key].vocabulary, example[key]
-      control = control_ids(vocabulary, vocabulary.vocab_size)
+      control = vocabulary_lib.control_ids(vocabulary, vocabulary.vocab_size)
       if control:
         hits = tf.constant(control, tokens.dtype)[None] == tokens[:, None]
         unknown = tf.constant(vocabulary.unk_id, tokens.dtype)

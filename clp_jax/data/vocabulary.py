@@ -176,12 +176,11 @@ class Vocabulary:
 
   @property
   def unk_id(self) -> int:
-    """The token of what no piece covers."""
     return self.tokenizer.unk_id()
 
   @property
   def bos_id(self) -> None:
-    """None: T5's texts begin with nothing."""
+    """T5's texts begin with nothing."""
 
   @property
   def size(self) -> int:
@@ -189,7 +188,6 @@ class Vocabulary:
     return self.tokenizer.get_piece_size()
 
   def encode(self, text: str) -> list[int]:
-    """The tokens of a text, without EOS."""
     return self.tokenizer.EncodeAsIds(text)
 
   def decode(self, ids: Sequence[int]) -> str:
@@ -198,7 +196,6 @@ class Vocabulary:
     return self.tokenizer.decode(list(known))
 
   def name(self, token: int) -> str | None:
-    """What a control token is called; None of a token of text."""
     if token >= self.size:
       token = self.eos_id
     if not self.tokenizer.is_control(token):
@@ -206,7 +203,6 @@ class Vocabulary:
     return self.tokenizer.id_to_piece(token)
 
   def token(self, name: str) -> int | None:
-    """The one piece that spells a word, or the control piece of this name."""
     for piece in (name, f"▁{name}"):
       token = self.tokenizer.piece_to_id(piece)
       if self.tokenizer.is_control(token):
@@ -233,19 +229,15 @@ class Vocabulary:
     return [*ids[: limit - 1], self.eos_id], len(ids) >= limit
 
   def target(self, text: str, limit: int) -> list[int]:
-    """A response, with the token that ends it."""
     return [*self.encode(text)[: limit - 1], self.eos_id]
 
   def allowed(self, vocab_size: int) -> np.ndarray:
-    """See `allowed_tokens`."""
     return allowed_tokens(self, vocab_size)
 
   def control_ids(self, vocab_size: int) -> list[int]:
-    """See `control_ids`."""
     return control_ids(self, vocab_size)
 
   def files(self) -> dict[str, bytes]:
-    """Name -> content, as a run keeps it."""
     return {FILES[0]: self._content}
 
   def padding(self, last: int) -> tuple[int, dict[str, bytes]]:

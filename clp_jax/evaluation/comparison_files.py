@@ -20,15 +20,10 @@ from rich.text import Text
 
 from clp_jax.evaluation import examples, html, plot
 from clp_jax.evaluation import front as front_lib
+from clp_jax.evaluation import tables as tables_lib
 from clp_jax.evaluation.compare import Comparison, mean_front
 from clp_jax.evaluation.intervals import Value
 from clp_jax.evaluation.metrics import in_plane
-from clp_jax.evaluation.tables import (
-  bare,
-  markdown_table,
-  units_note,
-  without_empty,
-)
 from clp_jax.interop import storage
 
 Row = dict[str, str]
@@ -59,7 +54,7 @@ def tables(found: Comparison) -> dict[str, list[Row]]:
       row[f"dominates of {first}"] = f"{found.dominated[name][first]:.2f}"
       rows.append(row)
     made[f"Differences from {first}"] = rows
-  return {title: without_empty(rows) for title, rows in made.items()}
+  return {title: tables_lib.without_empty(rows) for title, rows in made.items()}
 
 
 def note(found: Comparison) -> str:
@@ -90,7 +85,7 @@ def note(found: Comparison) -> str:
     "rewards, and of the objective with its KL term. Dominated: share of "
     "points beaten in every "
     + ("reward and in KL." if plane else "reward.")
-    + units_note(front)
+    + tables_lib.units_note(front)
   )
 
 
@@ -109,7 +104,8 @@ def shown(value: Value, digits: int, sign: bool = False) -> str:
 
 def markdown(found: Comparison) -> str:
   """The tables with their note."""
-  parts = [f"### {t}\n\n{markdown_table(r)}" for t, r in tables(found).items()]
+  table = tables_lib.markdown_table
+  parts = [f"### {t}\n\n{table(rows)}" for t, rows in tables(found).items()]
   return "\n".join(parts) + f"\n{note(found)}\n"
 
 
@@ -166,13 +162,8 @@ def save(
   commands: Sequence[str],
   unsupported: html.Checker | None = None,
 ) -> str:
-  """Writes the files of the module, and gives the address of report.html.
-
-  Args:
-    directory: the folder.
-    found: the comparison.
-    title: of the page, as commands and unsupported are; see `html.render`.
-  """
+  """Writes the files of the module, and gives the address of report.html;
+  title, commands and unsupported are of `html.render`."""
   path = epath.Path(directory)
   path.mkdir(parents=True, exist_ok=True)
   fronts = [mean_front(found.runs[name], name) for name in found.methods]
@@ -210,27 +201,18 @@ def print_tables(found: Comparison) -> None:
   console = Console()
   unbounded = console.options.update(max_width=1000)
   for title, rows in tables(found).items():
-    table = _one_row_each(title, rows)
+    named = {"title": title, "title_justify": "left"}
+    table = tables_lib.row_each(rows, {"no_wrap": True}, **named)
     if console.measure(table, options=unbounded).maximum > console.width:
       table = _one_line_each(title, rows)
     console.print(table)
   console.print(note(found), highlight=False)
 
 
-def _one_row_each(title: str, rows: Sequence[Row]) -> Table:
-  """A row a method."""
-  table = bare(title=title, title_justify="left")
-  for i, column in enumerate(rows[0]):
-    table.add_column(column, justify="right" if i else "left", no_wrap=True)
-  for row in rows:
-    table.add_row(*(Text(cell) for cell in row.values()))
-  return table
-
-
 def _one_line_each(title: str, rows: Sequence[Row]) -> Table:
   """A line a figure, those of one kind together."""
   first, *columns = rows[0]
-  table = bare(title=title, title_justify="left")
+  table = tables_lib.bare(title=title, title_justify="left")
   for name in ("", first, ""):
     table.add_column(name)
   for column in columns:

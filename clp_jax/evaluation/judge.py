@@ -305,12 +305,7 @@ def summarise(
 
 
 def print_result(runs: Sequence[str], result: Mapping[str, Any]) -> None:
-  """Prints what `summarise` gave to stdout.
-
-  Args:
-    runs: names of the two.
-    result: of `judge_pairs`.
-  """
+  """Prints what `judge_pairs` gave for two runs, by their names, to stdout."""
 
   def shown(rate: Mapping[str, Any]) -> tuple[str, ...]:
     interval = f"{rate['low']:.3f} to {rate['high']:.3f}"
@@ -347,11 +342,8 @@ def _rate(by_document: Mapping[str, Sequence[float]]) -> Rate:
 
 
 def wilson(successes: float, n: int) -> Rate:
-  """A share with Wilson's 95% score interval; (1/2, 0, 1) for n = 0.
-
-  Args:
-    successes: sum of n values in [0, 1].
-    n: independent values.
+  """A share, n independent values in [0, 1] of this sum, with Wilson's 95%
+  score interval; (1/2, 0, 1) for n = 0.
 
   Source: Wilson 1927.
   """

@@ -93,11 +93,8 @@ class Endpoint:
 def endpoint_judge(
   endpoint: Endpoint, template: str = judge_lib.PROMPT
 ) -> Judge:
-  """A judge that asks a language model.
-
-  Args:
-    endpoint: which.
-    template: of the question; must hold {data}.
+  """A judge that asks a language model; the template of the question must hold
+  {data}.
 
   Raises:
     ValueError: the template has no {data}.

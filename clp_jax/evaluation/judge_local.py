@@ -27,11 +27,8 @@ _STEP = 128  # lengths are rounded up to multiples, so that few are compiled
 
 
 def local_judge(folder: str, template: str = PROMPT) -> Judge:
-  """Loads a judge.
-
-  Args:
-    folder: of a Hugging Face model, a t5x checkpoint or a run of clp.
-    template: of the question, with {data} where the texts go.
+  """Loads a judge from the folder of a Hugging Face model, a t5x checkpoint or
+  a run of clp; the template of the question has {data} where texts go.
 
   Returns:
     The judge; its answers name the three probabilities.

@@ -79,11 +79,8 @@ class Measure:
     self.lowest[self._ranks], self.highest[self._ranks] = -1, 1
 
   def __call__(self, points: Sequence[Array]) -> Array:
-    """[runs, draws, k], NaN where one is not defined.
-
-    Args:
-      points: of every run, [draws, P, m + 1].
-    """
+    """[runs, draws, k], NaN where one is not defined, of the points of every
+    run, [draws, P, m + 1]."""
     found = np.full([len(points), len(points[0]), len(self.names)], math.nan)
     found[..., self._ranks] = self._rank_correlations(points)
     for of_run, p, weightings in zip(

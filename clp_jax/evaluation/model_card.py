@@ -304,12 +304,8 @@ Rows have at most {length} tokens: cut longer documents, never responses.
 
 
 def of_checkpoint(auto: str, format: str) -> str:
-  """How an ordinary checkpoint is loaded, as markdown.
-
-  Args:
-    auto: transformers' class for it.
-    format: hf, t5x or orbax.
-  """
+  """How a checkpoint of format hf, t5x or orbax is loaded, as markdown; `auto`
+  is transformers' class for it."""
   ours = (
     "In clp_jax it is a base of other runs, `--config.model.init=DIR`, and\n\n"
     "```python\nfrom clp_jax import interop\n\n"

@@ -9,13 +9,8 @@ import numpy as np
 from etils import epath
 from numpy.typing import NDArray
 
-from clp_jax.evaluation.front import (
-  Front,
-  dominated,
-  labels,
-  panels,
-  shared_objectives,
-)
+from clp_jax.evaluation import front as front_lib
+from clp_jax.evaluation.front import Front
 from clp_jax.interop import storage
 
 if TYPE_CHECKING:
@@ -50,7 +45,7 @@ def plot_fronts(
   # Late: training imports this module, by the demo's config, and draws nothing.
   from matplotlib.figure import Figure
 
-  pairs = panels(shared_objectives(fronts))
+  pairs = front_lib.panels(front_lib.shared_objectives(fronts))
   columns = min(len(pairs), 3)
   rows = -(-len(pairs) // columns)
   width, height = (6.4, 4.8) if len(pairs) == 1 else (4.0, 3.6)
@@ -129,7 +124,7 @@ def _draw_points(
     alpha=0.5,
     zorder=1,
   )
-  faces = np.where(dominated(front), "white", color)
+  faces = np.where(front_lib.dominated(front), "white", color)
   ax.scatter(xs, ys, s=28, marker=marker, c=faces, edgecolors=color, zorder=2)
   ax.plot([], [], color=color, marker=marker, ls="", label=front.method)
 
@@ -142,7 +137,7 @@ def _label_weightings(
   ys, _ = _axis(front, y)
   # Away from the line: reward rises with KL, and falls with another reward.
   side, align = (-5, "right") if x is None else (5, "left")
-  for i, label in labels(front, x, " = ").items():
+  for i, label in front_lib.labels(front, x, " = ").items():
     ax.annotate(
       label,
       (float(xs[i]), float(ys[i])),

@@ -27,7 +27,6 @@ from clp_jax.models import decoding, families
 from clp_jax.policy import Policy
 from clp_jax.rewards import base as rewards_lib
 from clp_jax.rollout import row_keys
-from clp_jax.sampling import Sampling
 from clp_jax.weightings import Weighting
 
 METHODS = {
@@ -239,12 +238,8 @@ def make_measure(
       next_logits,
       cache,
       keys,
-      Sampling(
-        policy.allowed,
-        policy.model_config.eos_ids,
-        policy.model_config.pad_id,
-        temperature=temperature,
-        logp_temperature=logp_temperature,
+      policy.decoder.sampling(
+        temperature=temperature, logp_temperature=logp_temperature
       ),
       config.data.target_length,
     )
@@ -310,15 +305,12 @@ def evaluate_run(
 ) -> front_lib.Front:
   """Sweeps a run and writes DIR/evaluation.
 
-  Args:
+  Args: as for `sweep`, but for:
     workdir: the run's folder.
     step: a checkpoint; None takes the newest.
-    grid: None takes the config's eval.grid.
-    num_prompts: None takes the config's eval.prompts.
-    seed: of the sampling.
-    method: the name in the front; None names the steering.
-    training_samples: responses sampled in training; None takes what the
-      config's steps have sampled.
+    grid, num_prompts: None takes the config's eval.grid and eval.prompts.
+    method: None names the steering.
+    training_samples: None takes what the config's steps have sampled.
 
   Returns:
     The front.

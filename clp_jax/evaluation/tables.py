@@ -105,10 +105,15 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 def methods_table(fronts: Sequence[Front]) -> Table:
   """methods_rows as a table for a terminal; raises what it does."""
-  rows = methods_rows(fronts)
-  table = bare(caption=methods_caption(fronts), caption_justify="left")
-  first, *others = rows[0]
-  table.add_column(first, overflow="fold")
+  caption = {"caption": methods_caption(fronts), "caption_justify": "left"}
+  return row_each(methods_rows(fronts), {"overflow": "fold"}, **caption)
+
+
+def row_each(rows: Sequence[Row], first: Any, **options: Any) -> Table:
+  """Rows as a table for a terminal; `first` are its first column's options."""
+  table = bare(**options)
+  name, *others = rows[0]
+  table.add_column(name, **first)
   for column in others:
     table.add_column(column, justify="right", no_wrap=True)
   for row in rows:

@@ -56,11 +56,8 @@ def planned(
 
 
 def step_flops(config: ml_collections.ConfigDict) -> tuple[float, float]:
-  """(of a supervised step, of a step of RL), useful ones on all chips.
-
-  Args:
-    config: models that it leaves to be given are `plan`'s presets.
-  """
+  """(of a supervised step, of a step of RL), useful ones on all chips; models
+  that the config leaves to be given are `plan`'s presets."""
   own = config.copy_and_resolve_references()
   # Prompts are a few tokens more; their format needs a vocabulary.
   own.prompting.style, own.prompting.sft_share = "none", 0.0
@@ -82,12 +79,8 @@ def step_flops(config: ml_collections.ConfigDict) -> tuple[float, float]:
 
 
 def text(plan: running.Plan, topology: str, utilisation: float) -> str:
-  """The dry run as a table, for the terminal.
-
-  Args:
-    plan: from `running.make_plan`.
-    topology: a generation of TPU, "v5e", or a slice of one, "v5e:2x4".
-    utilisation: see `planned`.
+  """The dry run as a table, for the terminal, on a generation of TPU, "v5e", or
+  a slice of one, "v5e:2x4"; utilisation as for `planned`.
 
   Raises:
     ConfigError: an unknown generation, or models of unknown shape.

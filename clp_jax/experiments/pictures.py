@@ -25,12 +25,8 @@ GREY = "0.75"
 
 
 def fronts(content: Json, path: pathlib.Path) -> None:
-  """Draws an experiment's fronts, the mean of each method over its runs.
-
-  Args:
-    content: of an experiment, see `results.collect`; without an axis.
-    path: of the PNG.
-  """
+  """Draws an experiment's fronts, the mean of each method over its runs, into a
+  PNG; the content, see `results.collect`, is of one without an axis."""
   names = list(content["fronts"])
   main = [n for n in content["shown"] if n in names][:MAIN] or names[:MAIN]
   rest = [n for n in names if n not in main]
@@ -73,12 +69,8 @@ def fronts(content: Json, path: pathlib.Path) -> None:
 
 
 def by_value(content: Json, path: pathlib.Path) -> None:
-  """Draws an ablation: a panel a value of its axis, the methods in each.
-
-  Args:
-    content: of an experiment with an axis.
-    path: of the PNG.
-  """
+  """Draws an ablation, an experiment with an axis, into a PNG: a panel a value
+  of its axis, the methods in each."""
   values = list(dict.fromkeys(f["value"] for f in content["fronts"].values()))
   pair = _pairs(content)[0]
   columns = min(len(values), 3)
@@ -111,13 +103,8 @@ def by_value(content: Json, path: pathlib.Path) -> None:
 
 
 def curve(content: Json, methods: Sequence[str], path: pathlib.Path) -> None:
-  """Draws hypervolume and dominated points over training steps.
-
-  Args:
-    content: of training-steps.
-    methods: to draw, the first is what the others are held against.
-    path: of the PNG.
-  """
+  """Draws hypervolume and dominated points of training-steps over those steps,
+  into a PNG; the first method is what the others are held against."""
   figure = Figure(figsize=(9.5, 4.0), layout="constrained")
   left, right = figure.subplots(1, 2)
   for i, method in enumerate(methods):

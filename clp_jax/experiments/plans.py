@@ -163,11 +163,8 @@ def set_steps(config: ml_collections.ConfigDict, steps: int) -> None:
 def base_config(
   experiment: Experiment, config: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
-  """The config that all methods of an experiment start from.
-
-  Args:
-    experiment: of EXPERIMENTS.
-    config: the user's, or the built-in world's.
+  """The config that all methods of an experiment start from, of the user's or
+  the built-in world's.
 
   Raises:
     ConfigError: when it does not describe a reward of the experiment, or

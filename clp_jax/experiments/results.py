@@ -49,12 +49,8 @@ def measure_costs(workdir: str, command: str, repeats: int = 30) -> None:
 
 
 def collect(workdir: str, folder: pathlib.Path) -> None:
-  """Writes FOLDER/<experiment>.json of every experiment that has been run.
-
-  Args:
-    workdir: of the experiments.
-    folder: of the numbers; files of experiments that WORKDIR lacks stay.
-  """
+  """Writes FOLDER/<experiment>.json of every experiment that has been run in
+  WORKDIR; files of experiments that WORKDIR lacks stay."""
   folder.mkdir(parents=True, exist_ok=True)
   for name in NAMES:
     directory = pathlib.Path(workdir) / name
@@ -69,12 +65,8 @@ def collect(workdir: str, folder: pathlib.Path) -> None:
 
 
 def page_of(folder: pathlib.Path, commands: Mapping[str, str]) -> str:
-  """The page's markdown, with its pictures drawn into FOLDER.
-
-  Args:
-    folder: of the numbers that `collect` has written.
-    commands: see `page.write`.
-  """
+  """The page's markdown, with its pictures drawn into FOLDER, of the numbers
+  that `collect` has written there; commands are of `page.write`."""
   contents = {}
   for name in NAMES:
     if (folder / f"{name}.json").exists():

@@ -76,13 +76,168 @@ class Plan:
     return plans.EXPERIMENTS[self.name]
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-  """One method at one value of the axis, from one seed."""
+class Stage(NamedTuple):
+  """One training run of a plan: of a method, or of its supervised model."""
 
-  method: str
+  label: str  # of the first method that needs it
+  folder: str
+  supervised: bool
+  config: ml_collections.ConfigDict
+
+  @property
+  def steps(self) -> int:
+    """That it trains."""
+    section = self.config.sft if self.supervised else self.config.train
+    return section.steps
+
+  @property
+  def samples(self) -> int:
+    """Responses; of a supervised run its documents."""
+    if self.supervised:
+      return self.steps * self.config.sft.batch
+    rollout = self.config.rollout
+    return self.steps * rollout.prompts * rollout.samples
+
+  @property
+  def finished(self) -> bool:
+    """Whether its last checkpoint is there."""
+    return saved_params.newest_step(self.folder) == self.steps
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cell:
+  """One method of a plan, at one value of the axis, from one seed."""
+
+  plan: Plan
+  name: str  # of methods.METHODS
   value: Any
   seed: int
+
+  @property
+  def method(self) -> Method:
+    """What the name means."""
+    return METHODS[self.name]
+
+  @property
+  def label(self) -> str:
+    """In tables."""
+    axis = self.plan.experiment.axis
+    own = self.method.label
+    return own if axis is None else f"{own}, {axis.what} {self.value}"
+
+  @property
+  def base(self) -> ml_collections.ConfigDict:
+    """A copy of the plan's config, at the value."""
+    axis = self.plan.experiment.axis
+    if axis is None:
+      return self.plan.config.copy_and_resolve_references()
+    return plans.with_value(self.plan.config, axis.what, self.value)
+
+  @property
+  def config(self) -> ml_collections.ConfigDict:
+    """What it trains, or is made with."""
+    config = self.base
+    config.seed = self.seed
+    if config.sft.steps:
+      config.model.init = self.supervised.folder
+      config.sft.steps = 0
+    axis = self.plan.experiment.axis
+    if axis is None or axis.what != "learning rate":  # there it is the value
+      config.optimizer.learning_rate *= self.method.rate
+    if self.name in self.plan.rates:
+      config.optimizer.learning_rate = self.plan.rates[self.name]
+    config.update_from_flattened_dict(dict(self.method.overrides or {}))
+    return config
+
+  @property
+  def supervised(self) -> Stage:
+    """What makes the checkpoint that it starts from, where the plan has one."""
+    config = self.base
+    config.seed = self.seed % self.plan.checkpoints
+    # A model that reads weightings must have rows for their tokens.
+    overrides = self.method.overrides or {}
+    config.update_from_flattened_dict(
+      {k: v for k, v in overrides.items() if k.startswith("prompting.")}
+    )
+    size = config.model.init
+    name = size if size in PRESETS else "model"
+    digest = _digest(sft.own_config(config))
+    folder = f"{self.plan.workdir}/sft/{name}-{config.seed}-{digest}"
+    return Stage(f"supervised, for {self.label}", folder, True, config)
+
+  @property
+  def parts(self) -> list[Stage]:
+    """The runs that it is made of; of a trained method, its own."""
+    if self.method.overrides is not None:
+      return [self._run(self.name, self.config)]
+    if self.method.kind == "oracle":
+      return self.oracles
+    return list(self.singles.values())
+
+  @property
+  def oracles(self) -> list[Stage]:
+    """Single-objective runs at the experiment's weightings."""
+    made = []
+    experiment = self.plan.experiment
+    for weighting in experiment.oracles:
+      own = self.config
+      own.steering = "none"
+      if experiment.alpha_range is None:
+        own.weightings.weights = tuple(weighting)
+      else:
+        own.weightings.alpha_range = None
+        own.weightings.alpha = weighting
+      made.append(self._run("single", own))
+    return made
+
+  @property
+  def singles(self) -> dict[str, Stage]:
+    """Objective -> the run that is finetuned for it alone."""
+    config = self.config
+    kl = config.weightings.alpha_range is not None
+    num = len(config.objectives)
+    steps = config.train.steps // num
+    if self.method.share == "full":
+      steps = config.train.steps * 2 if kl else config.train.steps
+    made = {}
+    for name in config.objectives:
+      own = config.copy_and_resolve_references()
+      own.objectives = (name,)
+      own.steering = "none"
+      if num > 1:
+        own.eval.reference_point = None  # it has one value an objective
+      if kl:
+        own.weightings.alpha = config.weightings.alpha_range[0]
+        own.weightings.alpha_range = None
+      plans.set_steps(own, steps)
+      made[name] = self._run("single", own)
+    return made
+
+  @property
+  def folder(self) -> str:
+    """Of its evaluated run."""
+    made_of = [] if self.method.overrides is not None else self.parts
+    paths = (part.folder for part in made_of)
+    return self._run(self.name, self.config, *paths).folder
+
+  def _run(
+    self, name: str, config: ml_collections.ConfigDict, *parts: str
+  ) -> Stage:
+    """In DIR/runs/<name>-<seed>-<digest of what decides the result>."""
+    own = config.copy_and_resolve_references()
+    if self.plan.config.sft.steps:  # wherever the folders are
+      own.model.init = os.path.basename(self.supervised.folder)
+    digest = _digest(own, own.train.steps, *map(os.path.basename, parts))
+    folder = f"{self.plan.workdir}/runs/{name}-{self.seed}-{digest}"
+    return Stage(self.label, folder, False, config)
+
+  @property
+  def finished(self) -> bool:
+    """Whether the sweep that the plan asks for is there."""
+    steps = sum(part.steps for part in self.parts)
+    if self.method.kind == "oracle":  # each of its points has had as many
+      steps = self.config.train.steps
+    return _is_evaluated(self.plan, self.folder, steps)
 
 
 def make_plan(
@@ -149,8 +304,8 @@ def make_plan(
     rates=rates or {},
   )
   for cell in cells(plan):
-    if METHODS[cell.method].overrides is not None:
-      build.validate(_config(plan, cell))
+    if cell.method.overrides is not None:
+      build.validate(cell.config)
   return plan
 
 
@@ -158,8 +313,8 @@ def cells(plan: Plan) -> Iterator[Cell]:
   """Everything to run, seed by seed, so that whole seeds are done first."""
   for seed in plan.seeds:
     for value in plan.values:
-      for method in plan.methods:
-        yield Cell(method, value, seed)
+      for name in plan.methods:
+        yield Cell(plan, name, value, seed)
 
 
 def run(plan: Plan, *, train: bool) -> list[str]:
@@ -183,20 +338,20 @@ def run(plan: Plan, *, train: bool) -> list[str]:
       if cell.seed != seed:
         continue
       try:
-        if not _is_finished(plan, cell):
-          _finish(plan, cell)
-        if not _is_finished(plan, cell):
+        if not cell.finished:
+          _finish(cell)
+        if not cell.finished:
           raise RunError(
-            f"{_folder(plan, cell)}/evaluation is not what the experiment's "
-            "config asks for, although it was just written."
+            f"{cell.folder}/evaluation is not what the experiment's config "
+            "asks for, although it was just written."
           )
       except Preempted:
         raise
       # A run over days goes on without what can't be run, whatever the reason.
       except Exception as error:
-        logging.warning("%s", _failure(plan, cell, error))
-        failures.append(_failure(plan, cell, error))
-    if any(_is_finished(plan, cell) for cell in cells(plan)):
+        logging.warning("%s", _failure(cell, error))
+        failures.append(_failure(cell, error))
+    if any(cell.finished for cell in cells(plan)):
       write(plan, failures)
     elif failures and seed == plan.seeds[-1]:
       raise RunError(f"every run failed: {'; '.join(failures)}")
@@ -205,48 +360,21 @@ def run(plan: Plan, *, train: bool) -> list[str]:
   return failures
 
 
-class Stage(NamedTuple):
-  """One training run of a plan: of a method, or of its supervised model."""
-
-  label: str  # of the first method that needs it
-  folder: str
-  supervised: bool
-  config: ml_collections.ConfigDict  # model.init is the plan's own
-
-  @property
-  def steps(self) -> int:
-    """That it trains."""
-    section = self.config.sft if self.supervised else self.config.train
-    return section.steps
-
-  @property
-  def samples(self) -> int:
-    """Responses; of a supervised run its documents."""
-    if self.supervised:
-      return self.steps * self.config.sft.batch
-    return _samples(self.config)
-
-  @property
-  def finished(self) -> bool:
-    """Whether its last checkpoint is there."""
-    return _has_step(self.folder, self.steps)
-
-
 def stages(plan: Plan) -> Iterator[Stage]:
-  """Every training run of a plan once, in the order that `run` takes."""
+  """Every training run of a plan once, in the order that `run` takes.
+
+  Their model.init is the plan's own.
+  """
   seen = set()
   for cell in cells(plan):
-    init, label = _at_value(plan, cell).model.init, _label(plan, cell)
-    if plan.config.sft.steps and _supervised(plan, cell) not in seen:
-      folder, config = _supervised(plan, cell), _supervised_config(plan, cell)
-      seen.add(folder)
-      yield Stage(f"supervised, for {label}", folder, True, config)
-    for config, folder in _trained(plan, cell):
-      if folder not in seen:
-        seen.add(folder)
-        own = config.copy_and_resolve_references()
+    init = cell.base.model.init
+    supervised = [cell.supervised] if plan.config.sft.steps else []
+    for stage in (*supervised, *cell.parts):
+      if stage.folder not in seen:
+        seen.add(stage.folder)
+        own = stage.config.copy_and_resolve_references()
         own.model.init = init
-        yield Stage(label, folder, False, own)
+        yield stage._replace(config=own)
 
 
 def supervised_curve(
@@ -304,12 +432,11 @@ def write(plan: Plan, failures: list[str]) -> compare.Comparison:
   methods: dict[str, list[compare.Run]] = {}
   missing = []
   for cell in cells(plan):
-    if _is_finished(plan, cell):
-      methods.setdefault(_label(plan, cell), []).append(
-        compare.load_run(_folder(plan, cell), cell.seed)
-      )
+    if cell.finished:
+      loaded = compare.load_run(cell.folder, cell.seed)
+      methods.setdefault(cell.label, []).append(loaded)
     else:
-      missing.append(f"{_label(plan, cell)}, seed {cell.seed}")
+      missing.append(f"{cell.label}, seed {cell.seed}")
   if not methods:
     raise FrontError(
       f"no run of {plan.name} in {plan.workdir} is finished; there is nothing "
@@ -381,17 +508,16 @@ def _fronts(plan: Plan) -> dict[str, Any]:
   """
   fronts: dict[str, Any] = {}
   for cell in cells(plan):
-    if not _is_finished(plan, cell):
+    if not cell.finished:
       continue
-    folder = _folder(plan, cell)
-    front = front_lib.load_front(f"{folder}/evaluation/front.json")
+    front = front_lib.load_front(f"{cell.folder}/evaluation/front.json")
     found = fronts.setdefault(
-      _label(plan, cell),
+      cell.label,
       {
-        "method": METHODS[cell.method].label,
+        "method": cell.method.label,
         "value": cell.value,
         "samples": front.training_samples,
-        "updates": _updates(plan, cell),
+        "updates": _updates(cell),
         "weightings": np.round(metrics.weightings_of(front), 5).tolist(),
         "runs": [],
       },
@@ -399,7 +525,7 @@ def _fronts(plan: Plan) -> dict[str, Any]:
     found["runs"].append(
       {
         "seed": cell.seed,
-        "seconds": _seconds(plan, cell),
+        "seconds": _seconds(cell),
         "rewards": np.round(front.rewards, 5).tolist(),
         "kl": [round(point.kl.mean, 4) for point in front.points],
       }
@@ -407,41 +533,29 @@ def _fronts(plan: Plan) -> dict[str, Any]:
   return fronts
 
 
-def _updates(plan: Plan, cell: Cell) -> int:
+def _updates(cell: Cell) -> int:
   """Optimizer steps of all that a cell trains."""
   total = 0
-  for config, _ in _trained(plan, cell):
-    own = config.ppo if config.algorithm == "ppo" else None
-    total += config.train.steps * (own.epochs * own.minibatches if own else 1)
+  for part in cell.parts:
+    own = part.config.ppo if part.config.algorithm == "ppo" else None
+    total += part.steps * (own.epochs * own.minibatches if own else 1)
   return total
 
 
-def _seconds(plan: Plan, cell: Cell) -> float | None:
+def _seconds(cell: Cell) -> float | None:
   """Training time of all that a cell trains: steps by the median step's time.
 
   The median leaves out compilation and what else the machine did now and then.
   """
   total = 0.0
-  for config, path in _trained(plan, cell):
-    file = epath.Path(path) / "metrics.jsonl"
+  for part in cell.parts:
+    file = epath.Path(part.folder) / "metrics.jsonl"
     if not file.exists():
       return None
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rates = [r["perf/steps_per_second"] for r in rows]
-    total += config.train.steps / float(np.median(rates))
+    total += part.steps / float(np.median(rates))
   return round(total, 1)
-
-
-def _trained(
-  plan: Plan, cell: Cell
-) -> list[tuple[ml_collections.ConfigDict, str]]:
-  """[(config, folder)] of the runs that a cell is made of."""
-  method, config = METHODS[cell.method], _config(plan, cell)
-  if method.overrides is not None:
-    return [(config, _folder(plan, cell))]
-  if method.kind == "oracle":
-    return _oracles(plan, cell, config)
-  return list(_singles(plan, cell, config, method).values())
 
 
 def origin(command: str) -> dict[str, str]:
@@ -466,200 +580,62 @@ def machine() -> str:
   return f"{shown}, JAX {jax.__version__}"
 
 
-def _finish(plan: Plan, cell: Cell) -> None:
+def _finish(cell: Cell) -> None:
   """Trains and evaluates a cell, as far as that is not done."""
-  method, folder = METHODS[cell.method], _folder(plan, cell)
-  config = _config(plan, cell)
-  if method.overrides is not None:
-    _train(plan, cell, config, folder)
-    samples = _samples(config)
-  elif method.kind == "oracle":
-    _join_oracles(plan, cell, config, folder)
+  if cell.method.kind == "oracle":
+    _join_oracles(cell)
     return
-  else:
-    parts = _singles(plan, cell, config, method)
-    for single, path in parts.values():
-      _train(plan, cell, single, path)
+  for part in cell.parts:
+    _train(cell, part)
+  if cell.method.overrides is None:
     make: Callable = soups.make_soup
-    if method.kind == "mixture":
+    if cell.method.kind == "mixture":
       make = dera.make_mixture
-    make(config, {name: path for name, (_, path) in parts.items()}, folder)
-    samples = sum(_samples(single) for single, _ in parts.values())
-  _evaluate(folder, method.label, samples)
+    paths = {name: part.folder for name, part in cell.singles.items()}
+    make(cell.config, paths, cell.folder)
+  samples = sum(part.samples for part in cell.parts)
+  _evaluate(cell.folder, cell.method.label, samples)
 
 
-def _train(
-  plan: Plan, cell: Cell, config: ml_collections.ConfigDict, folder: str
-) -> None:
-  if plan.config.sft.steps:
-    start = _supervised(plan, cell)
-    if not _has_step(start, plan.config.sft.steps):
-      sft.train(_supervised_config(plan, cell), start)
-  if _has_step(folder, config.train.steps):
-    run_folder.start(folder, config)  # its evaluation may be another now
+def _train(cell: Cell, part: Stage) -> None:
+  if cell.plan.config.sft.steps and not cell.supervised.finished:
+    sft.train(cell.supervised.config, cell.supervised.folder)
+  if part.finished:
+    run_folder.start(part.folder, part.config)  # its evaluation may be another
   else:
-    moft.train(config, folder)
-
-
-def _has_step(folder: str, step: int) -> bool:
-  return saved_params.newest_step(folder) == step
+    moft.train(part.config, part.folder)
 
 
 def _evaluate(folder: str, label: str, samples: int) -> None:
   """Sweeps a run as the config in its folder says."""
   sweep.evaluate_run(
-    folder,
-    seed=EVALUATION_SEED,
-    method=label,
-    training_samples=samples,
+    folder, seed=EVALUATION_SEED, method=label, training_samples=samples
   )
 
 
-def _join_oracles(
-  plan: Plan, cell: Cell, config: ml_collections.ConfigDict, folder: str
-) -> None:
+def _join_oracles(cell: Cell) -> None:
   """One run for each of the experiment's weightings; their points together."""
   fronts, measured, rows = [], [], []
-  for own, path in _oracles(plan, cell, config):
-    _train(plan, cell, own, path)
-    if not _is_evaluated(plan, path, own.train.steps):
-      _evaluate(path, METHODS["oracle"].label, _samples(own))
-    directory = f"{path}/evaluation"
+  label = cell.method.label
+  for part in cell.parts:
+    _train(cell, part)
+    if not _is_evaluated(cell.plan, part.folder, part.steps):
+      _evaluate(part.folder, label, part.samples)
+    directory = f"{part.folder}/evaluation"
     front = front_lib.load_front(f"{directory}/front.json")
     fronts.append(front)
     measured.append(measurements.load(directory, front))
-    rows += examples.load(path)
+    rows += examples.load(part.folder)
   joined = front_lib.with_points(
     fronts[0],
     [point for front in fronts for point in front.points],
-    method=METHODS["oracle"].label,
+    method=label,
     training_samples=sum(front.training_samples or 0 for front in fronts),
   )
   sweep.save(
-    f"{folder}/evaluation",
+    f"{cell.folder}/evaluation",
     sweep.Sweep(joined, rows, measurements.join(measured)),
   )
-
-
-def _oracles(
-  plan: Plan, cell: Cell, config: ml_collections.ConfigDict
-) -> list[tuple[ml_collections.ConfigDict, str]]:
-  """[(config, folder)] of single-objective runs at the weightings."""
-  made = []
-  for weighting in plan.experiment.oracles:
-    own = config.copy_and_resolve_references()
-    own.steering = "none"
-    if plan.experiment.alpha_range is None:
-      own.weightings.weights = tuple(weighting)
-    else:
-      own.weightings.alpha_range = None
-      own.weightings.alpha = weighting
-    made.append((own, _named(plan, cell, "single", own)))
-  return made
-
-
-def _singles(
-  plan: Plan,
-  cell: Cell,
-  config: ml_collections.ConfigDict,
-  method: Method,
-) -> dict[str, tuple[ml_collections.ConfigDict, str]]:
-  """Objective -> (config, folder) of the run that is finetuned for it alone."""
-  kl = config.weightings.alpha_range is not None
-  num = len(config.objectives)
-  steps = config.train.steps // num
-  if method.share == "full":
-    steps = config.train.steps * 2 if kl else config.train.steps
-  made = {}
-  for name in config.objectives:
-    own = config.copy_and_resolve_references()
-    own.objectives = (name,)
-    own.steering = "none"
-    if num > 1:
-      own.eval.reference_point = None  # it has one value an objective
-    if kl:
-      own.weightings.alpha = config.weightings.alpha_range[0]
-      own.weightings.alpha_range = None
-    plans.set_steps(own, steps)
-    made[name] = (own, _named(plan, cell, "single", own))
-  return made
-
-
-def _samples(config: ml_collections.ConfigDict) -> int:
-  """Responses that a run samples in training."""
-  return config.train.steps * config.rollout.prompts * config.rollout.samples
-
-
-def _at_value(plan: Plan, cell: Cell) -> ml_collections.ConfigDict:
-  config = plan.config.copy_and_resolve_references()
-  if plan.experiment.axis is not None:
-    config = plans.with_value(config, plan.experiment.axis.what, cell.value)
-  return config
-
-
-def _config(plan: Plan, cell: Cell) -> ml_collections.ConfigDict:
-  """What a cell trains, or is made with."""
-  config = _at_value(plan, cell)
-  config.seed = cell.seed
-  if config.sft.steps:
-    config.model.init = _supervised(plan, cell)
-    config.sft.steps = 0
-  method = METHODS[cell.method]
-  axis = plan.experiment.axis
-  if axis is None or axis.what != "learning rate":  # there it is the value
-    config.optimizer.learning_rate *= method.rate
-  if cell.method in plan.rates:
-    config.optimizer.learning_rate = plan.rates[cell.method]
-  if method.overrides is not None:
-    config.update_from_flattened_dict(dict(method.overrides))
-  return config
-
-
-def _supervised_config(plan: Plan, cell: Cell) -> ml_collections.ConfigDict:
-  """Of the supervised checkpoint that a cell starts from."""
-  config = _at_value(plan, cell)
-  config.seed = cell.seed % plan.checkpoints
-  # A model that reads weightings must have rows for their tokens.
-  overrides = METHODS[cell.method].overrides or {}
-  config.update_from_flattened_dict(
-    {k: v for k, v in overrides.items() if k.startswith("prompting.")}
-  )
-  return config
-
-
-def _supervised(plan: Plan, cell: Cell) -> str:
-  """The folder of the supervised checkpoint that a cell starts from."""
-  config = _supervised_config(plan, cell)
-  size = config.model.init
-  name = size if size in PRESETS else "model"
-  digest = _digest(sft.own_config(config))
-  return f"{plan.workdir}/sft/{name}-{config.seed}-{digest}"
-
-
-def _folder(plan: Plan, cell: Cell) -> str:
-  """Of a cell's evaluated run."""
-  method = METHODS[cell.method]
-  config = _config(plan, cell)
-  if method.overrides is not None:
-    return _named(plan, cell, cell.method, config)
-  parts = [path for _, path in _trained(plan, cell)]
-  return _named(plan, cell, cell.method, config, tuple(parts))
-
-
-def _named(
-  plan: Plan,
-  cell: Cell,
-  name: str,
-  config: ml_collections.ConfigDict,
-  parts: tuple[str, ...] = (),
-) -> str:
-  """DIR/runs/<name>-<seed>-<digest of what decides the result>."""
-  own = config.copy_and_resolve_references()
-  if plan.config.sft.steps:  # wherever the folders are
-    own.model.init = os.path.basename(_supervised(plan, cell))
-  names = [os.path.basename(part) for part in parts]
-  digest = _digest(own, own.train.steps, *names)
-  return f"{plan.workdir}/runs/{name}-{cell.seed}-{digest}"
 
 
 def _digest(config: ml_collections.ConfigDict, *more: Any) -> str:
@@ -670,19 +646,6 @@ def _digest(config: ml_collections.ConfigDict, *more: Any) -> str:
       fields.pop(name, None)
   text = json.dumps([fields, *more], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _is_finished(plan: Plan, cell: Cell) -> bool:
-  return _is_evaluated(plan, _folder(plan, cell), _steps(plan, cell))
-
-
-def _steps(plan: Plan, cell: Cell) -> int:
-  """Updates of a cell's policy: of its parts together, where it has some."""
-  config, method = _config(plan, cell), METHODS[cell.method]
-  if method.kind in ("soup", "mixture"):
-    parts = _singles(plan, cell, config, method).values()
-    return sum(single.train.steps for single, _ in parts)
-  return config.train.steps
 
 
 def _is_evaluated(plan: Plan, folder: str, steps: int) -> bool:
@@ -706,16 +669,9 @@ def _is_evaluated(plan: Plan, folder: str, steps: int) -> bool:
   )
 
 
-def _label(plan: Plan, cell: Cell) -> str:
-  label = METHODS[cell.method].label
-  if plan.experiment.axis is None:
-    return label
-  return f"{label}, {plan.experiment.axis.what} {cell.value}"
-
-
-def _failure(plan: Plan, cell: Cell, error: Exception) -> str:
+def _failure(cell: Cell, error: Exception) -> str:
   text = " ".join(str(error).split())[:300]
-  return f"{_label(plan, cell)}, seed {cell.seed}: {text or type(error)}"
+  return f"{cell.label}, seed {cell.seed}: {text or type(error)}"
 
 
 def _against_oracles(

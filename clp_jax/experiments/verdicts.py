@@ -159,12 +159,7 @@ def verdicts(
 
 
 def judge(claim: Claim, found: Mapping[str, Json]) -> Verdict:
-  """The verdict on a claim.
-
-  Args:
-    claim: see the module.
-    found: experiment -> content of its comparison.json.
-  """
+  """The verdict on a claim, by experiment -> content of its comparison.json."""
   rule = "; ".join(map(str, claim.tests))
   outcomes, figures, missing = [], [], []
   for experiment in claim.experiments:

@@ -100,9 +100,6 @@ def load_t5(
 def load_config(path: str | os.PathLike) -> Config:
   """The config of a model that `load_model` would load, its arrays unread.
 
-  Args:
-    path: as for `load_model`.
-
   Raises:
     ValueError: as for `load_model`.
   """
@@ -146,9 +143,6 @@ def _open(
 def find_vocabulary(path: str | os.PathLike) -> str | None:
   """The SentencePiece model or tokenizer.json that lies with a checkpoint, or
   None.
-
-  Args:
-    path: as for `load_t5`.
 
   Returns:
     The path of the file.
@@ -200,19 +194,17 @@ def save_model(
   config = model.config
   if isinstance(config, T5Config):
     files = {} if tokenizer is None else tokenizer.files()
-    # Of tokenizer.json no T5 format says anything: it is written as it is.
-    is_model = orbax.VOCABULARY in files
     save_t5(
       path,
       config,
       params,
       format,
-      vocabulary=files[orbax.VOCABULARY] if is_model else None,
+      vocabulary=files.pop(orbax.VOCABULARY, None),
       step=step,
       max_shard_bytes=max_shard_bytes,
     )
-    if not is_model:
-      _write_files(path, files)
+    # Of tokenizer.json no T5 format says anything: it is written as it is.
+    _write_files(path, files)
     return
   if format not in ("hf", "orbax"):
     raise ValueError(

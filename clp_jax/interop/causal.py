@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from clp_jax.interop import leaves, weight_files
-from clp_jax.interop.leaves import Leaf, View
+from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
 from clp_jax.models.causal import NO_PAD, CausalConfig, Rope
 
@@ -119,7 +119,7 @@ ACTIVATIONS = {
   "swish": "silu",
 }
 # Fields that may be there, but only so.
-_REFUSED = {
+_ONLY = {
   "partial_rotary_factor": (None, 1, 1.0),
   "use_bidirectional_attention": (None, False),
   "quantization_config": (None,),
@@ -217,7 +217,7 @@ def read_config(folder: Folder) -> CausalConfig:
   eos_ids = weight_files.eos_ids(folder, values)
   if values.get("model_type") in _NESTED:
     outer = values
-    _check_refused(where, outer)
+    weight_files.check_only(where, outer, _ONLY)
     values = outer.get("text_config") or {}
     text_type = _NESTED[outer["model_type"]]
     if (
@@ -240,7 +240,7 @@ def read_config(folder: Folder) -> CausalConfig:
       f"{where}: model_type must be one of {', '.join(families())}, got "
       f"{kind!r}."
     )
-  _check_refused(where, values)
+  weight_files.check_only(where, values, _ONLY)
   # null means that these are to be found out; elsewhere it means off.
   own = {
     name: value
@@ -309,15 +309,6 @@ def _check_values(where: str, kind: str, values: Mapping[str, Any]) -> None:
     if not isinstance(values.get(name) or {}, Mapping):
       raise ValueError(
         f"{where}: {name} must be an object, got {values[name]!r}."
-      )
-
-
-def _check_refused(where: str, values: Mapping[str, Any]) -> None:
-  for name, allowed in _REFUSED.items():
-    if values.get(name) not in allowed:
-      raise ValueError(
-        f"{where}: {name} = {values[name]!r} is not supported; it must be "
-        f"{allowed[-1]!r}."
       )
 
 
@@ -460,7 +451,7 @@ def _rope(where: str, fields: Any, theta: float) -> Rope:
     raise ValueError(
       f"{where}: rope_parameters must hold objects, got {fields!r}."
     )
-  _check_refused(where, fields)
+  weight_files.check_only(where, fields, _ONLY)
 
   def number(name: str) -> float:
     value = fields[name]
@@ -547,7 +538,7 @@ def tensor_of(config: CausalConfig, path: str) -> tuple[str, bool]:
 def save(
   path: epath.Path,
   config: CausalConfig,
-  views: Mapping[str, View],
+  views: Mapping[str, Leaf],
   tokenizer: Any,
   max_shard_bytes: int,
 ) -> None:
@@ -567,7 +558,7 @@ def save(
 
 
 def config_values(
-  config: CausalConfig, views: Mapping[str, View], tokenizer: Any
+  config: CausalConfig, views: Mapping[str, Leaf], tokenizer: Any
 ) -> dict[str, Any]:
   """The content of config.json; args and errors as of `save`."""
   kind = config.architecture

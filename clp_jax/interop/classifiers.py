@@ -16,14 +16,10 @@ from etils import epath
 
 from clp_jax.data.tokenizer import Tokenizer
 from clp_jax.interop import causal, encoders, leaves, weight_files
-from clp_jax.interop.leaves import Leaf, View
+from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
+from clp_jax.models import classifiers as models
 from clp_jax.models.causal import NO_PAD, CausalConfig
-from clp_jax.models.classifiers import (
-  Classifier,
-  DecoderClassifier,
-  EncoderClassifier,
-)
 
 _HEAD = "score.weight"
 _ARCHITECTURE = "ForSequenceClassification"
@@ -52,7 +48,7 @@ class Reading(NamedTuple):
 class Opened(NamedTuple):
   """A folder whose arrays are not read yet."""
 
-  model: Classifier
+  model: models.Classifier
   tensors: Mapping[str, Leaf]
   labels: Labels
   # Of decoders, where they have them: tokens that end responses, and padding,
@@ -65,12 +61,8 @@ class Opened(NamedTuple):
 def open_folder(
   path: str | os.PathLike, *, dtype: str = "float32", scan_layers: bool = False
 ) -> Opened:
-  """What a folder holds; nothing but headers is read.
-
-  Args:
-    path: of the folder.
-    dtype: of the computation.
-    scan_layers: stack the layers.
+  """What a folder holds, for a computation in `dtype`, layers stacked where
+  scan_layers says so; nothing but headers is read.
 
   Raises:
     ValueError: there is no such model; one line that names the file, the field
@@ -113,14 +105,11 @@ def open_folder(
 
 
 def load(
-  opened: Opened, shardings: Callable[[Classifier], leaves.Shardings]
+  opened: Opened, shardings: Callable[[models.Classifier], leaves.Shardings]
 ) -> leaves.Params:
-  """The float32 parameters, each device's part of them on it.
-
-  Args:
-    opened: from `open_folder`.
-    shardings: where the parameters of a classifier lie, a tree like them.
-  """
+  """The float32 parameters of what `open_folder` has found, each device's part
+  of them on it; `shardings` says where those of a classifier lie, a tree like
+  them."""
   paths = leaves.flatten(opened.model.abstract())
   at = shardings(opened.model)
   return leaves.read_tree(paths, opened.tensors, at, np.float32)
@@ -178,7 +167,7 @@ def save_decoder(
   weight_files.save(
     epath.Path(path),
     values,
-    {**tensors, "head/kernel": View(head, None)},
+    {**tensors, "head/kernel": Leaf.of(head)},
     functools.partial(_decoder_tensor, config),
     max_shard_bytes,
     files,
@@ -194,7 +183,7 @@ def _open_decoder(folder: Folder, values: Mapping[str, Any]):
   )
   stored = causal.read_tensors(folder, mapped=True)
   count = _rows(stored, _HEAD)
-  model = DecoderClassifier(config, count)
+  model = models.DecoderClassifier(config, count)
   tensor = functools.partial(_decoder_tensor, config)
   return model, _leaves(folder, stored, model, tensor), count
 
@@ -211,7 +200,7 @@ def _open_encoder(folder: Folder, values: Mapping[str, Any]):
   tensor = functools.partial(encoders.tensor_of, kind)
   count = _rows(stored, tensor("head/kernel")[0])
   where = f"{folder.path}/config.json"
-  model = EncoderClassifier(encoders.read_config(where, values, count))
+  model = models.EncoderClassifier(encoders.read_config(where, values, count))
   return model, _leaves(folder, stored, model, tensor), count
 
 
@@ -223,7 +212,7 @@ def _rows(stored: Mapping[str, Leaf], name: str) -> int:
 def _leaves(
   folder: Folder,
   stored: Mapping[str, Leaf],
-  model: Classifier,
+  model: models.Classifier,
   tensor: weight_files.Tensor,
 ) -> dict[str, Leaf]:
   expected = leaves.shapes(leaves.flatten(model.abstract()))

@@ -7,6 +7,7 @@ network has no switch for is refused by name, if it is set.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from clp_jax.interop import weight_files
 from clp_jax.interop.causal import ACTIVATIONS
 from clp_jax.models.encoder import EncoderConfig
 
@@ -81,6 +82,8 @@ _DEFAULTS: dict[str, Any] = {
   "type_vocab_size": 2,
   "layer_norm_eps": 1e-12,
   "pad_token_id": 0,
+  "position_embedding_type": "absolute",
+  "is_decoder": False,
 }
 _DEFAULTS_OF: dict[str, dict[str, Any]] = {
   "bert": {},
@@ -113,22 +116,19 @@ UNUSED = (
   "deberta.embeddings.position_embeddings.weight",
 )
 # Fields that may be there, but only so.
-_ONLY = {"position_embedding_type": "absolute", "is_decoder": False}
+_ONLY = {"position_embedding_type": ("absolute",), "is_decoder": (False,)}
 
 
 def read_config(
   where: str, values: Mapping[str, Any], num_labels: int
 ) -> EncoderConfig:
-  """The config of an encoder, out of a config.json.
-
-  Args:
-    where: the file, for messages.
-    values: its content; model_type is one of MODEL_TYPES.
-    num_labels: that the head has.
+  """The config of an encoder of num_labels, out of the values of a config.json;
+  `where` is the file, for messages.
 
   Raises:
     ValueError: names the field that is not known or not valid.
   """
+  weight_files.check_only(where, _DEFAULTS | dict(values), _ONLY)
   try:
     return _config(values["model_type"], values, num_labels)
   except (TypeError, ValueError) as error:
@@ -142,11 +142,6 @@ def _config(
     named = {_DISTILBERT_FIELDS.get(k, k): v for k, v in values.items()}
     values = named | {"type_vocab_size": 0, "layer_norm_eps": 1e-12}
   values = {**_DEFAULTS, **_DEFAULTS_OF[kind], **values}
-  for name, only in _ONLY.items():
-    if values.get(name, only) != only:
-      raise ValueError(
-        f"{name} = {values[name]!r} is not supported; it must be {only!r}."
-      )
   family = _FAMILIES[kind]
   pool = family.pool_activation
   buckets = first = 0

@@ -21,9 +21,6 @@ def is_name(text: str) -> bool:
 def folder(name: str) -> str:
   """The folder of a model in the cache.
 
-  Args:
-    name: see `is_name`.
-
   Raises:
     ValueError: when it is neither there nor to be had.
   """

@@ -19,7 +19,7 @@ import sentencepiece
 from etils import epath
 
 from clp_jax.interop import leaves, weight_files
-from clp_jax.interop.leaves import Leaf, View
+from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
 from clp_jax.models import layers
 from clp_jax.models.t5 import T5Config
@@ -83,7 +83,8 @@ def open_folder(
     ValueError: names what is wrong with the folder.
   """
   values = weight_files.read_json(folder, "config.json")
-  _check_is_whole(folder, values)
+  if values.get("is_encoder_decoder") is False:
+    raise ValueError(f"{folder.path} holds only an encoder; give a whole T5.")
   stored = weight_files.read(folder, mapped)
   stored.pop(_UNUSED, None)
   _unify_embeddings(folder, stored)
@@ -91,11 +92,6 @@ def open_folder(
   return config, weight_files.model_leaves(
     folder, stored, leaves.expected_shapes(config), tensor_of
   )
-
-
-def _check_is_whole(folder: Folder, values: Mapping[str, Any]) -> None:
-  if values.get("is_encoder_decoder") is False:
-    raise ValueError(f"{folder.path} holds only an encoder; give a whole T5.")
 
 
 def _config(folder: Folder, values: Mapping[str, Any], tied: bool) -> T5Config:
@@ -264,7 +260,7 @@ def read_vocabulary(content: bytes) -> Vocabulary:
 def save(
   path: epath.Path,
   config: T5Config,
-  views: Mapping[str, View],
+  views: Mapping[str, Leaf],
   vocabulary: Vocabulary | None,
   max_shard_bytes: int,
 ) -> None:
@@ -291,7 +287,7 @@ def save(
 
 
 def _config_values(
-  config: T5Config, views: Mapping[str, View]
+  config: T5Config, views: Mapping[str, Leaf]
 ) -> dict[str, Any]:
   names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
   if config.mlp_activations not in names:

@@ -25,11 +25,21 @@ Shardings = Any  # a tree of jax.sharding.Sharding, or Config -> such a tree
 
 
 class Leaf(NamedTuple):
-  """A stored array."""
+  """An array that is read, or copied to the host, when it is asked for."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
   read: Callable[[Index], np.ndarray]  # a part of it
+
+  @classmethod
+  def of(cls, array: Any, layer: int | None = None) -> "Leaf":
+    """Of an array of NumPy or JAX; or of one layer of a stack of them."""
+
+    def read(index: Index) -> np.ndarray:
+      return np.asarray(array if layer is None else array[layer])[index]
+
+    shape = array.shape[layer is not None :]
+    return cls(shape, np.dtype(array.dtype), read)
 
   def all(self) -> np.ndarray:
     """All of it."""
@@ -206,34 +216,7 @@ def _bounds(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int]]:
   return [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
 
 
-class View(NamedTuple):
-  """A leaf of a tree, not copied yet: maybe one layer of a stack."""
-
-  array: Any  # numpy or jax
-  layer: int | None
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Its shape."""
-    return self.array.shape[self.layer is not None :]
-
-  @property
-  def dtype(self) -> np.dtype:
-    """Its dtype."""
-    return np.dtype(self.array.dtype)
-
-  @property
-  def nbytes(self) -> int:
-    """Size in bytes."""
-    return int(np.prod(self.shape)) * self.dtype.itemsize
-
-  def numpy(self) -> np.ndarray:
-    """On the host."""
-    array = self.array if self.layer is None else self.array[self.layer]
-    return np.asarray(array)
-
-
-def views(config: Config, params: Params) -> dict[str, View]:
+def views(config: Config, params: Params) -> dict[str, Leaf]:
   """The leaves of a tree by path, stacked layers taken apart.
 
   Raises:
@@ -244,9 +227,9 @@ def views(config: Config, params: Params) -> dict[str, View]:
     if "/layers/" in path:
       stack, rest = path.split("/layers/")
       for i in range(leaf.shape[0]):
-        found[f"{stack}/layers_{i}/{rest}"] = View(leaf, i)
+        found[f"{stack}/layers_{i}/{rest}"] = Leaf.of(leaf, i)
     else:
-      found[path] = View(leaf, None)
+      found[path] = Leaf.of(leaf)
   check("params", expected_shapes(config), found)
   return found
 

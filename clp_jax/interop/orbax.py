@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from clp_jax.interop import leaves, storage
-from clp_jax.interop.leaves import Leaf, View
+from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
 from clp_jax.models import families
 from clp_jax.models.families import Config
@@ -35,14 +35,8 @@ def is_orbax(folder: Folder) -> bool:
 
 
 def stored_leaves(folder: Folder, prefix: str = "") -> dict[str, Leaf]:
-  """The arrays of a tree that Orbax saved.
-
-  Args:
-    folder: with _METADATA.
-    prefix: only what is in this part of the tree: "target", or "" for all.
-
-  Returns:
-    {path within the prefix: leaf}.
+  """The arrays of a tree that Orbax saved, or of what is in the part `prefix`
+  of it, by their paths there.
 
   Raises:
     ValueError: when an array can't be read.
@@ -76,7 +70,7 @@ def open_checkpoint(folder: Folder) -> tuple[Config, dict[str, Leaf]]:
 def save(
   path: epath.Path,
   config: Config,
-  views: Mapping[str, View],
+  views: Mapping[str, Leaf],
   vocabulary: bytes | None,
 ) -> None:
   """Writes a folder; model.json, which says that it is complete, comes last.
@@ -90,9 +84,7 @@ def save(
   config = dataclasses.replace(config, scan_layers=False)
   path.mkdir(parents=True, exist_ok=True)
   (path / "model.json").unlink(missing_ok=True)
-  save_tree(
-    str(path / "params"), {p: view.numpy() for p, view in views.items()}
-  )
+  save_tree(str(path / "params"), {p: leaf.all() for p, leaf in views.items()})
   if vocabulary is not None:
     (path / VOCABULARY).write_bytes(vocabulary)
   storage.write_json(path / "model.json", families.to_json(config))

@@ -32,7 +32,7 @@ WEIGHTS = "adapter_model.safetensors"
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 # Fields that may be there, but only so.
-_REFUSED: dict[str, tuple[Any, ...]] = {
+_ONLY: dict[str, tuple[Any, ...]] = {
   "bias": (None, "none"),
   "fan_in_fan_out": (None, False),
   "use_dora": (None, False),
@@ -81,15 +81,11 @@ def save(
   tensors, modules, rank = {}, set(), 0
   for kernel, (left, right) in factors.items():
     module = module_name(config, kernel)
-    tensors[f"{_PREFIX}{module}.lora_A.weight"] = left.T
-    tensors[f"{_PREFIX}{module}.lora_B.weight"] = right.T
+    tensors[f"{_PREFIX}{module}.lora_A.weight"] = leaves.Leaf.of(left.T)
+    tensors[f"{_PREFIX}{module}.lora_B.weight"] = leaves.Leaf.of(right.T)
     modules.add(module.rpartition(".")[2])
     rank = left.shape[1]
-  safetensors_file.write(
-    path / WEIGHTS,
-    {name: (array.dtype, array.shape) for name, array in tensors.items()},
-    tensors.__getitem__,
-  )
+  safetensors_file.write(path / WEIGHTS, tensors)
   alpha = scale * rank
   storage.write_json(
     path / CONFIG,
@@ -161,10 +157,6 @@ def base_of(path: str) -> str:
 def load(path: str, config: Config) -> LoRA:
   """Reads an adapter of a model.
 
-  Args:
-    path: the folder.
-    config: of the model.
-
   Raises:
     ValueError: when there is none, it is of another kind than LoRA, or not of
       such a model; one line that names the field or the tensor.
@@ -177,12 +169,7 @@ def load(path: str, config: Config) -> LoRA:
   kind = values.get("peft_type")
   if kind != "LORA":
     raise ValueError(f"{where}: peft_type must be LORA, got {kind!r}.")
-  for name, allowed in _REFUSED.items():
-    if values.get(name) not in allowed:
-      raise ValueError(
-        f"{where}: {name} = {values[name]!r} is not supported; it must be "
-        f"{allowed[-1]!r}."
-      )
+  weight_files.check_only(where, values, _ONLY)
   rank, alpha = values.get("r"), values.get("lora_alpha")
   if not isinstance(rank, int) or rank < 1:
     raise ValueError(f"{where}: r must be an integer >= 1, got {rank!r}.")

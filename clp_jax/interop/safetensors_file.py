@@ -10,7 +10,7 @@ simple enough to read the parts that are needed, from gs:// too:
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,15 +34,8 @@ _MAX_HEADER = 100 << 20  # the library's own limit
 def read(
   folder: Folder, name: str, unused: tuple[str, ...] = ()
 ) -> dict[str, Leaf]:
-  """The tensors of a file, none of them read yet.
-
-  Args:
-    folder: where the file is.
-    name: of the file.
-    unused: ends of names that are left out, and may be of any dtype.
-
-  Returns:
-    {tensor name: leaf}.
+  """The tensors of a file in a folder, by name, none of them read yet; those
+  whose names have an end of `unused` are left out, and may be of any dtype.
 
   Raises:
     ValueError: when the file is truncated, isn't one, or holds integers.
@@ -123,50 +116,33 @@ def _read_part(
   return part
 
 
-def write(
-  path: epath.Path,
-  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
-  read_tensor: Callable[[str], np.ndarray],
-) -> None:
-  """Writes a file, one tensor in memory at a time; whole or not at all.
-
-  Args:
-    path: of the file.
-    tensors: {name: (dtype, shape)}, in the order of the file.
-    read_tensor: name -> array.
+def write(path: epath.Path, tensors: Mapping[str, Leaf]) -> None:
+  """Writes tensors in their order, one in memory at a time; whole or not at
+  all.
 
   Raises:
     ValueError: for a dtype that the format doesn't have.
   """
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   offset = 0
-  for name, (dtype, shape) in tensors.items():
-    end = offset + int(np.prod(shape)) * dtype.itemsize
-    if dtype not in _NAMES:
+  for name, leaf in tensors.items():
+    if leaf.dtype not in _NAMES:
       raise ValueError(
-        f"{name} is of dtype {dtype}, expected one of "
+        f"{name} is of dtype {leaf.dtype}, expected one of "
         f"{', '.join(map(str, _NAMES))}."
       )
     header[name] = {
-      "dtype": _NAMES[dtype],
-      "shape": list(shape),
-      "data_offsets": [offset, end],
+      "dtype": _NAMES[leaf.dtype],
+      "shape": list(leaf.shape),
+      "data_offsets": [offset, offset + leaf.nbytes],
     }
-    offset = end
+    offset += leaf.nbytes
   encoded = json.dumps(header, separators=(",", ":")).encode()
   encoded += b" " * (-len(encoded) % 8)  # so that the tensors are aligned
   with storage.whole(path) as partial, partial.open("wb") as file:
     file.write(len(encoded).to_bytes(8, "little") + encoded)
-    for part in _parts(tensors, read_tensor):
-      file.write(part)
-
-
-def _parts(
-  tensors: Iterable[str], read_tensor: Callable[[str], np.ndarray]
-) -> Iterable[bytes]:
-  """The bytes of each array in C order, in blocks."""
-  for name in tensors:
-    array = read_tensor(name)
-    rows = max(1, _BLOCK // max(1, array[:1].nbytes))
-    for start in range(0, len(array), rows):
-      yield array[start : start + rows].tobytes()
+    for leaf in tensors.values():
+      array = leaf.all()
+      rows = max(1, _BLOCK // max(1, array[:1].nbytes))
+      for start in range(0, len(array), rows):
+        file.write(array[start : start + rows].tobytes())  # in C order

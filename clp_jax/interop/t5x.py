@@ -25,7 +25,7 @@ import numpy as np
 import tensorstore as ts
 
 from clp_jax.interop import leaves, orbax, storage
-from clp_jax.interop.leaves import Leaf, View
+from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
 from clp_jax.models.t5 import T5Config
 
@@ -113,7 +113,7 @@ def _legacy_leaves(folder: Folder) -> dict[str, Leaf]:
       # tensorstore before 0.1.14 had the path beside the kvstore.
       names[path] = value["kvstore"].get("path") or value["path"]
     else:
-      inline[path] = _inline_leaf(np.asarray(value))
+      inline[path] = Leaf.of(np.asarray(value))
   return inline | storage.zarr_leaves(folder.path, folder.kvstore, names)
 
 
@@ -124,10 +124,6 @@ def _flatten(tree: Mapping[str, Any], prefix: str = ""):
       yield from _flatten(value, f"{prefix}{key}/")
     else:
       yield prefix + key, value
-
-
-def _inline_leaf(array: np.ndarray) -> Leaf:
-  return Leaf(array.shape, array.dtype, lambda index: array[index])
 
 
 def infer_config(where: str, shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
@@ -190,7 +186,7 @@ def infer_config(where: str, shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
 def save(
   folder: Folder,
   config: T5Config,
-  views: Mapping[str, View],
+  views: Mapping[str, Leaf],
   step: int,
   use_orbax: bool,
 ) -> None:
@@ -227,7 +223,7 @@ def save(
       f"{folder.path} is there already; remove it or save elsewhere."
     )
   if use_orbax:
-    arrays = {f"target/{p}": view.numpy() for p, view in views.items()}
+    arrays = {f"target/{p}": leaf.all() for p, leaf in views.items()}
     state = folder.within("state").path
     orbax.save_tree(state, arrays | {"state/step": np.int32(step)})
     return
@@ -235,7 +231,7 @@ def save(
   if folder.on_disk:
     partial = Folder(f"{folder.path}.tmp-clp")
     shutil.rmtree(partial.path, ignore_errors=True)
-  target = {p: _write_array(partial, p, view) for p, view in views.items()}
+  target = {p: _write_array(partial, p, leaf) for p, leaf in views.items()}
   content = {
     "version": _VERSION,
     "optimizer": {
@@ -248,18 +244,18 @@ def save(
     os.replace(partial.path, folder.path)
 
 
-def _write_array(folder: Folder, path: str, view: View) -> dict[str, Any]:
+def _write_array(folder: Folder, path: str, leaf: Leaf) -> dict[str, Any]:
   """Writes a zarr array; returns the description that t5x looks it up with."""
   name = "target." + path.replace("/", ".") + "/"
-  row_bytes = max(1, view.nbytes // view.shape[0])
-  rows = min(view.shape[0], max(1, _CHUNK_BYTES // row_bytes))
+  row_bytes = max(1, leaf.nbytes // leaf.shape[0])
+  rows = min(leaf.shape[0], max(1, _CHUNK_BYTES // row_bytes))
   spec: dict[str, Any] = {
     "driver": "zarr",
-    "dtype": view.dtype.name,
+    "dtype": leaf.dtype.name,
     "kvstore": {"driver": folder.kvstore["driver"], "path": name},
     "metadata": {
-      "shape": list(view.shape),
-      "chunks": [rows, *view.shape[1:]],
+      "shape": list(leaf.shape),
+      "chunks": [rows, *leaf.shape[1:]],
       "compressor": {"id": "gzip", "level": 1},
     },
   }
@@ -271,5 +267,5 @@ def _write_array(folder: Folder, path: str, view: View) -> dict[str, Any]:
     create=True,
     delete_existing=True,
   ).result()
-  store.write(view.numpy()).result()
+  store.write(leaf.all()).result()
   return spec

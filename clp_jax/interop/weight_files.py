@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from clp_jax.interop import leaves, safetensors_file, storage
-from clp_jax.interop.leaves import Index, Leaf, View
+from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
 
 GENERATION = "generation_config.json"
@@ -72,16 +72,9 @@ def model_leaves(
   expected: Mapping[str, tuple[int, ...]],
   tensor: Tensor,
 ) -> dict[str, Leaf]:
-  """The parameters of a model, out of the tensors that a folder holds.
-
-  Args:
-    folder: named in errors.
-    stored: from `read`.
-    expected: the shape at each path of the tree.
-    tensor: where each parameter is.
-
-  Returns:
-    {path: leaf}.
+  """The parameters of a model, by path, out of the tensors that `read` found in
+  a folder, which errors name; `expected` has the shape at each path of the
+  tree.
 
   Raises:
     ValueError: not all are there, or others, or of other shapes.
@@ -93,9 +86,13 @@ def model_leaves(
   }
   leaves.check(folder.path, shapes, stored)
   return {
-    path: stored[name].transposed() if turned else stored[name]
+    path: _turned(stored[name], turned)
     for path, (name, turned) in tensors.items()
   }
+
+
+def _turned(leaf: Leaf, turned: bool) -> Leaf:
+  return leaf.transposed() if turned else leaf
 
 
 def _indexed(
@@ -157,11 +154,7 @@ def _torch_leaf(torch: Any, where: str, name: str, tensor: Any) -> Leaf:
       f"{where}: {name} is of dtype {tensor.dtype}, expected float32, bfloat16 "
       "or float16."
     )
-
-  def read(index: Index) -> np.ndarray:
-    return array[index]
-
-  return Leaf(array.shape, array.dtype, read)
+  return Leaf.of(array)
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any]:
@@ -179,6 +172,21 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
   return values
 
 
+def check_only(
+  where: str,
+  values: Mapping[str, Any],
+  only: Mapping[str, tuple[Any, ...]],
+) -> None:
+  """Raises a ValueError for a field of a file that has none of these values;
+  the last one is what it is told to be."""
+  for name, allowed in only.items():
+    if values.get(name) not in allowed:
+      raise ValueError(
+        f"{where}: {name} = {values[name]!r} is not supported; it must be "
+        f"{allowed[-1]!r}."
+      )
+
+
 def eos_ids(folder: Folder, values: Mapping[str, Any]) -> tuple[Any, ...]:
   """eos_token_id, one or a list: what generation reads, else the config's."""
   given = values.get("eos_token_id")
@@ -194,7 +202,7 @@ def eos_ids(folder: Folder, values: Mapping[str, Any]) -> tuple[Any, ...]:
 def save(
   path: epath.Path,
   config: Mapping[str, Any],
-  views: Mapping[str, View],
+  views: Mapping[str, Leaf],
   tensor: Tensor,
   max_shard_bytes: int,
   files: Mapping[str, Any],
@@ -214,7 +222,8 @@ def save(
   """
   path.mkdir(parents=True, exist_ok=True)
   (path / "config.json").unlink(missing_ok=True)
-  tensors = {tensor(p)[0]: (view, tensor(p)[1]) for p, view in views.items()}
+  named = ((leaf, *tensor(p)) for p, leaf in views.items())
+  tensors = {name: _turned(leaf, turned) for leaf, name, turned in named}
   _save_tensors(path, tensors, max_shard_bytes)
   generation = {k: config[k] for k in _OF_GENERATION if k in config}
   storage.write_json(path / GENERATION, generation)
@@ -227,33 +236,21 @@ def save(
 
 
 def _save_tensors(
-  path: epath.Path,
-  tensors: Mapping[str, tuple[View, bool]],
-  max_shard_bytes: int,
+  path: epath.Path, tensors: Mapping[str, Leaf], max_shard_bytes: int
 ) -> None:
   for pattern in _WRITTEN:
     for old in path.glob(pattern):
       old.unlink()
-  described = {
-    name: (view.dtype, view.shape[::-1] if turned else view.shape)
-    for name, (view, turned) in tensors.items()
-  }
-
-  def read_tensor(name: str) -> np.ndarray:
-    view, turned = tensors[name]
-    return view.numpy().T if turned else view.numpy()
-
-  sizes = {name: view.nbytes for name, (view, _) in tensors.items()}
+  sizes = {name: leaf.nbytes for name, leaf in tensors.items()}
   files = list(_into_files(sizes, max_shard_bytes))
   if len(files) == 1:
-    whole = path / "model.safetensors"
-    safetensors_file.write(whole, described, read_tensor)
+    safetensors_file.write(path / "model.safetensors", tensors)
     return
   weight_map: dict[str, str] = {}
   for i, names in enumerate(files, 1):
     file = f"model-{i:05}-of-{len(files):05}.safetensors"
-    part = {name: described[name] for name in names}
-    safetensors_file.write(path / file, part, read_tensor)
+    part = {name: tensors[name] for name in names}
+    safetensors_file.write(path / file, part)
     weight_map |= dict.fromkeys(names, file)
   storage.write_json(
     path / "model.safetensors.index.json",

@@ -34,30 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from clp_jax.models.attention import (
-  MANY_QUERIES,
-  MASKED,
-  KeysValues,
-  in_blocks,
-  write_cache,
-)
-from clp_jax.models.layers import (
-  ACTIVATIONS,
-  MLP,
-  Embedding,
-  Linear,
-  RMSNorm,
-  SoftTokens,
-  check_computation,
-  check_eos_ids,
-  check_sizes,
-  copies_of,
-  dropout,
-  layers_of,
-  param,
-  step_layers,
-  through_layers,
-)
+from clp_jax.models import attention
+from clp_jax.models import layers as parts
 from clp_jax.models.model import Context
 from clp_jax.models.trees import Call
 from clp_jax.row_mixing import RowMixture
@@ -202,7 +180,7 @@ class CausalConfig:
     )
 
   def __post_init__(self):
-    check_sizes(
+    parts.check_sizes(
       self,
       *("vocab_size", "emb_dim", "num_layers", "num_heads", "num_kv_heads"),
       *("head_dim", "mlp_dim", "max_length"),
@@ -214,12 +192,12 @@ class CausalConfig:
       )
     if self.head_dim % 2:
       raise ValueError(f"head_dim must be even, got {self.head_dim}.")
-    if self.activation not in ACTIVATIONS:
+    if self.activation not in parts.ACTIVATIONS:
+      known = ", ".join(sorted(parts.ACTIVATIONS))
       raise ValueError(
-        f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got "
-        f"{self.activation!r}."
+        f"activation must be one of {known}, got {self.activation!r}."
       )
-    check_computation(self)
+    parts.check_computation(self)
     # A JSON file gives lists and dicts, which can't be hashed.
     ropes = (r if isinstance(r, Rope) else Rope(**r) for r in self.ropes)
     object.__setattr__(self, "ropes", tuple(ropes))
@@ -231,7 +209,7 @@ class CausalConfig:
           f"{name} has {len(getattr(self, name))} entries for "
           f"{self.num_layers} layers."
         )
-    check_eos_ids(self, lowest=0)
+    parts.check_eos_ids(self, lowest=0)
     if not 0 <= self.num_tokens <= self.vocab_size:
       raise ValueError(
         f"num_tokens must be in [0, {self.vocab_size}], got {self.num_tokens}."
@@ -277,9 +255,9 @@ def attend(
   query: jax.Array,
   at: jax.Array,
   window: jax.Array,
-  own: KeysValues,
+  own: attention.KeysValues,
   own_at: Keys,
-  shared: KeysValues | None = None,
+  shared: attention.KeysValues | None = None,
   shared_at: Keys | None = None,
   *,
   cap: float | None = None,
@@ -306,9 +284,9 @@ def attend(
   def run(query, at):
     return _attend(query, at, *keys)
 
-  if query.shape[3] < MANY_QUERIES:
+  if query.shape[3] < attention.MANY_QUERIES:
     return run(query, at)
-  return in_blocks(run, (query, at), (-2, -1))
+  return attention.in_blocks(run, (query, at), (-2, -1))
 
 
 def _attend(query, at, window, own, own_at, shared, shared_at, cap):
@@ -338,7 +316,7 @@ def _attend(query, at, window, own, own_at, shared, shared_at, cap):
   joined = jnp.concatenate(logits, axis=-1)
   if cap is not None:
     joined = cap * jnp.tanh(joined / cap)
-  joined = jnp.where(jnp.concatenate(masks, axis=-1), joined, MASKED)
+  joined = jnp.where(jnp.concatenate(masks, axis=-1), joined, attention.MASKED)
   probs = jax.nn.softmax(joined, axis=-1).astype(query.dtype)
   size = own.keys.shape[2]
   attended = jnp.einsum("rjgqu,rjuk->rjgqk", probs[..., :size], own.values)
@@ -387,7 +365,7 @@ class Attention(nn.Module):
   def setup(self):
     cfg = self.config
     linear = functools.partial(
-      Linear,
+      parts.Linear,
       dtype=cfg.compute_dtype,
       kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
     )
@@ -407,7 +385,7 @@ class Attention(nn.Module):
 
   def keys_values(
     self, x: jax.Array, turns: Turns, rope: jax.Array
-  ) -> KeysValues:
+  ) -> attention.KeysValues:
     """x: [R, Q, D] -> keys and values [R, J, Q, K]."""
     keys, values = (
       a.reshape(*x.shape[:2], self.config.num_kv_heads, self.config.head_dim)
@@ -416,7 +394,7 @@ class Attention(nn.Module):
     if self.config.qk_norm:
       keys = self.key_norm(keys)
     keys = turns.rotate(keys, rope)
-    return KeysValues.of(keys, values, "kv_heads")
+    return attention.KeysValues.of(keys, values, "kv_heads")
 
   def __call__(
     self,
@@ -424,9 +402,9 @@ class Attention(nn.Module):
     turns: Turns,
     kind: Kind,
     at: jax.Array,
-    own: KeysValues,
+    own: attention.KeysValues,
     own_at: Keys,
-    shared: KeysValues | None = None,
+    shared: attention.KeysValues | None = None,
     shared_at: Keys | None = None,
   ) -> jax.Array:
     """x: [R, Q, D] -> [R, Q, D]; the rest is as for `attend`."""
@@ -457,8 +435,8 @@ class Attention(nn.Module):
     return self.out(attended.reshape(rows, length, -1))
 
 
-def _norm(config: CausalConfig, axis: str = "embed") -> RMSNorm:
-  return RMSNorm(
+def _norm(config: CausalConfig, axis: str = "embed") -> parts.RMSNorm:
+  return parts.RMSNorm(
     config.compute_dtype, config.norm_epsilon, config.norm_from_one, axis
   )
 
@@ -473,15 +451,15 @@ class Layer(nn.Module):
     self.pre_attention_norm = _norm(cfg)
     self.attention = Attention(cfg)
     self.pre_mlp_norm = _norm(cfg)
-    self.mlp = MLP(cfg, cfg.mlp_bias)
+    self.mlp = parts.MLP(cfg, cfg.mlp_bias)
     if cfg.post_norms:
       self.post_attention_norm = _norm(cfg)
       self.post_mlp_norm = _norm(cfg)
-    self.dropout = dropout(cfg)
+    self.dropout = parts.dropout(cfg)
 
   def keys_values(
     self, x: jax.Array, turns: Turns, kind: Kind
-  ) -> tuple[jax.Array, KeysValues]:
+  ) -> tuple[jax.Array, attention.KeysValues]:
     """x: [R, Q, D] -> what attention reads of it, and keys and values."""
     y = self.pre_attention_norm(x)
     return y, self.attention.keys_values(y, turns, kind.rope)
@@ -513,7 +491,7 @@ class Stack(nn.Module):
   def setup(self):
     cfg = self.config
     self.num_layers = cfg.num_layers
-    self.layers = layers_of(cfg, Layer, self.num_layers)
+    self.layers = parts.layers_of(cfg, Layer, self.num_layers)
     self.decoder_norm = _norm(cfg)
     if not cfg.logits_via_embedding:
       self.logits_dense = LogitLayer(cfg)
@@ -540,7 +518,7 @@ class Stack(nn.Module):
 
     shared = (Turns.of(self.config, keys.position), keys)
     inputs = self._inputs()
-    return through_layers(self, body, x, inputs, *shared, remat=True)[1]
+    return parts.through_layers(self, body, x, inputs, *shared, remat=True)[1]
 
   def respond(
     self, x: jax.Array, at: jax.Array, context: Context, deterministic: bool
@@ -556,7 +534,7 @@ class Stack(nn.Module):
     own_at = Keys(at, jnp.ones(at.shape, bool))
     shared = (Turns.of(self.config, at), own_at, context.rows.keys)
     inputs = self._inputs(context.layers)
-    x, _ = through_layers(self, body, x, inputs, *shared, remat=True)
+    x, _ = parts.through_layers(self, body, x, inputs, *shared, remat=True)
     return self.decoder_norm(x)
 
   def step(
@@ -573,7 +551,7 @@ class Stack(nn.Module):
       kind, shared = inputs
       own_at, shared_at = keys
       y, new = layer.keys_values(x, turns, kind)
-      cache, own = write_cache(cache, new, index, position)
+      cache, own = attention.write_cache(cache, new, index, position)
       seen = (turns, kind, at, own, own_at, shared, shared_at)
       return layer.rest(x, y, *seen), cache
 
@@ -587,7 +565,7 @@ class Stack(nn.Module):
     turns = Turns.of(self.config, at)
     shared = (turns, position, at, own_at, context.rows.keys)
     inputs = self._inputs(context.layers)
-    x, cache = step_layers(self, body, x, cache, inputs, *shared)
+    x, cache = parts.step_layers(self, body, x, cache, inputs, *shared)
     return self.decoder_norm(x), cache
 
 
@@ -601,7 +579,7 @@ class LogitLayer(nn.Module):
     cfg = self.config
     init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
     shape = (cfg.emb_dim, cfg.vocab_size)
-    kernel = param(self, "kernel", init, shape, ("embed", "vocab"))
+    kernel = parts.param(self, "kernel", init, shape, ("embed", "vocab"))
     if isinstance(kernel, RowMixture):
       return kernel.matmul(x).astype(jnp.float32)
     kernel = constrain(kernel.astype(x.dtype), "embed", "vocab")
@@ -617,9 +595,11 @@ class Network(nn.Module):
     cfg = self.config
     # What layers read, and tied logits, start at a scale of about 1.
     wide = cfg.scale_embeddings or cfg.logits_via_embedding
-    self.token_embedder = Embedding(cfg, cfg.emb_dim**-0.5 if wide else 1.0)
+    self.token_embedder = parts.Embedding(
+      cfg, cfg.emb_dim**-0.5 if wide else 1.0
+    )
     if cfg.soft_tokens:
-      self.soft_tokens = SoftTokens(cfg)
+      self.soft_tokens = parts.SoftTokens(cfg)
     self.decoder = Stack(cfg)
 
   def __call__(self, prompts: jax.Array, targets: jax.Array) -> jax.Array:
@@ -652,7 +632,7 @@ class Network(nn.Module):
   ) -> tuple[jax.Array, jax.Array]:
     """Teacher-forced: (logits [R, T, V] float32, states [R, T, D])."""
     rows: Rows = context.rows
-    copies = copies_of(targets.shape[0], rows.last.shape[0])
+    copies = parts.copies_of(targets.shape[0], rows.last.shape[0])
     first = jnp.repeat(rows.last, copies)[:, None]
     inputs = jnp.concatenate([first, targets[:, :-1]], axis=1)
     begin = jnp.repeat(rows.length, copies)[:, None] - 1
@@ -666,7 +646,7 @@ class Network(nn.Module):
   ) -> tuple[jax.Array, Any]:
     """[R] int32 -> logits [R, V] float32 and the cache; as model.Model.step."""
     rows: Rows = context.rows
-    copies = copies_of(last.shape[0], rows.last.shape[0])
+    copies = parts.copies_of(last.shape[0], rows.last.shape[0])
     token = jnp.where(position == 0, jnp.repeat(rows.last, copies), last)
     at = jnp.repeat(rows.length, copies)[:, None] - 1
     at = at + jnp.reshape(position, (-1, 1))
@@ -698,7 +678,7 @@ class Network(nn.Module):
       # Rows that were never trained: sampling excludes them anyhow, but in the
       # policy's and the reference's probabilities they would count.
       known = jnp.arange(cfg.vocab_size) < cfg.num_tokens
-      logits = jnp.where(known.reshape(1, 1, -1), logits, MASKED)
+      logits = jnp.where(known.reshape(1, 1, -1), logits, attention.MASKED)
     return constrain(logits, "batch", "length", "vocab")
 
 

@@ -27,13 +27,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clp_jax import sharding
+from clp_jax import row_mixing, sharding
 from clp_jax.models.model import Cache, Context, Model, Params
-from clp_jax.row_mixing import (
-  mix_one,
-  row_coefficients,
-  stands_for_an_array,
-)
 from clp_jax.sampling import Sampling, at_token, check_positive, per_row
 
 # (last tokens [R] int32, cache, position [] or [R] int32)
@@ -222,16 +217,12 @@ def start(
   max_length: int,
   at_once: int = 1,
 ) -> tuple[NextLogits, Cache]:
-  """Does once what decoding needs from the prompts.
-
-  Args:
-    num_samples: N.
-    max_length: T, positions of the cache.
-    at_once: see `read_prompts`.
+  """Does once what decoding needs from the prompts; see `read_prompts`.
 
   Returns:
     A function that gives the logits of a position, and the cache it starts
-    with: what `sample_from` takes.
+    with, of N = num_samples rows a prompt and T = max_length positions: what
+    `sample_from` takes.
   """
   context = read_prompts(model, params, encoder_input_tokens, at_once)
   rows = encoder_input_tokens.shape[0] * num_samples
@@ -261,9 +252,9 @@ def read_prompts(
 
   def read_one(row):
     coefficients, tokens = row
-    return read(mix_one(params, coefficients), tokens[None])
+    return read(row_mixing.mix_one(params, coefficients), tokens[None])
 
-  coefficients = row_coefficients(params)
+  coefficients = row_mixing.row_coefficients(params)
   if coefficients is None or encoder_input_tokens.shape[1] < LONG_PROMPT:
     return read(params, encoder_input_tokens)
   context = _map_rows(read_one, (coefficients, encoder_input_tokens), at_once)
@@ -289,11 +280,8 @@ def _map_rows(function: Any, rows: Any, at_once: int) -> Any:
 
 
 def logits_after(model: Model, params: Params, context: Context) -> NextLogits:
-  """What gives the logits of a position, for `sample_from` and `advance`.
-
-  Args:
-    context: from `read_prompts`, with the same parameters.
-  """
+  """What gives the logits of a position, for `sample_from` and `advance`; the
+  context is from `read_prompts`, with the same parameters."""
   params = _in_compute_dtype(model, params)
 
   def next_logits(tokens, cache, position):
@@ -445,7 +433,7 @@ def spread_policies(model: Model, policies: Params, *, whole: bool) -> Params:
   dtypes = jax.tree_util.tree_map_with_path(
     lambda path, x: _dtype(model, path, x),
     policies,
-    is_leaf=stands_for_an_array,
+    is_leaf=row_mixing.stands_for_an_array,
   )
   return sharding.spread(policies, model.axes(), dtypes, whole=whole)
 
@@ -455,7 +443,7 @@ def _in_compute_dtype(model: Model, params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(
     lambda path, x: x.astype(_dtype(model, path, x)),
     params,
-    is_leaf=stands_for_an_array,
+    is_leaf=row_mixing.stands_for_an_array,
   )
 
 

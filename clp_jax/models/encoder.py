@@ -22,22 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax.models.layers import (
-  ACTIVATIONS,
-  MLP,
-  Embedding,
-  Linear,
-  attend,
-  check_computation,
-  check_sizes,
-  layers_of,
-  through_layers,
-)
+from clp_jax.models import layers as parts
 from clp_jax.models.trees import Call
 from clp_jax.sharding import constrain
 
 _NORMAL = nn.initializers.normal(0.02)
-_POOL_ACTIVATIONS = ACTIVATIONS | {"tanh": jnp.tanh}
+_POOL_ACTIVATIONS = parts.ACTIVATIONS | {"tanh": jnp.tanh}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +74,7 @@ class EncoderConfig:
   remat: ClassVar[str] = "none"
 
   def __post_init__(self):
-    check_sizes(
+    parts.check_sizes(
       self,
       *("vocab_size", "emb_dim", "num_layers", "num_heads", "mlp_dim"),
       *("max_length", "num_labels"),
@@ -94,7 +84,7 @@ class EncoderConfig:
         f"the width {self.emb_dim} is not a multiple of the {self.num_heads} "
         "heads."
       )
-    check_computation(self)
+    parts.check_computation(self)
 
   @property
   def compute_dtype(self) -> jnp.dtype:
@@ -157,14 +147,14 @@ class Layer(nn.Module):
   def setup(self):
     cfg = self.config
     linear = functools.partial(
-      Linear, cfg.emb_dim, dtype=cfg.compute_dtype, kernel_init=_NORMAL
+      parts.Linear, cfg.emb_dim, dtype=cfg.compute_dtype, kernel_init=_NORMAL
     )
     self.query, self.key, self.value = (
       linear(("embed", "joined_kv"), use_bias=True) for _ in range(3)
     )
     self.out = linear(("joined_kv", "embed"), use_bias=True)
     self.attention_norm = _norm(cfg)
-    self.mlp = MLP(cfg, use_bias=True)
+    self.mlp = parts.MLP(cfg, use_bias=True)
     self.mlp_norm = _norm(cfg)
 
   def _heads(self, x: jax.Array) -> jax.Array:
@@ -191,7 +181,7 @@ class Layer(nn.Module):
       bias = _at_distance(query, of_key, distances.row)
       turned = _at_distance(keys, of_query, distances.row.T)
       bias = bias + jnp.swapaxes(turned, -1, -2)
-    attended = attend(query, keys, values, mask, bias)
+    attended = parts.attend(query, keys, values, mask, bias)
     attended = jnp.swapaxes(attended, 1, 2).reshape(x.shape)
     x = self.attention_norm(x + self.out(attended))
     x = self.mlp_norm(x + self.mlp(x))
@@ -215,7 +205,7 @@ class Stack(nn.Module):
   def setup(self):
     cfg = self.config
     self.num_layers = cfg.num_layers
-    self.layers = layers_of(cfg, Layer, cfg.num_layers)
+    self.layers = parts.layers_of(cfg, Layer, cfg.num_layers)
     if cfg.buckets:
       self.distances = _table(self, "distances", 2 * cfg.buckets)
       self.distance_norm = _norm(cfg)
@@ -233,7 +223,7 @@ class Stack(nn.Module):
       return layer(x, mask, distances), None
 
     mask = mask[:, None, None]
-    return through_layers(self, body, x, None, mask, distances)[0]
+    return parts.through_layers(self, body, x, None, mask, distances)[0]
 
 
 class Network(nn.Module):
@@ -254,7 +244,7 @@ class Network(nn.Module):
     """
     cfg = self.config
     tokens, segments = rows[:, 0], rows[:, 1]
-    embed = Embedding(cfg, name="token_embedder")
+    embed = parts.Embedding(cfg, name="token_embedder")
     x = embed(jnp.maximum(tokens, 0))
     if not cfg.buckets:
       first = cfg.first_position

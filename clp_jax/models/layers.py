@@ -18,12 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from clp_jax.low_rank import LowRank
-from clp_jax.models.attention import (
-  MANY_QUERIES,
-  MASKED,
-  KeysValues,
-  in_blocks,
-)
+from clp_jax.models import attention
 from clp_jax.row_mixing import RowMixture
 from clp_jax.sharding import constrain
 
@@ -258,18 +253,12 @@ def by_row(leaf: Any, rows: int) -> jax.Array:
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """x @ kernel, whose gradient is summed in the cheaper layout.
+  """x [..., D] @ kernel [D, F], of its dtype: [..., F], whose gradient is
+  summed in the cheaper layout.
 
   JAX's own rule has the output's gradient on the left of the kernel's, and on a
   CPU XLA writes it out transposed. The input is narrower, and the same for all
   kernels that read it.
-
-  Args:
-    x: [..., D].
-    kernel: [D, F], of x's dtype.
-
-  Returns:
-    [..., F].
   """
   return x @ kernel
 
@@ -415,8 +404,14 @@ class RelativeBias(nn.Module):
   config: T5Config
 
   @nn.compact
-  def __call__(self, buckets: jax.Array | np.ndarray) -> jax.Array:
-    """buckets: [Q, S] int -> [1 or B, H, Q, S] float32."""
+  def __call__(self, distance: np.ndarray, *, bidirectional: bool) -> jax.Array:
+    """distance: [Q, S] int -> [1 or B, H, Q, S] float32."""
+    buckets = relative_position_buckets(
+      distance,
+      bidirectional=bidirectional,
+      num_buckets=self.config.relative_attention_num_buckets,
+      max_distance=self.config.relative_attention_max_distance,
+    )
     table = param(
       self,
       "rel_embedding",
@@ -454,7 +449,7 @@ def attend(
     [B, H, Q, K], of the queries' dtype.
   """
   length = query.shape[2]
-  if length < MANY_QUERIES or mask.shape[2] > 1:
+  if length < attention.MANY_QUERIES or mask.shape[2] > 1:
     return _attend(query, keys, values, mask, bias)
 
   # Their gradients are summed over the blocks, in this precision.
@@ -466,7 +461,9 @@ def attend(
     )
     return _attend(query, narrow_keys, narrow_values, mask, bias)
 
-  return in_blocks(block, (query, bias), (-2, None if bias is None else -2))
+  return attention.in_blocks(
+    block, (query, bias), (-2, None if bias is None else -2)
+  )
 
 
 def _attend(query, keys, values, mask, bias):
@@ -475,7 +472,7 @@ def _attend(query, keys, values, mask, bias):
   )
   if bias is not None:
     logits = logits + bias
-  logits = jnp.where(mask, logits, MASKED)
+  logits = jnp.where(mask, logits, attention.MASKED)
   probs = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
   return jnp.einsum("bhqs,bhsk->bhqk", probs, values)
 
@@ -505,15 +502,15 @@ class Attention(nn.Module):
     """[..., H * K] -> [..., H, K]."""
     return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
 
-  def keys_values(self, x: jax.Array) -> KeysValues:
+  def keys_values(self, x: jax.Array) -> attention.KeysValues:
     """x: [B, S, D] -> keys and values [B, H, S, K]."""
     keys, values = self._split(self.key(x)), self._split(self.value(x))
-    return KeysValues.of(keys, values, "heads")
+    return attention.KeysValues.of(keys, values, "heads")
 
   def __call__(
     self,
     x: jax.Array,
-    keys_values: KeysValues,
+    keys_values: attention.KeysValues,
     mask: jax.Array,
     bias: jax.Array | None = None,
     deterministic: bool = True,

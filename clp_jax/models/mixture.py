@@ -73,14 +73,7 @@ def start(
   num_samples: int = 1,
   max_length: int,
 ) -> tuple[decoding.NextLogits, decoding.Cache]:
-  """`decoding.start` for a mixture: what `decoding.sample_from` takes.
-
-  Args:
-    model: that all K parameter trees are of.
-    encoder_input_tokens: [B, S] int; the model's pad_id is padding.
-    num_samples: N.
-    max_length: T, positions of the caches.
-  """
+  """`decoding.start` for a mixture, of whose models all are `model`."""
   lengths = {"num_samples": num_samples, "max_length": max_length}
   started = [
     decoding.start(model, params, encoder_input_tokens, **lengths)
@@ -107,17 +100,8 @@ def token_logp(
   num_samples: int = 1,
   temperature: float = 1.0,
 ) -> jax.Array:
-  """Log-probabilities of given tokens under a mixture, teacher-forced.
-
-  Args:
-    model: that all K parameter trees are of.
-    encoder_input_tokens: [B, S] int; the model's pad_id is padding.
-    tokens: [R, T] int, prompt-major.
-    num_samples: N, such that R = B * N.
-    temperature: positive; the policy is softmax(logits / temperature).
-
-  Returns:
-    [R, T] float32, nats. What stands where a row has ended means nothing.
+  """Of `decoding.score_tokens`, for a mixture, the logp; args as there, but one
+  temperature for all rows.
 
   Raises:
     ValueError: when R is not B * N.

@@ -32,23 +32,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clp_jax.models import layers as parts
 from clp_jax.models import trees
 from clp_jax.models.attention import KeysValues, empty_cache, write_cache
+from clp_jax.models.layers import T5Config
 from clp_jax.models.layers import (
-  MLP,
-  Attention,
-  Embedding,
-  Linear,
-  RelativeBias,
-  RMSNorm,
-  SoftTokens,
-  T5Config,
-  copies_of,
-  dropout,
-  layers_of,
-  relative_position_buckets,
-  step_layers,
-  through_layers,
+  relative_position_buckets as relative_position_buckets,
 )
 from clp_jax.models.trees import Axes, Params
 from clp_jax.models.trees import stack_layers as stack_layers
@@ -74,11 +63,11 @@ class EncoderLayer(nn.Module):
 
   def setup(self):
     cfg = self.config
-    self.pre_attention_layer_norm = RMSNorm(cfg.compute_dtype)
-    self.attention = Attention(cfg)
-    self.pre_mlp_layer_norm = RMSNorm(cfg.compute_dtype)
-    self.mlp = MLP(cfg)
-    self.dropout = dropout(cfg)
+    self.pre_attention_layer_norm = parts.RMSNorm(cfg.compute_dtype)
+    self.attention = parts.Attention(cfg)
+    self.pre_mlp_layer_norm = parts.RMSNorm(cfg.compute_dtype)
+    self.mlp = parts.MLP(cfg)
+    self.dropout = parts.dropout(cfg)
 
   def __call__(
     self,
@@ -104,13 +93,13 @@ class DecoderLayer(nn.Module):
 
   def setup(self):
     cfg = self.config
-    self.pre_self_attention_layer_norm = RMSNorm(cfg.compute_dtype)
-    self.self_attention = Attention(cfg)
-    self.pre_cross_attention_layer_norm = RMSNorm(cfg.compute_dtype)
-    self.encoder_decoder_attention = Attention(cfg)
-    self.pre_mlp_layer_norm = RMSNorm(cfg.compute_dtype)
-    self.mlp = MLP(cfg)
-    self.dropout = dropout(cfg)
+    self.pre_self_attention_layer_norm = parts.RMSNorm(cfg.compute_dtype)
+    self.self_attention = parts.Attention(cfg)
+    self.pre_cross_attention_layer_norm = parts.RMSNorm(cfg.compute_dtype)
+    self.encoder_decoder_attention = parts.Attention(cfg)
+    self.pre_mlp_layer_norm = parts.RMSNorm(cfg.compute_dtype)
+    self.mlp = parts.MLP(cfg)
+    self.dropout = parts.dropout(cfg)
 
   def __call__(
     self,
@@ -121,19 +110,8 @@ class DecoderLayer(nn.Module):
     encoder_mask: jax.Array,
     deterministic: bool = True,
   ) -> jax.Array:
-    """Teacher-forced.
-
-    Args:
-      x: [B * N, T, D].
-      mask: [1, T, T] bool, causal.
-      bias: [1 or B, H, T, T] float32.
-      encoded: [B, S, D].
-      encoder_mask: [B, 1, S] bool.
-      deterministic: no dropout.
-
-    Returns:
-      [B * N, T, D].
-    """
+    """Teacher-forced: x [B * N, T, D], with a causal mask [1, T, T] and a bias
+    [1 or B, H, T, T], reads encoded [B, S, D], encoder_mask [B, 1, S]."""
     y = self.pre_self_attention_layer_norm(x)
     attended = self.self_attention(
       y, self.self_attention.keys_values(y), mask, bias, deterministic
@@ -154,20 +132,14 @@ class DecoderLayer(nn.Module):
     bias: jax.Array,
     encoder_mask: jax.Array,
   ) -> tuple[jax.Array, KeysValues]:
-    """One position of every row.
+    """One position of every row: x [R, 1, D], and the cache that it is in.
 
     Args:
-      x: [R, 1, D].
-      cache: [R, H, T, K] each; or [L, R, H, T, K] with `layer`.
-      layer: [] int32, whose part of the cache this is; None if all of it.
+      cache, layer, position: as for `write_cache`.
       cross: [B, H, S, K] each.
-      position: [] int32, where to write; or [R], each row's.
       mask: [1 or R, 1, T] bool, True up to position.
       bias: [1 or B or R, H, 1, T] float32.
       encoder_mask: [B, 1, S] bool.
-
-    Returns:
-      [R, 1, D] and the cache, with position written.
     """
     y = self.pre_self_attention_layer_norm(x)
     new = self.self_attention.keys_values(y)
@@ -192,17 +164,6 @@ class DecoderLayer(nn.Module):
     return constrain(x, "batch", "length", "embed")
 
 
-def _buckets(
-  config: T5Config, distance: np.ndarray, bidirectional: bool
-) -> np.ndarray:
-  return relative_position_buckets(
-    distance,
-    bidirectional=bidirectional,
-    num_buckets=config.relative_attention_num_buckets,
-    max_distance=config.relative_attention_max_distance,
-  )
-
-
 class Encoder(nn.Module):
   """All the encoder layers, with their shared relative bias and last norm."""
 
@@ -210,11 +171,11 @@ class Encoder(nn.Module):
 
   def setup(self):
     cfg = self.config
-    self.relpos_bias = RelativeBias(cfg)
+    self.relpos_bias = parts.RelativeBias(cfg)
     self.num_layers = cfg.num_encoder_layers
-    self.layers = layers_of(cfg, EncoderLayer, self.num_layers)
-    self.encoder_norm = RMSNorm(cfg.compute_dtype)
-    self.dropout = dropout(cfg)
+    self.layers = parts.layers_of(cfg, EncoderLayer, self.num_layers)
+    self.encoder_norm = parts.RMSNorm(cfg.compute_dtype)
+    self.dropout = parts.dropout(cfg)
 
   def __call__(
     self, x: jax.Array, mask: jax.Array, deterministic: bool = True
@@ -222,14 +183,14 @@ class Encoder(nn.Module):
     """x: [B, S, D] embedded, mask: [B, S] bool -> [B, S, D]."""
     position = np.arange(x.shape[1])
     distance = position[:, None] - position[None, :]
-    bias = self.relpos_bias(_buckets(self.config, distance, True))
+    bias = self.relpos_bias(distance, bidirectional=True)
 
     def body(layer, x, _, mask, bias):
       return layer(x, mask, bias, deterministic), None
 
     x = self.dropout(x, deterministic=deterministic)
     mask = mask[:, None]
-    x, _ = through_layers(self, body, x, None, mask, bias, remat=True)
+    x, _ = parts.through_layers(self, body, x, None, mask, bias, remat=True)
     x = self.encoder_norm(x)
     return self.dropout(x, deterministic=deterministic)
 
@@ -241,13 +202,13 @@ class Decoder(nn.Module):
 
   def setup(self):
     cfg = self.config
-    self.relpos_bias = RelativeBias(cfg)
+    self.relpos_bias = parts.RelativeBias(cfg)
     self.num_layers = cfg.num_decoder_layers
-    self.layers = layers_of(cfg, DecoderLayer, self.num_layers)
-    self.decoder_norm = RMSNorm(cfg.compute_dtype)
-    self.dropout = dropout(cfg)
+    self.layers = parts.layers_of(cfg, DecoderLayer, self.num_layers)
+    self.decoder_norm = parts.RMSNorm(cfg.compute_dtype)
+    self.dropout = parts.dropout(cfg)
     if not cfg.logits_via_embedding:
-      self.logits_dense = Linear(
+      self.logits_dense = parts.Linear(
         cfg.vocab_size,
         ("embed", "vocab"),
         dtype=jnp.dtype("float32"),
@@ -266,7 +227,7 @@ class Decoder(nn.Module):
     """x: [B * N, T, D] embedded, encoded: [B, S, D] -> [B * N, T, D]."""
     position = np.arange(x.shape[1])
     distance = position[:, None] - position[None, :]
-    bias = self.relpos_bias(_buckets(self.config, distance, False))
+    bias = self.relpos_bias(distance, bidirectional=False)
     mask = jnp.asarray(distance >= 0)[None]
 
     def body(layer, x, _, mask, bias, encoded, encoder_mask):
@@ -275,7 +236,7 @@ class Decoder(nn.Module):
 
     x = self.dropout(x, deterministic=deterministic)
     shared = (mask, bias, encoded, encoder_mask[:, None])
-    x, _ = through_layers(self, body, x, None, *shared, remat=True)
+    x, _ = parts.through_layers(self, body, x, None, *shared, remat=True)
     x = self.decoder_norm(x)
     return self.dropout(x, deterministic=deterministic)
 
@@ -285,7 +246,7 @@ class Decoder(nn.Module):
     def body(layer, encoded, _):
       return encoded, layer.encoder_decoder_attention.keys_values(encoded)
 
-    return through_layers(self, body, encoded, None)[1]
+    return parts.through_layers(self, body, encoded, None)[1]
 
   def step(
     self,
@@ -300,9 +261,8 @@ class Decoder(nn.Module):
     distance = jnp.reshape(position, (-1, 1, 1)) - jnp.arange(
       length, dtype=jnp.int32
     ).reshape(1, 1, -1)
-    of_distance = _buckets(self.config, np.arange(length), False)
     bias = jnp.take_along_axis(
-      self.relpos_bias(of_distance[None]),
+      self.relpos_bias(np.arange(length)[None], bidirectional=False),
       jnp.maximum(distance, 0)[:, None],
       axis=-1,
       mode="clip",  # a row that has ended may have reached T
@@ -310,7 +270,7 @@ class Decoder(nn.Module):
     mask = distance >= 0
     shared = (position, mask, bias, encoder_mask[:, None])
     step = DecoderLayer.step
-    x, cache = step_layers(self, step, x, cache, cross, *shared)
+    x, cache = parts.step_layers(self, step, x, cache, cross, *shared)
     return self.decoder_norm(x), cache
 
 
@@ -325,9 +285,9 @@ class T5(nn.Module):
   config: T5Config
 
   def setup(self):
-    self.token_embedder = Embedding(self.config)
+    self.token_embedder = parts.Embedding(self.config)
     if self.config.soft_tokens:
-      self.soft_tokens = SoftTokens(self.config)
+      self.soft_tokens = parts.SoftTokens(self.config)
     self.encoder = Encoder(self.config)
     self.decoder = Decoder(self.config)
 
@@ -379,7 +339,7 @@ class T5(nn.Module):
   ) -> jax.Array:
     """As `__call__`, from what `encode` returned: [B, S, D], or [B, P + S, D]
     with soft tokens; encoder_mask is [B, S] bool."""
-    copies_of(decoder_input_tokens.shape[0], encoded.shape[0])
+    parts.copies_of(decoder_input_tokens.shape[0], encoded.shape[0])
     x = self.token_embedder(decoder_input_tokens)
     encoder_mask = self._encoded_mask(encoder_mask)
     x = self.decoder(x, encoded, encoder_mask, deterministic)
@@ -412,7 +372,7 @@ class T5(nn.Module):
     Returns:
       Logits [R, V] float32, and the cache with this position written.
     """
-    copies_of(tokens.shape[0], encoder_mask.shape[0])
+    parts.copies_of(tokens.shape[0], encoder_mask.shape[0])
     x = self.token_embedder(tokens[:, None])
     encoder_mask = self._encoded_mask(encoder_mask)
     x, cache = self.decoder.step(x, cache, position, cross, encoder_mask)

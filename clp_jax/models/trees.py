@@ -72,14 +72,9 @@ def _stack(*leaves: Any) -> Any:
 
 
 def stack_layers(params: Params) -> Params:
-  """The listed tree (`layers_0`, `layers_1`, ...) to the scanned (`layers`).
-
-  Args:
-    params: nested dict of arrays, as `scan_layers=False` has it.
-
-  Returns:
-    The same values bit for bit, the layers' leaves [L, ...] under `layers`.
-  """
+  """The listed tree (`layers_0`, `layers_1`, ...), as `scan_layers=False` has
+  it, to the scanned: the same values bit for bit, the layers' leaves [L, ...]
+  under `layers`."""
   stacked = {}
   for name, subtree in params.items():
     if isinstance(subtree, Mapping) and "layers_0" in subtree:
@@ -91,14 +86,9 @@ def stack_layers(params: Params) -> Params:
 
 
 def unstack_layers(params: Params) -> Params:
-  """The scanned tree (`layers`) to the listed (`layers_0`, `layers_1`, ...).
-
-  Args:
-    params: nested dict of arrays, as `scan_layers=True` has it.
-
-  Returns:
-    The same values bit for bit, a subtree for each layer.
-  """
+  """The scanned tree (`layers`), as `scan_layers=True` has it, to the listed
+  (`layers_0`, `layers_1`, ...): the same values bit for bit, a subtree for each
+  layer."""
   unstacked = {}
   for name, subtree in params.items():
     if isinstance(subtree, Mapping) and "layers" in subtree:

@@ -51,6 +51,10 @@ _CALLEE = re.compile(
 )
 _LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
+_COMPUTATION = re.compile(
+  r"^(ENTRY )?%?(?!HloModule)([^\s(]+)[^\n]*\{\n(.*?)^\}",
+  re.DOTALL | re.MULTILINE,
+)
 
 
 @functools.cache
@@ -156,29 +160,13 @@ def parse(text: str) -> Program:
   """
   computations: dict[str, Computation] = {}
   entry = None
-  current: dict[str, Instruction] | None = None
-  name, root = "", None
-  for line in text.splitlines():
-    if current is None:
-      if line.endswith("{") and not line.startswith((" ", "HloModule")):
-        first = line.split(None, 2)
-        name = first[1] if first[0] == "ENTRY" else first[0]
-        name = name.lstrip("%").split("(")[0]
-        if first[0] == "ENTRY":
-          entry = name
-        current, root = {}, None
-    elif line.startswith("}"):
-      if root is None and current:
-        root = list(current.values())[-1]
-      if root is not None:
-        computations[name] = Computation(current, root)
-      current = None
-    else:
-      instruction = _instruction(line)
-      if instruction is not None:
-        current[instruction.name] = instruction
-        if instruction.root:
-          root = instruction
+  for is_entry, name, lines in _COMPUTATION.findall(text):
+    found = list(filter(None, map(_instruction, lines.splitlines())))
+    if found:
+      root = next((i for i in found if i.root), found[-1])
+      computations[name] = Computation({i.name: i for i in found}, root)
+    if is_entry:
+      entry = name
   if entry is None:
     raise ValueError("the text holds no HLO module with an ENTRY computation.")
   return Program(computations, entry)
@@ -351,29 +339,28 @@ def _collectives(
   )
 
 
+def _ints(text: str | None) -> tuple[int, ...]:
+  """ "4,2" -> (4, 2)."""
+  return tuple(map(int, re.findall(r"\d+", text or "")))
+
+
 def _first_group(attributes: str) -> tuple[int, ...]:
   """The first of replica_groups in any of its notations."""
   listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
   if listed:
-    return tuple(map(int, filter(None, listed[1].split(","))))
+    return _ints(listed[1])
   pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
   if pairs:
-    longest = max(
-      (tuple(map(int, p)) for p in re.findall(r"(\d+),(\d+)", pairs[1])),
-      key=lambda p: abs(p[0] - p[1]),
-    )
+    found = [_ints(pair) for pair in re.findall(r"\d+,\d+", pairs[1])]
+    longest = max(found, key=lambda p: abs(p[0] - p[1]))
     return tuple(dict.fromkeys(longest))
   iota = re.search(
     r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
   )
   if iota:
-    shape, dims, order = (
-      None if part is None else tuple(map(int, part.split(",")))
-      for part in iota.groups()
-    )
-    assert shape is not None and dims is not None
+    shape, dims, order = map(_ints, iota.groups())
     devices = np.arange(math.prod(dims)).reshape(dims)
-    if order is not None:
+    if order:
       devices = devices.transpose(order)
     return tuple(devices.reshape(shape)[0].tolist())
   named = re.search(
@@ -388,9 +375,9 @@ def _first_group(attributes: str) -> tuple[int, ...]:
     }
     devices = np.arange(math.prod(sizes.values()))
     if base is not None:
-      devices = devices.reshape(tuple(map(int, base.split(","))))
+      devices = devices.reshape(_ints(base))
       if turn is not None:
-        devices = devices.transpose(tuple(map(int, turn.split(","))))
+        devices = devices.transpose(_ints(turn))
     members = devices.reshape(tuple(sizes.values()))
     for position, axis in enumerate(sizes):
       part = re.search(rf"'{axis}'(?::\((\d+)\)(\d+))?", chosen)

@@ -258,14 +258,19 @@ def _t5(options: dict[str, Any], batch: int, length: int) -> _Judge:
   )
   model = families.build(judge)
   abstract, axes = model.abstract(), model.axes()
+  is_preference = options["source"] == "preference"
   # Which tokens mean what changes no cost.
-  value: Callable = functools.partial(_entailment, model)
-  if options["source"] == "preference":
-    head = "linear" if options.get("token") is None else "token"
+  token = None if options.get("token") is None else 1
+  if is_preference:
+    head = "linear" if token is None else "token"
     abstract = preference.abstract_params(judge, head)
     axes = preference.logical_axes(judge, head)
-    token = None if head == "linear" else 1
-    value = functools.partial(_preference, model, token)
+
+  def value(params, rows):
+    if is_preference:
+      return preference.score_rows(model, params, rows, token)
+    return entailment.probability(model, params, rows, 1, None)
+
   flops = model.flops(batch, batch, length, 1)
   return _Judge(abstract, axes, value, (batch, length), flops)
 
@@ -284,14 +289,6 @@ def _classifier(options: dict[str, Any], batch: int, length: int) -> _Judge:
     (batch, 2, length) if model.reads_pairs else (batch, length),
     model.flops(batch, length),
   )
-
-
-def _entailment(model, params, tokens):
-  return entailment.probability(model, params, tokens, 1, None)
-
-
-def _preference(model, token, params, tokens):
-  return preference.score_rows(model, params, tokens, token)
 
 
 def compile_job(job: Job) -> Compiled:

@@ -11,7 +11,7 @@ slower.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -158,7 +158,7 @@ def _advice(
   config: ml_collections.ConfigDict, mesh: Mesh, programs: list[dict[str, Any]]
 ) -> list[str]:
   """What to change so that it fits, the most effective first."""
-  advice: dict[str, None] = {}  # ordered, without repetitions
+  advice = []
   model, data = mesh.shape["model"], mesh.shape["data"]
   for program in programs:
     if program["fits"]:
@@ -168,39 +168,36 @@ def _advice(
     state = sum(memory.get(kind, 0) for kind in kinds)
     needed = program["total_bytes"] - state - memory.get("reward models", 0)
     if not config.mesh.fsdp and data > 1 and state > needed / 2:
-      advice["cut parameters over the data axis: --config.mesh.fsdp=True"] = (
-        None
+      advice.append(
+        "cut parameters over the data axis: --config.mesh.fsdp=True"
       )
     if memory.get("optimizer", 0) > memory.get("parameters", 0):
-      advice["factored moments: --config.optimizer.name=adafactor"] = None
+      advice.append("factored moments: --config.optimizer.name=adafactor")
     name = program["name"]
     if name.startswith("reward "):
       reward = f"rewards.{name.removeprefix('reward ')}"
       batch = config.rewards[name.removeprefix("reward ")]["batch"]
-      advice[
+      advice.append(
         f"score fewer rows at once: --config.{reward}.batch={batch // 2}"
-      ] = None
+      )
     elif config.model.remat != "full" and name in ("sft", "update"):
-      advice["keep fewer activations: --config.model.remat=full"] = None
+      advice.append("keep fewer activations: --config.model.remat=full")
     if name == "update":
       shards = sharding.row_shards(mesh)
       parts = 2 * config.train.microbatches
       groups = config.rollout.weightings
       if config.rollout.prompts % (max(groups, shards) * parts) == 0:
-        advice[f"more microbatches: --config.train.microbatches={parts}"] = None
+        advice.append(f"more microbatches: --config.train.microbatches={parts}")
     if name == "rollout":
       half = config.rollout.prompts // 2
-      advice[f"fewer prompts a step: --config.rollout.prompts={half}"] = None
+      advice.append(f"fewer prompts a step: --config.rollout.prompts={half}")
     if name == "sft":
       half = config.sft.batch // 2
-      advice[f"a smaller batch: --config.sft.batch={half}"] = None
+      advice.append(f"a smaller batch: --config.sft.batch={half}")
     if data % 2 == 0:
-      advice[
-        f"share matrices among more chips: --mesh "
-        f"data={data // 2},model={2 * model}"
-      ] = None
-  advice["a slice of twice as many chips"] = None
-  return list(advice)
+      axes = f"data={data // 2},model={2 * model}"
+      advice.append(f"share matrices among more chips: --mesh {axes}")
+  return list(dict.fromkeys([*advice, "a slice of twice as many chips"]))
 
 
 def to_text(report: dict[str, Any]) -> str:
@@ -259,6 +256,8 @@ def _time_table(
       *("utilisation", "bound by"),
     ]
   ]
+  if step["seconds"] is not None:
+    programs = [*programs, _of_step(programs, step)]
   for program in programs:
     rows.append(
       [
@@ -272,33 +271,27 @@ def _time_table(
         program["bottleneck"],
       ]
     )
-  if step["seconds"] is not None:
-    rows.append(_step_row(programs, step))
   return _table(rows)
 
 
-def _step_row(
+def _of_step(
   programs: list[dict[str, Any]], step: dict[str, float | None]
-) -> list[str]:
-  """The sums over all calls of a training step."""
+) -> dict[str, Any]:
+  """The sums over all calls of a training step, as of a program."""
 
-  def total(value: Callable[[dict[str, Any]], float]) -> float:
-    return sum(p["calls"] * value(p) for p in programs)
+  def total(values: list[dict[str, Any]], name: str) -> float:
+    pairs = zip(programs, values, strict=True)
+    return sum(p["calls"] * own[name] for p, own in pairs)
 
-  times = [
-    sum(p["calls"] * p["time"][kind] for p in programs)
-    for kind in programs[0]["time"]
-  ]
-  return [
-    "a step",
-    "",
-    f"{total(lambda p: p['flops']) / 1e12:.2f}",
-    f"{total(lambda p: p['useful_flops']) / 1e12:.0f} in all",
-    _gb(total(lambda p: p["hbm_bytes"])),
-    *(f"{1e3 * seconds:.1f}" for seconds in times),
-    f"{step['utilisation']:.1%}",
-    "",
-  ]
+  times = [p["time"] for p in programs]
+  sums = {n: total(programs, n) for n in ("flops", "useful_flops", "hbm_bytes")}
+  return sums | {
+    "name": "a step",
+    "calls": "",
+    "time": {name: total(times, name) for name in times[0]},
+    "utilisation": step["utilisation"],
+    "bottleneck": "",
+  }
 
 
 def _collective_table(programs: list[dict[str, Any]]) -> str:

@@ -27,14 +27,7 @@ class Answer:
     body: schema.CompletionRequest | schema.ChatRequest,
     rows: Sequence[Row],
   ):
-    """Takes what was asked for.
-
-    Args:
-      vocabulary: of the model.
-      model: as it is described.
-      body: the request.
-      rows: of it, n for each document.
-    """
+    """Takes what was asked for: of a body's documents, n rows each."""
     self._choices = [
       _Choice(vocabulary, body.alternatives, body.stops) for _ in rows
     ]

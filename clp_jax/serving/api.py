@@ -91,7 +91,9 @@ def make_app(
     owned_by="clp_jax",
     objectives=list(policy.objectives),
     alpha_range=(
-      policy.steering.distribution.alpha_range if policy.objectives else None
+      policy.weighting_space.distribution.alpha_range
+      if policy.objectives
+      else None
     ),
     max_prompt_tokens=policy.config.data.source_length,
     max_tokens=policy.config.data.target_length,
@@ -334,7 +336,7 @@ class _Completions:
     if self._policy.prompts is None:
       return np.zeros([0], np.int32)
     given = (body.weights, body.alpha)
-    weights, alpha = self._policy.steering.weighting(*given)
+    weights, alpha = self._policy.weighting_space.weighting(*given)
     weighting = Weighting(jnp.asarray(weights[None]), jnp.asarray([alpha]))
     (tokens,) = np.asarray(self._policy.prompts.prefix(weighting))
     return tokens[tokens != self._policy.vocabulary.pad_id]

@@ -106,12 +106,8 @@ class Decoder:
   """
 
   def __init__(self, policy: Policy, rows: int):
-    """Prepares, but does not compile.
-
-    Args:
-      policy: the run.
-      rows: R; rounded up to a multiple of the mesh's data axis.
-    """
+    """Prepares, but does not compile, for R rows, rounded up to a multiple of
+    the mesh's data axis."""
     self._rows = policy.decoder
     self.rows = self._rows.whole(rows)
     self.joining = self._rows.whole(-(-self.rows // JOINING))
@@ -232,7 +228,8 @@ class Decoder:
     top = (rows, length, ALTERNATIVES)
     cache = self._rows.model.empty_cache(rows, length)
     noted = (jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
-    loop = self._rows.first_loop((cache, noted), rows)
+    pad_id = self._rows.model.config.pad_id
+    loop = decoding.first_loop((cache, noted), rows, length, pad_id)
     position = jnp.zeros([rows], jnp.int32)
     return _State(context, loop._replace(position=position))
 

@@ -17,6 +17,7 @@ import ipaddress
 import logging
 from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from clp_jax.serving import errors
@@ -90,10 +91,11 @@ class Protection:
       nonlocal started
       if message["type"] == "http.response.start":
         started = True
-        added = [(k.lower().encode(), v.encode()) for k, v in HEADERS.items()]
+        headers = MutableHeaders(raw=list(message["headers"]))
+        headers.update(HEADERS)
         if scope["path"] not in OPEN_PATHS - {"/health"}:
-          added.append((b"cache-control", b"no-store"))
-        message = message | {"headers": [*message["headers"], *added]}
+          headers.append("Cache-Control", "no-store")
+        message = message | {"headers": headers.raw}
       await send(message)
 
     try:
@@ -117,10 +119,8 @@ class Protection:
         await response(scope, receive, send_protected)
 
   def _check(self, scope) -> None:
-    headers: dict[bytes, str] = {}
-    for name, value in scope["headers"]:
-      headers.setdefault(name, value.decode("latin-1"))
-    host = headers.get(b"host", "")
+    headers = Headers(scope=scope)
+    host = headers.get("host", "")
     if self._loopback and not is_loopback(_without_port(host)):
       raise ApiError(
         421,
@@ -128,17 +128,14 @@ class Protection:
         "only; use http://127.0.0.1 or http://localhost with its port.",
         code="unknown_host",
       )
-    origin = headers.get(b"origin")
-    if origin is not None and origin not in (
-      f"http://{host}",
-      f"https://{host}",
-    ):
+    origin = headers.get("origin")
+    if origin not in (None, f"http://{host}", f"https://{host}"):
       raise ApiError(
         403,
         "Requests from pages of other origins are refused.",
         code="foreign_origin",
       )
-    media_type = headers.get(b"content-type", "").partition(";")[0].strip()
+    media_type = headers.get("content-type", "").partition(";")[0].strip()
     if scope["method"] == "POST" and media_type.lower() != "application/json":
       raise ApiError(
         415,
@@ -146,7 +143,7 @@ class Protection:
         code="unsupported_media_type",
       )
     if self._key is not None and scope["path"] not in OPEN_PATHS:
-      scheme, _, key = headers.get(b"authorization", "").partition(" ")
+      scheme, _, key = headers.get("authorization", "").partition(" ")
       known = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
       if scheme.lower() != "bearer" or not known:
         raise ApiError(

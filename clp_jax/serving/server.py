@@ -95,13 +95,8 @@ def make_server(
 ) -> uvicorn.Server:
   """A server that only needs a socket, `run(sockets=[...])`.
 
-  Args:
-    policy: the run.
-    decoder: its compiled programs.
-    name: of the model.
-    limits: of the requests.
-    key: that clients must know, or None.
-    loopback: whether the socket's address is a loopback one.
+  Args: as for `make_app`, but for:
+    decoder: the compiled programs of the policy.
   """
   metrics = Metrics()
   batcher = Batcher(decoder, limits.waiting, metrics.on_batch)
@@ -151,9 +146,6 @@ def api_key(host: str) -> str | None:
 
 def example_documents(policy: Policy) -> schema.Documents:
   """Held-out documents, telling ones where the run's samples say which are.
-
-  Args:
-    policy: the run.
 
   Returns:
     The documents, none where the run's data is elsewhere, and how they were

@@ -21,12 +21,8 @@ class Detokenizer:
     self._text = ""
 
   def push(self, token: int, *, last: bool = False) -> str:
-    """Adds a token and returns the text that it completes.
-
-    Args:
-      token: id; EOS and ids without a piece add nothing.
-      last: whether no other follows.
-    """
+    """Adds a token and returns the text that it completes; EOS and ids without
+    a piece add nothing. `last`: no other follows."""
     if token not in self._vocabulary.eos_ids:
       self._ids.append(token)
     text = self._decode(self._ids)

@@ -54,11 +54,8 @@ class Checkpoints:
       raise self._cannot_save(error) from error
 
   def save(self, state: TrainState, batches: int) -> None:
-    """Starts to save a step; a step that is already saved is left alone.
-
-    Args:
-      state: the state after `state.step` updates.
-      batches: how many batches of data it has consumed.
+    """Starts to save a step, and how many batches of data it has consumed; a
+    step that is already saved is left alone.
 
     Raises:
       RunError: when this or the save before it can't be written.

@@ -122,14 +122,11 @@ def metrics(experience: Experience) -> dict[str, Metric]:
 def with_names(
   metrics: Mapping[str, Metric], objectives: Sequence[str]
 ) -> dict[str, Metric]:
-  """Puts names where a program's metrics have the objectives' numbers.
+  """Puts the m names where a program's metrics, whose keys end in "/<number>",
+  have the objectives' numbers.
 
   A name in a program would be compiled into it: runs of other objectives could
   not take it from JAX's cache.
-
-  Args:
-    metrics: keys that belong to an objective end in "/<number>".
-    objectives: the m names.
   """
 
   def named(key: str) -> str:

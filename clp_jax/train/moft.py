@@ -67,10 +67,6 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> None:
 def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
   """Trains, or resumes, the run that a config describes.
 
-  Args:
-    config: see config.py.
-    workdir: the run's folder.
-
   Returns:
     The state after the last step.
 

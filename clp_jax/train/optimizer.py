@@ -253,12 +253,8 @@ def stage_optimizer(
 def rl_optimizer(
   config: ml_collections.ConfigDict, axes: Tree = None
 ) -> optax.GradientTransformation:
-  """The optimizer that a training config describes.
-
-  Args:
-    config: a training config.
-    axes: of what is trained, see `make_optimizer`.
-  """
+  """The optimizer that a training config describes; axes as of
+  `make_optimizer`."""
   optimizer = make_optimizer(**config.optimizer, axes=axes)
   if config.steering == "svd_lora":
     penalty = keep_orthogonal(config.adapters.orthogonality)

@@ -1,6 +1,7 @@
 """The programs of a step of multi-objective finetuning, which moft.py takes.
 
-`make_programs` jits pure functions, which those below it make of a config.
+`make_programs` jits pure functions, which those below it, and rollout.py, make
+of a config.
 """
 
 import dataclasses
@@ -114,6 +115,10 @@ def make_programs(
   mesh = sharding.fold_groups(mesh, config.rollout.weightings)
   on_mesh = functools.partial(sharding.on_mesh, mesh, fsdp=config.mesh.fsdp)
   bank = build.bank(config, model_config)
+  scoring = {
+    "num_samples": config.rollout.samples,
+    "temperature": config.rollout.temperature,
+  }
   model = families.build(model_config)
   reference_at = sharding.param_shardings(
     mesh, model.axes(), model.abstract(), fsdp=config.mesh.fsdp
@@ -133,7 +138,7 @@ def make_programs(
     mesh,
     model,
     _init(config, bank),
-    _update(config, bank, rows),
+    _update(config, bank, rows, scoring),
     axes=bank.logical_axes,
     data=(scored_at, rows, reference_at),
     fsdp=config.mesh.fsdp,
@@ -142,12 +147,12 @@ def make_programs(
   return Programs(
     **vars(shared),
     rollout=jax.jit(
-      on_mesh(_rollout(config, bank, prompts, allowed)),
+      on_mesh(rollout_lib.sampler(config, bank, prompts, allowed)),
       in_shardings=(params_at, reference_at, rows, whole, whole, whole),
       out_shardings=rollout_at,
     ),
     reference=jax.jit(
-      on_mesh(_score(config, bank)),
+      on_mesh(functools.partial(rollout_lib.score_reference, bank, **scoring)),
       in_shardings=(reference_at, rows, rows, rows),
       out_shardings=rows,
     ),
@@ -185,66 +190,15 @@ def _init(config: ml_collections.ConfigDict, bank: Bank) -> Callable:
   return init
 
 
-def _rollout(
+def _update(
   config: ml_collections.ConfigDict,
   bank: Bank,
-  prompts: Prompts | None,
-  allowed: np.ndarray,
-) -> Callable:
-  distribution = build.distribution(config)
-  adaptation = build.adaptation(config)
-  groups = config.rollout.weightings
-
-  def rollout(params, reference, documents, key, step, front):
-    weightings_key, samples_key, _ = keys.of_step(key, step)
-    if adaptation is None:
-      weighting = distribution.sample(weightings_key, groups)
-    else:
-      weighting = adaptation.sample(weightings_key, distribution, front, groups)
-    return rollout_lib.sample_rollout(
-      params,
-      reference,
-      documents,
-      weighting,
-      samples_key,
-      bank=bank,
-      prompts=prompts,
-      distribution=distribution,
-      num_samples=config.rollout.samples,
-      max_length=config.data.target_length,
-      temperature=config.rollout.temperature,
-      allowed=allowed,
-    )
-
-  return rollout
-
-
-def _score(config: ml_collections.ConfigDict, bank: Bank) -> Callable:
-  def score(reference, documents, tokens, mask):
-    return rollout_lib.score_reference(
-      bank,
-      reference,
-      documents,
-      tokens,
-      mask,
-      num_samples=config.rollout.samples,
-      temperature=config.rollout.temperature,
-    )
-
-  return score
-
-
-def _update(
-  config: ml_collections.ConfigDict, bank: Bank, rows: NamedSharding
+  rows: NamedSharding,
+  scoring: dict[str, Any],
 ) -> Callable:
   num_samples = config.rollout.samples
   shared: dict[str, Any] = {
-    "score": functools.partial(
-      rollout_lib.score_groups,
-      bank,
-      num_samples=num_samples,
-      temperature=config.rollout.temperature,
-    ),
+    "score": functools.partial(rollout_lib.score_groups, bank, **scoring),
     "optimizer": rl_optimizer(config, bank.logical_axes),
     "num_samples": num_samples,
     "microbatches": config.train.microbatches,

@@ -10,13 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from clp_jax import build, keys, run_folder, sharding
-from clp_jax.batches import (
-  check_data,
-  count_held_out,
-  eval_batch,
-  train_batches,
-)
+from clp_jax import batches, build, keys, run_folder, sharding
 from clp_jax.config import column
 from clp_jax.errors import ConfigError
 from clp_jax.initial import Initial, load_initial
@@ -167,8 +161,8 @@ def held_out(
   Raises:
     ConfigError: when there are no held-out documents.
   """
-  count = min(count_held_out(config, vocabulary), config.eval.prompts)
-  batch = eval_batch(config, vocabulary, count)
+  count = min(batches.count_held_out(config, vocabulary), config.eval.prompts)
+  batch = batches.eval_batch(config, vocabulary, count)
   mesh = build.make_mesh(config)
   model = families.build(initial.model_config)
   rows = sharding.row_sharding(mesh)
@@ -196,13 +190,8 @@ def held_out(
 def report_held_out(
   config: ml_collections.ConfigDict, workdir: str, initial: Initial
 ) -> HeldOut | None:
-  """Writes DIR/evaluation/held_out.json; None without held-out documents.
-
-  Args:
-    config: see `held_out`.
-    workdir: of the supervised run.
-    initial: what `train` returned.
-  """
+  """Writes DIR/evaluation/held_out.json of what `train` returned, see
+  `held_out`; None without held-out documents."""
   if config.data.train is not None and config.data.eval is None:
     return None
   vocabulary = run_folder.load_tokenizer(workdir)
@@ -226,10 +215,6 @@ def own_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   """Finetunes `model.init` on the task's references, or resumes doing so.
 
-  Args:
-    config: see config.py; reads SECTIONS.
-    workdir: the folder of this run.
-
   Returns:
     The finetuned model.
   """
@@ -238,7 +223,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
       "data.reference_field is None, but supervised finetuning learns from "
       "references; name their field, or set sft.steps=0."
     )
-  check_data(config)
+  batches.check_data(config)
   stage.prepare(workdir, own_config(config), lambda: load_initial(config))
   model_config = run_folder.load_model_config(workdir)
   vocabulary = run_folder.load_tokenizer(workdir)
@@ -268,7 +253,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
     jax.random.fold_in(jax.random.key(config.seed), keys.SUPERVISED),
     label="supervised finetuning",
     settings=settings,
-    batches_from=lambda first: train_batches(
+    batches_from=lambda first: batches.train_batches(
       config, vocabulary, settings.batch, first, mesh
     ),
     step_fn=step_fn,
