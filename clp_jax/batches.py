@@ -18,7 +18,7 @@ from clp_jax.data.vocabulary import for_seqio
 from clp_jax.errors import ConfigError, as_config_error
 
 
-def _jsonl_rows(data: ml_collections.ConfigDict, pattern: str) -> jsonl.Rows:
+def _jsonl_rows(data: ml_collections.ConfigDict, pattern: str) -> reader.Rows:
   fields = (column(data, "document"), column(data, "reference"))
   return jsonl.read_rows(pattern, fields, conversations=True)
 

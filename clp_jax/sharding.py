@@ -15,6 +15,7 @@
 """
 
 import contextvars
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -228,9 +229,8 @@ def spread(policies: Tree, logical_axes: Tree, dtypes: Tree, *, whole: bool):
       return policy.astype(dtype)
     if isinstance(policy, LowRank):
       # The base is shared, and the factors and diagonals are small: whole.
-      return policy.astype(dtype).replace(
-        kernel=leaf(names, policy.kernel, dtype)
-      )
+      kernel = leaf(names, policy.kernel, dtype)
+      return dataclasses.replace(policy.astype(dtype), kernel=kernel)
     mesh, fsdp = placement.mesh, placement.fsdp
     grouped = policy.ndim == len(names) + 1
     at_rest = RULES | (FSDP_RULES if fsdp else {})
