@@ -55,8 +55,8 @@ def sampler(
 
   Args:
     config: a valid training config. rollout.temperature is that of the policy
-      and the reference alike: both are softmax(logits / temperature), so that
-      their KL is that of what samples.
+      and the reference alike: both are softmax(logits / temperature) over the
+      allowed tokens, so that their KL is that of what samples.
     bank: that makes the policies.
     prompts: what the policies are told of their weightings, or None.
     allowed: [V] bool, tokens that may be sampled.
@@ -96,6 +96,7 @@ def sampler(
         model.config.pad_id,
         temperature=own.temperature,
         logp_temperature=own.temperature,
+        logp_of_allowed=True,
       ),
       num_groups=own.weightings,
       num_samples=own.samples,
@@ -120,6 +121,7 @@ def score_reference(
   *,
   num_samples: int,
   temperature: float,
+  allowed: np.ndarray,
 ) -> jax.Array:
   """Step 3 of the module: a Rollout's ref_logp.
 
@@ -131,6 +133,7 @@ def score_reference(
     mask: [R, T] bool of the Rollout.
     num_samples: N.
     temperature: of the policy and the reference alike.
+    allowed: [V] bool, tokens that may be sampled.
 
   Returns:
     [R, T] float32, nats; 0 where the mask is False.
@@ -142,6 +145,7 @@ def score_reference(
     tokens,
     num_samples=num_samples,
     temperature=temperature,
+    allowed=allowed,
   ).logp
   return jnp.where(mask, logp, 0)
 
@@ -155,6 +159,7 @@ def score_groups(
   *,
   num_samples: int,
   temperature: float,
+  allowed: np.ndarray | None,
 ) -> decoding.TokenScores:
   """What the G policies of a rollout say of its responses, teacher-forced.
 
@@ -169,6 +174,7 @@ def score_groups(
       and tokens [G, R/G, T] int32, prompt-major; more is not read.
     num_samples: N.
     temperature: of the policies.
+    allowed: [V] bool, tokens that may be sampled; None for all.
 
   Returns:
     TokenScores whose arrays have the leading axes [G, R/G, T].
@@ -185,6 +191,7 @@ def score_groups(
       responses,
       num_samples=num_samples,
       temperature=temperature,
+      allowed=allowed,
     ),
     in_axes=(bank.policy_axes, 0, 0),
   )(policies, batch["encoder_input_tokens"], batch["tokens"])

@@ -2,8 +2,9 @@
 
 A token is drawn from the logits' modified distribution (`choose_tokens`), by
 inverting its distribution function; its log-probability is that under the
-unmodified one. What a row draws depends on its key, its position and its own
-settings only, not on the other rows or on the devices.
+unmodified one, or over the tokens that may be drawn. What a row draws depends
+on its key, its position and its own settings only, not on the other rows or on
+the devices.
 
 Axes: R rows, V vocabulary.
 """
@@ -41,8 +42,10 @@ class Sampling:
     top_p: [] or [R] float, sample among the most likely tokens that together
       reach this probability (after top_k); 1 or None for all.
     logp_temperature: [] or [R] float, positive: the log-probabilities are those
-      of softmax(logits / logp_temperature) over the whole vocabulary, whatever
-      `temperature`, `top_k`, `top_p` and `allowed` are.
+      of softmax(logits / logp_temperature), whatever `temperature`, `top_k` and
+      `top_p` are.
+    logp_of_allowed: whether that softmax is over the allowed tokens alone, as
+      what is drawn from, and not over the whole vocabulary.
     row_lengths: [] or [R] int, from 1: rows that are to end earlier than at
       the length of all; None for none.
   """
@@ -54,6 +57,7 @@ class Sampling:
   top_k: jax.Array | int | None = None
   top_p: jax.Array | float | None = None
   logp_temperature: jax.Array | float = 1.0
+  logp_of_allowed: bool = False
   row_lengths: jax.Array | None = None
 
   def __post_init__(self):
@@ -114,7 +118,8 @@ class Sampling:
       top_p=settings.get("top_p"),
     )
     scaled = logits / settings["logp_temperature"][:, None]
-    return token, at_token(scaled, token) - jax.nn.logsumexp(scaled, axis=-1)
+    total = log_total(scaled, self.allowed if self.logp_of_allowed else None)
+    return token, at_token(scaled, token) - total
 
   def ends(self, token: jax.Array, position: jax.Array) -> jax.Array:
     """[R] bool, whether rows end with tokens [R] at a position [] or [R]."""
@@ -289,6 +294,15 @@ def at_token(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   device that holds the token's column when the vocabulary is cut."""
   ids = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1)
   return jnp.sum(jnp.where(ids == tokens[..., None], logits, 0.0), axis=-1)
+
+
+def log_total(
+  logits: jax.Array, allowed: jax.Array | np.ndarray | None
+) -> jax.Array:
+  """logsumexp of logits [..., V] over the allowed [V] bool, or over all."""
+  if allowed is not None:
+    logits = jnp.where(jnp.asarray(allowed), logits, -jnp.inf)
+  return jax.nn.logsumexp(logits, axis=-1)
 
 
 def per_row(name: str, value: jax.Array | float, rows: int) -> jax.Array:

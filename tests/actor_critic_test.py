@@ -155,7 +155,7 @@ def plain_forward(model, params):
     logits, kept = both_families.plain_scores(
       model, policy, [x[own] for x in inputs]
     )
-    logp = jax.nn.log_softmax(logits)
+    logp = both_families.log_softmax(logits, both_families.allowed(model))
     logps.append(both_families.picked(logp, rollout.tokens[own]))
     states.append(kept)
   return jnp.concatenate(logps), jnp.concatenate(states)

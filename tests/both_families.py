@@ -136,17 +136,31 @@ def plain_scores(config, params, inputs):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _plain_logp(config, params, inputs, tokens, temperature):
+def _plain_logp(config, params, inputs, tokens, temperature, over):
   logits, _ = plain_scores(config, params, inputs)
-  return picked(jax.nn.log_softmax(logits / temperature), tokens)
+  return picked(log_softmax(logits / temperature, over), tokens)
 
 
-def plain_logp(config, params, prompts, tokens, temperature=1.0):
-  """[R, T] log-probabilities by `plain_scores`, of prompts [B, S]."""
+def log_softmax(logits, over):
+  """Over some [V] bool of the tokens; the others' is that of almost nothing."""
+  return jax.nn.log_softmax(jnp.where(over, logits, -1e9))
+
+
+def plain_logp(config, params, prompts, tokens, temperature=1.0, over=True):
+  """[R, T] log-probabilities by `plain_scores`, of prompts [B, S].
+
+  Args:
+    config: of the model.
+    params: its parameters.
+    prompts: [B, S].
+    tokens: [R, T].
+    temperature: divides the logits.
+    over: [V] bool, the tokens that can be said.
+  """
   prompts, tokens = np.asarray(prompts), np.asarray(tokens)
   prompts = np.repeat(prompts, len(tokens) // len(prompts), axis=0)
   inputs = plain_inputs(config, prompts, tokens)
-  return _plain_logp(config, params, inputs, tokens, temperature)
+  return _plain_logp(config, params, inputs, tokens, temperature, over)
 
 
 def picked(logp, tokens):

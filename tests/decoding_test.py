@@ -109,6 +109,7 @@ class TestLogp:
   @pytest.mark.parametrize("scan_layers", (False, True), ids=("list", "scan"))
   @pytest.mark.parametrize("config", (V1_0, V1_1), ids=("v1_0", "v1_1"))
   def test_sampling_and_teacher_forcing_agree(self, config, scan_layers):
+    only = config is V1_1  # of what may be drawn, there
     config = dataclasses.replace(config, scan_layers=scan_layers)
     params, source = random_params(config), ragged_source(4)
     samples = sampler(
@@ -118,6 +119,7 @@ class TestLogp:
       top_k=25,
       top_p=0.95,
       logp_temperature=1.3,
+      logp_of_allowed=only,
     )(params, source, row_keys(12))
     logp, entropy, _ = jit(
       functools.partial(
@@ -125,6 +127,7 @@ class TestLogp:
         families.build(config),
         num_samples=3,
         temperature=1.3,
+        allowed=ALLOWED if only else None,
       )
     )(params, source, samples.tokens)
 
@@ -143,9 +146,12 @@ class TestLogp:
     assert samples.logp[mask].std() > 0.1
     assert (entropy[mask] > 0).all() and (entropy < np.log(V)).all()
 
-  def test_logp_and_entropy_are_those_of_the_softmax(self):
+  @pytest.mark.parametrize("allowed", (None, ALLOWED), ids=("all", "some"))
+  def test_logp_and_entropy_are_those_of_the_softmax(self, allowed):
     params, source = random_params(V1_1), ragged_source(2)
     tokens = np.random.default_rng(3).integers(0, V, (4, 5))
+    if allowed is not None:
+      tokens = np.where(allowed[tokens], tokens, 1)
     temperature = np.array([0.5, 1, 1.5, 2])
     logp, entropy, _ = jit(
       functools.partial(
@@ -153,6 +159,7 @@ class TestLogp:
         families.build(V1_1),
         num_samples=2,
         temperature=temperature,
+        allowed=allowed,
       )
     )(params, source, tokens)
     targets = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
@@ -160,6 +167,8 @@ class TestLogp:
       {"params": params}, np.repeat(source, 2, axis=0), targets
     )
     logits = np.asarray(logits, np.float64) / temperature[:, None, None]
+    if allowed is not None:
+      logits = np.where(allowed, logits, -1e9)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = np.take_along_axis(log_probs, tokens[..., None], -1)[..., 0]
     np.testing.assert_allclose(logp, expected, atol=1e-4)

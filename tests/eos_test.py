@@ -237,13 +237,17 @@ def test_sweeps_end_there(case, policy):
   keys = rollout.row_keys(jax.random.key(3), 8)
   samples = policy.sample(tokens, policy.coefficients(WEIGHTS), keys)
   assert list(measured.responses) == policy.decode(samples)
-  ref_logp = decoding.score_tokens(
-    families.build(policy.bank.reference_config),
-    policy.reference,
-    tokens,
-    samples.tokens,
-  ).logp
-  kl = np.where(samples.mask, samples.logp - ref_logp, 0).sum(-1)
+  logp, ref_logp = (
+    decoding.score_tokens(
+      families.build(policy.bank.reference_config),
+      params,
+      tokens,
+      samples.tokens,
+      allowed=policy.allowed,
+    ).logp
+    for params in (policy.params(WEIGHTS), policy.reference)
+  )
+  kl = np.where(samples.mask, logp - ref_logp, 0).sum(-1)
   np.testing.assert_allclose(np.ravel(measured.kl), kl, atol=1e-4)
 
 

@@ -172,16 +172,55 @@ def test_kl_is_zero_at_step_0_at_any_temperature(model, temperature):
   assert mask.sum() > PROMPTS * SAMPLES  # more than ends
   assert len(set(mask.sum(1))) > 2
   np.testing.assert_allclose(rollout.logp, rollout.ref_logp, atol=1e-5)
-  # And the temperature is in both: they are those of the tempered model.
+  # And the temperature is in both: they are those of the tempered model, over
+  # the tokens that it can say.
   logp = both_families.plain_logp(
     model,
     reference(model),
     prompts_of(0, model=model),
     rollout.tokens,
     temperature,
+    both_families.allowed(model),
   )
   expected = np.where(rollout.mask, logp, 0)
   np.testing.assert_allclose(rollout.logp, expected, atol=2e-5)
+
+
+@both
+def test_a_policy_gains_nothing_by_wishing_for_what_it_can_not_say(model):
+  """Else its KL could fall, below 0 even, as it turns from what it says."""
+  _, _, programs = plain_run(model)
+  allowed = both_families.allowed(model)
+
+  def wish(state):
+    params = jax.tree.map(lambda x: x, state.params)
+    head = params["decoder"]["logits_dense"]
+    head["kernel"] = jnp.where(allowed, head["kernel"], 30 * head["kernel"])
+    return dataclasses.replace(state, params=params)
+
+  plain = rollout_of(programs, model, 0, 0)[2]
+  state, placed, rollout = rollout_of(programs, model, 0, 0, wish)
+  mask = np.asarray(rollout.mask)
+  whole = both_families.plain_logp(
+    model,
+    conditioning.mix(
+      state.params,
+      conditioning.steerable_leaves(reference(model), "full"),
+      rollout.coefficients[0],
+    ),
+    rollout.encoder_input_tokens,
+    rollout.tokens,
+    TEMPERATURE,
+  )
+  assert (whole - rollout.ref_logp)[mask].mean() < -0.5  # it does wish
+  np.testing.assert_array_equal(rollout.tokens, plain.tokens)
+  np.testing.assert_allclose(rollout.logp, rollout.ref_logp, atol=1e-5)
+  before = np.asarray(state.params["decoder"]["logits_dense"]["kernel"])
+  rewards = sharding.to_devices(mesh_of(), rewards_of(rollout), len(mask))
+  new, _ = programs.update(state, rollout, rewards, placed)
+  after = np.asarray(new.params["decoder"]["logits_dense"]["kernel"])
+  np.testing.assert_array_equal(after[..., ~allowed], before[..., ~allowed])
+  assert (after[..., allowed] != before[..., allowed]).mean() > 0.5
 
 
 @both
@@ -262,9 +301,10 @@ def test_update_equals_a_plain_computation(model, kind):
       logits, _ = both_families.plain_scores(
         model, policy, [x[own] for x in inputs]
       )
-      logp = both_families.picked(
-        jax.nn.log_softmax(logits / TEMPERATURE), tokens[own]
+      logp = both_families.log_softmax(
+        logits / TEMPERATURE, both_families.allowed(model)
       )
+      logp = both_families.picked(logp, tokens[own])
       response = jnp.where(mask[own], logp, 0).sum(1)
       total -= (advantages[own] * response).sum()
     return total / rows

@@ -196,7 +196,9 @@ def test_a_rollout_prompts_its_policies_and_not_the_reference(model, make):
     allowed = both_families.allowed(model)
     assert allowed[np.asarray(rollout.tokens)[rollout.mask]].all()
     for inputs, logp in ((rows, rollout.logp), (documents, rollout.ref_logp)):
-      own = both_families.plain_logp(model, start, inputs, rollout.tokens)
+      own = both_families.plain_logp(
+        model, start, inputs, rollout.tokens, over=allowed
+      )
       own = np.where(rollout.mask, own, 0)
       np.testing.assert_allclose(logp, own, atol=2e-5)
   assert len(written) > 1

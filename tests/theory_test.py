@@ -371,7 +371,11 @@ class Enumerated:
 
   def scorer(self, num_samples):
     return functools.partial(
-      score_groups, self.bank, num_samples=num_samples, temperature=TEMPERATURE
+      score_groups,
+      self.bank,
+      num_samples=num_samples,
+      temperature=TEMPERATURE,
+      allowed=None,
     )
 
 

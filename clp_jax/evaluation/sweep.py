@@ -239,7 +239,9 @@ def make_measure(
       cache,
       keys,
       policy.decoder.sampling(
-        temperature=temperature, logp_temperature=logp_temperature
+        temperature=temperature,
+        logp_temperature=logp_temperature,
+        logp_of_allowed=True,
       ),
       config.data.target_length,
     )
@@ -250,6 +252,7 @@ def make_measure(
       samples.tokens,
       num_samples=settings.samples,
       temperature=logp_temperature,
+      allowed=policy.allowed,
     ).logp
     kl = jnp.where(samples.mask, samples.logp - ref_logp, 0).sum(-1)
     return samples.tokens, samples.mask, kl

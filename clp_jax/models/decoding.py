@@ -26,10 +26,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clp_jax import row_mixing, sharding
 from clp_jax.models.model import Cache, Context, Model, Params
-from clp_jax.sampling import Sampling, at_token, check_positive, per_row
+from clp_jax.sampling import (
+  Sampling,
+  at_token,
+  check_positive,
+  log_total,
+  per_row,
+)
 
 # (last tokens [R] int32, cache, position [] or [R] int32)
 # -> (logits [R, V], cache)
@@ -170,6 +177,7 @@ def score_tokens(
   *,
   num_samples: int = 1,
   temperature: jax.Array | float = 1.0,
+  allowed: jax.Array | np.ndarray | None = None,
 ) -> TokenScores:
   """Log-probabilities of given tokens, and entropies, teacher-forced.
 
@@ -177,7 +185,9 @@ def score_tokens(
     tokens: [R, T] int, prompt-major, for instance `Samples.tokens`.
     num_samples: N, such that R = B * N.
     temperature: [] or [R] float, positive; the policy is
-      softmax(logits / temperature) over the whole vocabulary.
+      softmax(logits / temperature).
+    allowed: [V] bool, the tokens that the policy is over, of one that produces
+      no others; None for the whole vocabulary.
 
   Returns:
     What stands where a row has ended means nothing: mask it.
@@ -190,10 +200,12 @@ def score_tokens(
   logits, states = model.score(params, encoder_input_tokens, tokens)
   divisor = per_row("temperature", temperature, len(tokens))
   logits = logits / divisor[:, None, None]
-  log_total = jax.nn.logsumexp(logits, axis=-1)
-  probs = jnp.exp(logits - log_total[..., None])
-  entropy = log_total - jnp.sum(probs * logits, axis=-1)
-  return TokenScores(at_token(logits, tokens) - log_total, entropy, states)
+  total = log_total(logits, allowed)
+  probs = jnp.exp(logits - total[..., None])
+  if allowed is not None:
+    probs = jnp.where(jnp.asarray(allowed), probs, 0)
+  entropy = total - jnp.sum(probs * logits, axis=-1)
+  return TokenScores(at_token(logits, tokens) - total, entropy, states)
 
 
 def check_rows(

@@ -118,6 +118,7 @@ def make_programs(
   scoring = {
     "num_samples": config.rollout.samples,
     "temperature": config.rollout.temperature,
+    "allowed": allowed,
   }
   model = families.build(model_config)
   reference_at = sharding.param_shardings(
