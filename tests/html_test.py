@@ -2,9 +2,9 @@
 
 import html.parser
 import json
-import pathlib
 import re
 
+import browsers
 import pytest
 
 from clp_jax.data import newsroom, tasks
@@ -311,7 +311,6 @@ def test_save_gives_an_address_that_opens(tmp_path, monkeypatch):
 @pytest.mark.parametrize("width", [1280, 375])
 @pytest.mark.parametrize("objectives", [2, 3])
 def test_a_browser_shows_it(tmp_path, width, objectives):
-  sync_api = pytest.importorskip("playwright.sync_api")
   names = ("rouge", "nli", "tldr")[:objectives]
   text = page.render(
     "Steering",
@@ -321,11 +320,7 @@ def test_a_browser_shows_it(tmp_path, width, objectives):
     commands=["clp demo " + "--x " * 60],
   )
   address = page.save(tmp_path / "report.html", text)
-  with sync_api.sync_playwright() as playwright:
-    found = next(map(pathlib.Path, ("/usr/bin/chromium",)))
-    browser = playwright.chromium.launch(
-      executable_path=found if found.exists() else None, args=["--no-sandbox"]
-    )
+  with browsers.chromium() as browser:
     tab = browser.new_page(viewport={"width": width, "height": 800})
     requests, messages = [], []
     tab.on("request", lambda request: requests.append(request.url))
@@ -349,6 +344,5 @@ def test_a_browser_shows_it(tmp_path, width, objectives):
     drawn = tab.locator(".plot .s1 .mark").last
     assert drawn.is_visible()
     tab.locator("#show-1").uncheck()
-    assert not drawn.is_visible()
+    drawn.wait_for(state="hidden")
     assert requests == [address] and not messages
-    browser.close()

@@ -9,9 +9,9 @@ otherwise a smaller one is trained first, which takes minutes.
 import contextlib
 import os
 import pathlib
-import shutil
 import time
 
+import browsers
 import numpy as np
 import pytest
 import runs
@@ -27,19 +27,8 @@ PROMPTS = 12
 
 @pytest.fixture(scope="module")
 def browser():
-  sync_api = pytest.importorskip("playwright.sync_api")
-  chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-  with sync_api.sync_playwright() as playwright:
-    try:
-      launched = playwright.chromium.launch(
-        executable_path=chromium,
-        # In a container there is often no user to run the sandbox as.
-        args=["--no-sandbox"] if os.getuid() == 0 else [],
-      )
-    except sync_api.Error as error:
-      pytest.skip(f"no browser can be started: {error}")
+  with browsers.chromium() as launched:
     yield launched
-    launched.close()
 
 
 @pytest.fixture(scope="module")
