@@ -17,7 +17,7 @@ from clp_jax import conditioning, interop, row_mixing
 from clp_jax.bank import Bank
 from clp_jax.interop import causal as causal_folders
 from clp_jax.interop.storage import Folder
-from clp_jax.models import causal, decoding, families, trees
+from clp_jax.models import attention, decoding, families, trees
 from clp_jax.models.causal import CausalConfig, Rope
 from clp_jax.sampling import Sampling
 
@@ -163,7 +163,7 @@ def test_many_queries_are_attended_to_in_blocks(monkeypatch):
     return (jax.nn.log_softmax(logits)[..., 7] * 0.01).sum()
 
   blocked, gradient = jax.jit(jax.value_and_grad(loss))(params)
-  monkeypatch.setattr(causal, "MANY_QUERIES", 10_000)
+  monkeypatch.setattr(attention, "MANY_QUERIES", 10_000)
   whole, expected = jax.jit(jax.value_and_grad(lambda p: loss(p)))(params)
   np.testing.assert_allclose(blocked, whole, rtol=1e-5)
   jax.tree.map(

@@ -239,13 +239,16 @@ def test_sweeps_end_there(case, policy):
   assert list(measured.responses) == policy.decode(samples)
   logp, ref_logp = (
     decoding.score_tokens(
-      families.build(policy.bank.reference_config),
+      families.build(config),
       params,
       tokens,
       samples.tokens,
       allowed=policy.allowed,
     ).logp
-    for params in (policy.params(WEIGHTS), policy.reference)
+    for config, params in (
+      (policy.model_config, policy.params(WEIGHTS)),
+      (policy.bank.reference_config, policy.reference),
+    )
   )
   kl = np.where(samples.mask, logp - ref_logp, 0).sum(-1)
   np.testing.assert_allclose(np.ravel(measured.kl), kl, atol=1e-4)

@@ -196,7 +196,8 @@ def test_a_policy_gains_nothing_by_wishing_for_what_it_can_not_say(model):
     params = jax.tree.map(lambda x: x, state.params)
     head = params["decoder"]["logits_dense"]
     head["kernel"] = jnp.where(allowed, head["kernel"], 30 * head["kernel"])
-    return dataclasses.replace(state, params=params)
+    placed = sharding.put(params, programs.state_shardings.params)
+    return dataclasses.replace(state, params=placed)
 
   plain = rollout_of(programs, model, 0, 0)[2]
   state, placed, rollout = rollout_of(programs, model, 0, 0, wish)
@@ -359,7 +360,7 @@ def test_one_hot_weighting_equals_a_single_objective_run(model):
     jax.tree.map(lambda p: p[1], state.params),
     alone.params,
     alone.opt_state,
-    rounding=1e-9,
+    rounding=1e-7,  # of sums of what is near 1
     moved=3 * config.optimizer.learning_rate,
     atol=1e-6,
   )
@@ -442,7 +443,14 @@ def test_devices_do_not_change_training(model, replica, data, cut, fsdp):
     config, mesh_of(data, cut, replica), 2, model=model
   )
   assert_trees_close(history, many_history, rtol=5e-4, atol=5e-5)
-  assert_trees_close(one, many.params, atol=5e-4)
+  both_families.assert_near_after_adam(
+    one,
+    many.params,
+    many.opt_state,
+    rounding=1e-9,
+    moved=2 * config.optimizer.learning_rate,
+    atol=5e-4,
+  )
   kernel = mlp_kernel(model, many.params)
   *layers, rows, columns = kernel.shape[1:]
   assert kernel.sharding.shard_shape(kernel.shape) == (

@@ -230,7 +230,7 @@ class TestManyQueries:
     query, keys, values, mask, bias = self.arguments()
 
     def results(many, size):
-      monkeypatch.setattr(layers, "MANY_QUERIES", many)
+      monkeypatch.setattr(attention, "MANY_QUERIES", many)
       monkeypatch.setattr(attention, "QUERIES", size)
 
       def value(query, keys, values, bias):
@@ -251,7 +251,7 @@ class TestManyQueries:
     query, keys, values, _, _ = self.arguments(1, 1, queries=1024, keys=512)
 
     def memory(many):
-      monkeypatch.setattr(layers, "MANY_QUERIES", many)
+      monkeypatch.setattr(attention, "MANY_QUERIES", many)
 
       def value(*arrays):
         mask = np.ones([1, 1, 1, 512], bool)
