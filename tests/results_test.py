@@ -105,6 +105,34 @@ def test_pictures_show_every_method_once(num, tmp_path):
   assert first.startswith(b"\x89PNG")
 
 
+def test_of_three_rewards_every_method_has_its_hypervolumes(
+  tmp_path, monkeypatch
+):
+  lifts = {("a", None): 0.0, ("Rewarded Soups", None): -0.1, ("c", None): 0.1}
+  content = content_of(lifts, axis=None)
+  content["objectives"] = ["rouge", "nli", "tldr"]
+  content["reference_point"] = [0.0, 0.0, 0.0]
+  content["shown"] = list(content["fronts"])
+  for front in content["fronts"].values():
+    front["weightings"] = [[*row, 0.0] for row in front["weightings"]]
+    for run in front["runs"]:
+      run["rewards"] = [[*row, 0.5] for row in run["rewards"]]
+  drawn = []
+  monkeypatch.setattr(pictures, "_save", lambda figure, _: drawn.append(figure))
+  pictures.fronts(content, tmp_path / "fronts.png")
+  *pairs, strip = [ax for sub in drawn[0].subfigs for ax in sub.axes]
+  assert [(ax.get_xlabel(), ax.get_ylabel()) for ax in pairs] == [
+    ("reward rouge", "reward nli"),
+    ("reward rouge", "reward tldr"),
+    ("reward nli", "reward tldr"),
+  ]
+  names = [x.get_text().split(",")[0] for x in strip.get_yticklabels()]
+  assert names == ["Rewarded Soups", "a", "c"]  # the best on top
+  found = strip.collections[0].get_offsets()[:, 0]
+  expected = pictures.hypervolumes(content, "Rewarded Soups")[1][0]
+  np.testing.assert_allclose(found, expected)
+
+
 def test_a_front_of_a_reward_against_kl_has_kl_as_its_axis(tmp_path):
   content = content_of({("full-CLP", None): 0.0}, axis=None)
   content["objectives"] = ["nli"]

@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 
 MAIN = 5  # methods of the large panel
 GREY = "0.75"
+BASELINE = "Rewarded Soups"
 
 
 def fronts(content: Json, path: pathlib.Path) -> None:
@@ -31,6 +32,9 @@ def fronts(content: Json, path: pathlib.Path) -> None:
   main = [n for n in content["shown"] if n in names][:MAIN] or names[:MAIN]
   rest = [n for n in names if n not in main]
   pairs = _pairs(content)
+  if len(pairs) > 1:
+    _several(content, main, pairs, path)
+    return
   columns = 5
   rows = -(-len(rest) // columns)
   height = 4.6 + 1.9 * rows
@@ -42,15 +46,12 @@ def fronts(content: Json, path: pathlib.Path) -> None:
     if rows
     else [figure]
   )
-  for ax, pair in zip(
-    np.atleast_1d(top.subplots(1, len(pairs))), pairs, strict=True
-  ):
-    for i, name in enumerate(main):
-      _draw(ax, content, name, pair, COLOURS[i], MARKERS[i])
-    _label(ax, content, pair)
-    if len(pairs) == 1:
-      _name_ends(ax, content, main[0], pair)
-  handles, labels = top.axes[0].get_legend_handles_labels()
+  ax = top.subplots()
+  for i, name in enumerate(main):
+    _draw(ax, content, name, pairs[0], COLOURS[i], MARKERS[i])
+  _label(ax, content, pairs[0])
+  _name_ends(ax, content, main[0], pairs[0])
+  handles, labels = ax.get_legend_handles_labels()
   top.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False)
   if rows:
     axes = below[0].subplots(rows, columns, squeeze=False).ravel()
@@ -65,6 +66,52 @@ def fronts(content: Json, path: pathlib.Path) -> None:
       ax.set_ylim(limits[1])
       ax.tick_params(labelsize="x-small")
       tidy(ax)
+  _save(figure, path)
+
+
+def _several(
+  content: Json,
+  main: Sequence[str],
+  pairs: Sequence[tuple[int, int]],
+  path: pathlib.Path,
+) -> None:
+  """Draws the fronts of three rewards or more: of two methods what each pair of
+  rewards shows, and of all how much lies under them."""
+  names = list(content["fronts"])
+  volumes = {
+    name: hypervolumes(content, content["fronts"][name]["method"])[1][0]
+    for name in names
+  }
+  names.sort(key=lambda name: volumes[name].mean())
+  against = [n for n in main[1:] if n == BASELINE] or main[1:2]
+  heights = (3.6, 0.26 * len(names) + 0.8)
+  figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
+  top, below = figure.subfigures(2, 1, height_ratios=heights)
+  for ax, pair in zip(top.subplots(1, len(pairs)), pairs, strict=True):
+    for i, name in enumerate([main[0], *against]):
+      runs = content["fronts"][name]["runs"]
+      mean = np.mean([points(content, run) for run in runs], axis=0)[:, pair]
+      ax.scatter(*mean.T, s=14, color=COLOURS[i], marker=MARKERS[i], alpha=0.3)
+      best = mean[fronts_lib.non_dominated(mean)]
+      x, y = best[np.argsort(best[:, 0])].T
+      ax.plot(x, y, color=COLOURS[i], marker=MARKERS[i], label=name)
+    _label(ax, content, pair)
+  top.legend(
+    *top.axes[0].get_legend_handles_labels(),
+    loc="outside upper left",
+    ncols=2,
+    frameon=False,
+    title="Lines: the best of each pair of rewards.",
+    alignment="left",
+  )
+  ax = below.subplots()
+  for y, name in enumerate(names):
+    colour = COLOURS[0] if name == main[0] else "0.35"
+    ax.scatter(volumes[name], [y] * len(volumes[name]), s=22, color=colour)
+    ax.scatter(volumes[name].mean(), y, s=160, marker="|", color=colour)
+  ax.set_yticks(range(len(names)), names)
+  ax.set_xlabel("hypervolume of the front: seeds, and their mean")
+  tidy(ax)
   _save(figure, path)
 
 
