@@ -86,7 +86,8 @@ def _several(
   against = [n for n in main[1:] if n == BASELINE] or main[1:2]
   heights = (3.6, 0.26 * len(names) + 0.8)
   figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
-  top, below = figure.subfigures(2, 1, height_ratios=heights)
+  grid = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
+  (top,), (below,) = grid
   for ax, pair in zip(top.subplots(1, len(pairs)), pairs, strict=True):
     for i, name in enumerate([main[0], *against]):
       runs = content["fronts"][name]["runs"]
