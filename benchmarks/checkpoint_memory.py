@@ -4,9 +4,11 @@
 
 writes a T5 v1.1 in float32 and a Qwen3 in bfloat16, with parameters of at least
 that size, in every format, then reads each in a process of its own and prints
-one line a format: the size of the files, the memory that was resident after the
-imports, the most that was ever, and the ratio of that to the size. "sharded"
-reads to 8 virtual devices of that one process, whose memory is the host's.
+one line a format: the size of the files, that of the arrays in them (Orbax and
+zarr compress, bfloat16 by a fifth), the memory that was resident after the
+imports, the most that was ever, and the ratio of that to the arrays and to the
+files. "sharded" reads to 8 virtual devices of that one process, whose memory is
+the host's.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import time
 LIMIT = 1.3
 READ = """
 import resource, sys
+import jax
 from clp_jax import interop, sharding
 from clp_jax.cli import memory
 from clp_jax.models import families
@@ -37,6 +40,7 @@ resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(resident())
 model, params = interop.load_model(sys.argv[1], shardings)
 print(resident())
+print(sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 MODELS = (
   ("t5", "base", "float32", ("hf", "t5x", "t5x-orbax", "orbax")),
@@ -102,7 +106,8 @@ def main() -> int:
       os._exit(0)
     if os.waitpid(pid, 0)[1]:
       return 1
-    print(f"{'':24}     GiB  before    peak   ratio       s")
+    columns = ("files", "arrays", "before", "peak", "ratio", "files'", "s")
+    print(" " * 24 + "".join(f"{c:>8}" for c in columns))
     for folder in sorted(parent.iterdir()):
       for where in ("host", "sharded"):
         start = time.perf_counter()
@@ -118,12 +123,16 @@ def main() -> int:
           check=True,
         )
         seconds = time.perf_counter() - start
-        before, peak = (1024 * int(kib) for kib in done.stdout.split())
-        size = size_of(folder)
-        worst = max(worst, peak / size)
+        *resident, arrays = map(int, done.stdout.split())
+        before, peak = (1024 * kib for kib in resident)
+        files = size_of(folder)
+        worst = max(worst, peak / arrays)
         name = folder.name + ("" if where == "host" else ", sharded")
-        gib = "".join(f"{n / 2**30:8.2f}" for n in (size, before, peak))
-        print(f"{name:24}{gib}{peak / size:8.2f}{seconds:8.1f}", flush=True)
+        gib = "".join(
+          f"{n / 2**30:8.2f}" for n in (files, arrays, before, peak)
+        )
+        ratios = f"{peak / arrays:8.2f}{peak / files:8.2f}"
+        print(f"{name:24}{gib}{ratios}{seconds:8.1f}", flush=True)
   finally:
     shutil.rmtree(parent)
   print(f"worst ratio {worst:.2f}, at most {LIMIT} is wanted")
