@@ -62,8 +62,11 @@ def write(folder: pathlib.Path, gib: float) -> None:
     config, dtype = PRESETS[size], jnp.dtype(dtype_name)
     shapes = leaves.expected_shapes(config)
     while dtype.itemsize * sum(map(np.prod, shapes.values())) < gib * 2**30:
-      depths = [n for n in vars(config) if n.endswith("_layers")]
-      deeper = {n: getattr(config, n) + 2 for n in depths if n[:4] == "num_"}
+      deeper = {
+        name: depth + 2
+        for name, depth in vars(config).items()
+        if name.startswith("num_") and name.endswith("_layers")
+      }
       config = dataclasses.replace(config, **deeper)
       shapes = leaves.expected_shapes(config)
     rng = np.random.default_rng(0)
@@ -106,7 +109,7 @@ def main() -> int:
       os._exit(0)
     if os.waitpid(pid, 0)[1]:
       return 1
-    columns = ("files", "arrays", "before", "peak", "ratio", "files'", "s")
+    columns = ("files", "arrays", "before", "peak", "ratio", "to files", "s")
     print(" " * 24 + "".join(f"{c:>8}" for c in columns))
     for folder in sorted(parent.iterdir()):
       for where in ("host", "sharded"):

@@ -4,6 +4,7 @@ Weights & Biases has what metrics.jsonl has."""
 import json
 import struct
 import sys
+import time
 
 import pytest
 import runs
@@ -57,10 +58,12 @@ def wandb_rows(workdir):
   for path in sorted((workdir / "wandb").glob("offline-run-*/run-*.wandb")):
     content, start = path.read_bytes(), 7  # of a log as LevelDB's
     name, config, rows = None, {}, []
-    while start < len(content):
+    while start + 7 <= len(content):
       _, size, kind = struct.unpack_from("<IHB", content, start)
       assert kind == 1  # whole: the file is shorter than a block
       data = content[start + 7 : start + 7 + size]
+      if len(data) < size:  # is being written
+        break
       start += 7 + size
       record = wandb_internal_pb2.Record.FromString(data)
       if record.HasField("run"):
@@ -87,6 +90,11 @@ def test_wandb_has_the_metrics_of_a_run_and_of_its_resumption(
     with metrics.MetricsWriter(str(tmp_path), start, "steering") as writer:
       for step in (start + 1, start + 2):
         writer.write(step, {"loss": step / 4, "reward/nli": 0.5})
+  # Another process writes them, which may take a while.
+  end = time.monotonic() + 30
+  while sum(len(rows) for *_, rows in wandb_rows(tmp_path)) < 4:
+    assert time.monotonic() < end
+    time.sleep(0.1)
   (first, config, rows), (second, _, more) = wandb_rows(tmp_path)
   assert first == second == (tmp_path / "wandb_id").read_text()
   assert config["seed"] == "7"

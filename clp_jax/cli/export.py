@@ -151,7 +151,7 @@ def _export_reward(args, output, old_format: str | None, config) -> None:
     raise ConfigError(f"--format hf: {error}") from error
   words = judge.vocabulary
   usage = model_card.of_reward(
-    models.parts(config.reward_model.template),
+    models.split(config.reward_model.template),
     config.data.source_length,
     begins=words.bos_id is not None,
     is_hf=TOKENIZER in words.files(),

@@ -257,7 +257,8 @@ def of_reward(
   """How a head on a decoder is loaded, as markdown.
 
   Args:
-    parts: of its rows, tokenised apart; {document} and {response} are places.
+    parts: of its rows, tokenised apart: texts, and between them the names of
+      places, as `rewards.model.split` gives them.
     length: tokens of a row.
     begins: whether rows begin with BOS.
     is_hf: whether transformers reads the tokenizer.
@@ -268,8 +269,9 @@ def of_reward(
   )
   if not is_hf:
     return ours
-  places = {"{document}": "document", "{response}": "response"}
-  listed = ", ".join(places.get(part) or json.dumps(part) for part in parts)
+  listed = ", ".join(
+    part if i % 2 else json.dumps(part) for i, part in enumerate(parts) if part
+  )
   bos = "tokenizer.bos_token_id, " if begins else ""
   return f"""```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -172,10 +172,9 @@ def check_template(template: str) -> None:
     )
 
 
-def parts(template: str) -> list[str]:
-  """A template's texts and places, in order, as `Inputs` tokenises them."""
-  found = re.split(r"(\{(?:document|response)\})", template)
-  return [part.strip() for part in found if part.strip()]
+def split(template: str) -> list[str]:
+  """A template's three texts and, between them, the names of its two places."""
+  return [part.strip() for part in _PLACE.split(template)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +228,8 @@ class Inputs:
   @functools.cached_property
   def _around(self) -> tuple[list[int], ...]:
     """Tokens before, between and after the two texts."""
-    parts = _PLACE.split(self.template)[::2]
-    around = [self.vocabulary.encode(part.strip()) for part in parts]
+    texts = split(self.template)[::2]
+    around = [self.vocabulary.encode(text) for text in texts]
     if self.vocabulary.bos_id is not None:
       around[0] = [self.vocabulary.bos_id, *around[0]]
     return tuple(around)
@@ -246,7 +245,7 @@ class Inputs:
     if self.overlap is not None:
       stride = max(room - min(self.overlap, room // 2), 1)
       starts += range(stride, max(len(document) - room, 0) + stride, stride)
-    document_first = _PLACE.findall(self.template)[0] == "document"
+    document_first = split(self.template)[1] == "document"
     for start in starts:
       part = document[start : start + room]
       first, second = (part, response) if document_first else (response, part)

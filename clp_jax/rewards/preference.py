@@ -144,15 +144,14 @@ def export(
   which the source "classifier" reads with the same scores.
 
   Args:
-    config: of the run.
+    config: of the run, which `check_exports` has seen.
     judge: from `load_trained`.
     path: the folder.
     dtype: of the parameters written.
 
   Raises:
-    ValueError: as `check_exports`, and as `classifiers.save_decoder`.
+    ValueError: as `classifiers.save_decoder`.
   """
-  check_exports(config, judge.model.config)
   params = jax.tree.map(lambda p: p.astype(dtype), judge.params)
   classifiers.save_decoder(
     path,

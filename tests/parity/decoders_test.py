@@ -273,25 +273,15 @@ class Stored(NamedTuple):
   score: Any  # jitted
 
 
-def model_in(folder):
-  """What transformers reads, which must use every tensor and lack none."""
-  model, info = transformers.AutoModelForCausalLM.from_pretrained(
-    folder,
-    torch_dtype=torch.float32,
-    attn_implementation="eager",
-    output_loading_info=True,
-  )
-  assert not any(info.values()), info
-  return model.eval()
-
-
 @functools.cache
 def stored_in(name: str, folder: pathlib.Path) -> Stored:
   case = CASES[name]
   model = make_causal.make(case.config).to(getattr(torch, case.dtype))
   model.save_pretrained(folder, max_shard_size=case.shard)
   ours, params = interop.load_model(folder, scan_layers=case.scan)
-  return Stored(folder, model_in(folder), ours, params, jax.jit(ours.score))
+  return Stored(
+    folder, make_causal.read(folder), ours, params, jax.jit(ours.score)
+  )
 
 
 @pytest.fixture(scope="session")
@@ -406,7 +396,7 @@ class TestEveryFamily:
     interop.save_model(
       *(tmp_path, stored.model, stored.params, "hf"), max_shard_bytes=size
     )
-    again = model_in(tmp_path)
+    again = make_causal.read(tmp_path)
     old = stored.theirs.config.get_text_config()
     assert again.config.model_type == old.model_type
     free = {
@@ -496,7 +486,7 @@ class TestGreedy:
     model, params = interop.load_model(tmp_path, scan_layers=config.scan_layers)
     assert model.config.eos_ids == tuple(np.atleast_1d(eos))
     samples = self.sample(model, params, tokens)
-    theirs = model_in(tmp_path).generate(
+    theirs = make_causal.read(tmp_path).generate(
       torch.tensor(np.where(mask > 0, tokens, 0)).long(),
       attention_mask=torch.tensor(mask).long(),
       do_sample=False,
@@ -596,7 +586,7 @@ def test_a_config_that_was_edited_says_what_it_says_to_transformers(
   prompts, responses = texts_of(model.config, seed=4)
   tokens = padded(prompts, model.config.pad_id, "left", WIDTH)
   logits, _ = jax.jit(model.score)(params, tokens, jnp.asarray(responses))
-  theirs = model_in(tmp_path)
+  theirs = make_causal.read(tmp_path)
   expected = expected_logits(theirs, prompts, responses)
   np.testing.assert_allclose(logits, expected, atol=1e-4)
   pad_id = theirs.config.get_text_config().pad_token_id
@@ -683,7 +673,7 @@ def test_the_stored_fixtures_are_what_transformers_writes(name, tmp_path):
   assert again == found
   assert_same(params, same)
   expected = np.load(folder / "expected.npz")
-  for each in (model, model_in(folder)):
+  for each in (model, make_causal.read(folder)):
     np.testing.assert_allclose(
       make_causal.logits_of(each, expected["ids"]),
       expected["logits"],
@@ -747,7 +737,7 @@ class TestPolicies:
   def test_score_alike_in_transformers(self, tmp_path, architecture, steering):
     policy = self.run(tmp_path, architecture, steering)
     policy.export(str(tmp_path / "out"), "hf", self.WEIGHTS)
-    exported = model_in(tmp_path / "out")
+    exported = make_causal.read(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     texts = [
       "The council of Oakdale met on Monday to talk about the old bridge.",
@@ -773,7 +763,7 @@ class TestPolicies:
   def test_speak_and_chat_alike_in_transformers(self, tmp_path):
     policy = self.run(tmp_path, "qwen3", "full")
     policy.export(str(tmp_path / "out"), "hf", self.WEIGHTS, dtype="bfloat16")
-    exported = model_in(tmp_path / "out")
+    exported = make_causal.read(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = tokenizer_files.load_tokenizer(tmp_path / "out")
     assert tokenizer.eos_token_id == ours.eos_id == policy.vocabulary.eos_id

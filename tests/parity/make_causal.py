@@ -89,6 +89,20 @@ def make(
   return model
 
 
+def read(
+  folder: Any, auto: Any = transformers.AutoModelForCausalLM
+) -> transformers.PreTrainedModel:
+  """A folder's model, which must use every tensor and lack none, in float32."""
+  model, info = auto.from_pretrained(
+    folder,
+    torch_dtype=torch.float32,
+    attn_implementation="eager",
+    output_loading_info=True,
+  )
+  assert not any(info.values()), info
+  return model.eval()
+
+
 def logits_of(model: transformers.PreTrainedModel, ids) -> np.ndarray:
   """[n] tokens -> [n, V] float32."""
   with torch.no_grad():

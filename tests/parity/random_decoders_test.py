@@ -149,18 +149,6 @@ def as_written_by_5(values):
   text["rope_parameters"] = rope
 
 
-def read(folder):
-  """transformers' model in a folder, which lacks nothing and has no more."""
-  model, info = transformers.AutoModelForCausalLM.from_pretrained(
-    folder,
-    torch_dtype=torch.float32,
-    attn_implementation="eager",
-    output_loading_info=True,
-  )
-  assert not any(info.values()), info
-  return model.eval()
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_config_means_the_same_to_both(kind, seed, tmp_path):
@@ -172,7 +160,7 @@ def test_any_config_means_the_same_to_both(kind, seed, tmp_path):
     max_shard_size=draw.choice(["10KB", "1GB"]),
     safe_serialization=seed > 0,
   )
-  theirs = read(tmp_path / "theirs")
+  theirs = make_causal.read(tmp_path / "theirs")
   if draw.random() < 0.5:
     file = tmp_path / "theirs" / "config.json"
     values = json.loads(file.read_text())
@@ -206,7 +194,7 @@ def test_any_config_means_the_same_to_both(kind, seed, tmp_path):
   interop.save_model(
     *(tmp_path / "ours", ours, params, "hf"), max_shard_bytes=size
   )
-  again = read(tmp_path / "ours")
+  again = make_causal.read(tmp_path / "ours")
   for text, whole in zip(texts, expected, strict=True):
     np.testing.assert_allclose(
       make_causal.logits_of(again, text), whole, atol=1e-4

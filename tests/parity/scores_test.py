@@ -227,14 +227,10 @@ def stored_in(name: str, folder: pathlib.Path):
       (folder / file).write_bytes(content)
   else:
     small_encoder.write_tokenizer(folder, kind)
-  model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-    folder,
-    torch_dtype=torch.float32,
-    attn_implementation="eager",
-    output_loading_info=True,
+  model = make_causal.read(
+    folder, transformers.AutoModelForSequenceClassification
   )
-  assert not any(info.values()), info
-  return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+  return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
