@@ -108,7 +108,7 @@ def test_pictures_show_every_method_once(num, tmp_path):
 def test_of_three_rewards_every_method_has_its_hypervolumes(
   tmp_path, monkeypatch
 ):
-  lifts = {("a", None): 0.0, ("Rewarded Soups", None): -0.1, ("c", None): 0.1}
+  lifts = {("z", None): 0.0, ("Rewarded Soups", None): -0.1, ("c", None): 0.1}
   content = content_of(lifts, axis=None)
   content["objectives"] = ["rouge", "nli", "tldr"]
   content["reference_point"] = [0.0, 0.0, 0.0]
@@ -127,7 +127,7 @@ def test_of_three_rewards_every_method_has_its_hypervolumes(
     ("reward nli", "reward tldr"),
   ]
   names = [x.get_text().split(",")[0] for x in strip.get_yticklabels()]
-  assert names == ["Rewarded Soups", "a", "c"]  # the best on top
+  assert names == ["Rewarded Soups", "z", "c"]  # the best on top
   found = strip.collections[0].get_offsets()[:, 0]
   expected = pictures.hypervolumes(content, "Rewarded Soups")[1][0]
   np.testing.assert_allclose(found, expected)
