@@ -11,8 +11,12 @@
 All paths may be gs://. A file appears whole or not at all.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -48,6 +52,33 @@ _RATES = tuple(
 def folder(workdir: str) -> epath.Path:
   """The absolute path of a run's folder: Orbax takes no other."""
   return storage.absolute(workdir)
+
+
+@contextlib.contextmanager
+def alone(workdir: str) -> Iterator[None]:
+  """Keeps other processes of this machine from training in a folder meanwhile.
+
+  Two that saved the same checkpoint would break each other's. A killed process
+  leaves nothing behind; gs:// and file systems without locks have none.
+
+  Raises:
+    RunError: another process has it.
+  """
+  path = folder(workdir)
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0 and storage.Folder(str(path)).on_disk:
+      held = os.open(path, os.O_RDONLY)
+      stack.callback(os.close, held)
+      try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        raise RunError(
+          f"another process is training in {workdir}; wait for its end or "
+          "choose another --workdir."
+        ) from error
+      except OSError:  # no locks here
+        pass
+    yield
 
 
 def start(workdir: str, config: ml_collections.ConfigDict) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import runs
 
+from clp_jax import run_folder
 from clp_jax.errors import ConfigError
 
 AHEAD = {"algorithm": "ppo", "rollout.ahead": 1}
@@ -112,6 +113,21 @@ def file_limit(size):
     yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_two_processes_do_not_train_in_one_folder(begun, clp_run, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(clp_run, workdir) if begun else workdir.mkdir()
+  arguments = runs.train_arguments(workdir, clp_run.parent / "sft")
+  with run_folder.alone(str(workdir)):  # each opening has a lock of its own
+    status, _, err = runs.clp(*arguments)
+    assert status == 1, err
+    last = err.splitlines()[-1]
+    assert "another process is training in" in last and "wait" in last
+    assert begun or not (workdir / "model.json").exists()
+  if begun:
+    assert runs.clp(*arguments)[0] == 0
 
 
 def test_a_step_that_cannot_be_read_falls_back_to_the_one_before(

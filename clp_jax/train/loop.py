@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from clp_jax import distributed, progress
+from clp_jax import distributed, progress, run_folder
 from clp_jax.errors import Preempted, RewardError, RunError
 from clp_jax.masked import Mean
 from clp_jax.train.checkpoints import Checkpoints
@@ -68,12 +68,14 @@ def run(
   Raises:
     Preempted: after SIGTERM, once everything is saved.
     RewardError: when a reward fails, once the steps before are saved.
-    RunError: when the loss or the gradient is not finite, or a checkpoint
-      can't be read or written; what was saved before stays.
+    RunError: when the loss or the gradient is not finite, a checkpoint can't
+      be read or written, or another process trains here; what was saved
+      before stays.
   """
   steps = settings.steps
   abstract = programs.abstract_state(reference, key)
   with (
+    run_folder.alone(workdir),
     Checkpoints(workdir, keep) as checkpoints,
     distributed.StopSignal().listen() as stopping,
   ):

@@ -96,10 +96,11 @@ def prepare(
   """Makes a run's folder, with `config` in it, and its reference, once."""
   run_folder.start(workdir, config)
   if not run_folder.has_model(workdir):
-    made = initial()
-    run_folder.save_model(
-      workdir, made.model_config, made.vocabulary, made.params
-    )
+    with run_folder.alone(workdir):
+      made = initial()
+      run_folder.save_model(
+        workdir, made.model_config, made.vocabulary, made.params
+      )
 
 
 def load_reference(workdir: str, model: Model, programs: Programs) -> Params:
