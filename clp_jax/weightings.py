@@ -58,9 +58,10 @@ class Distribution:
   def __post_init__(self):
     if self.num_rewards < 1:
       raise ValueError("objectives is empty; name at least one reward.")
-    if not self.concentration > 0:
+    if not 0 < self.concentration < np.inf:
       raise ValueError(
-        f"weightings.concentration must be > 0, got {self.concentration}."
+        "weightings.concentration must be > 0 and finite, got "
+        f"{self.concentration}."
       )
     if self.weights is not None:
       check_weights(np.asarray(self.weights, np.float32), self.num_rewards)
@@ -76,6 +77,11 @@ class Distribution:
       raise ValueError(
         f"weightings.kl_coefficient must be one of "
         f"{', '.join(KL_COEFFICIENTS)}, got {self.kl_coefficient!r}."
+      )
+    if self.kl_coefficient == "realigned" and self.alpha_range == (1, 1):
+      raise ValueError(
+        "weightings.kl_coefficient = realigned needs an alpha_range whose low "
+        "is below 1: what was trained at alpha = 1 knows no reward."
       )
 
   @property

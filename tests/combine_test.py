@@ -105,7 +105,7 @@ def decoders(tmp_path_factory):
   fields = {"steering": "none", "weightings.alpha": ALPHA}
   found = {name: str(root / name) for name in NAMES}
   for draw, (name, folder) in enumerate(found.items()):
-    own = {"objectives": f'("{name}",)'}
+    own = {"objectives": f'("{name}",)', "rollout.samples": 2 + draw}
     runs.make_run(folder, "tiny-decoder", draw=draw, **fields, **own)
   return found
 
@@ -137,6 +137,9 @@ def test_decoders_are_combined_and_evaluated(decoders, tmp_path, method):
     assert status == 0, err
   front = json.loads((workdir / "evaluation" / "front.json").read_text())
   assert front["method"] == "Rewarded Soups" and len(front["points"]) == 2
+  # Of both runs, as many as each has sampled.
+  rollout = run_folder.load_config(decoders["nli"]).rollout
+  assert front["training_samples"] == 4 * rollout.prompts * (2 + 3)
   status, out, err = runs.clp(
     *("compare", workdir, "--output", tmp_path / "compared"),
     *("--bootstrap", 10),

@@ -323,6 +323,31 @@ def test_measurements_of_another_sweep_are_refused(tmp_path):
     compare.load_run(str(tmp_path / "a"), 0)
 
 
+def test_scores_of_a_whole_split_belong_to_their_front(tmp_path):
+  """Their sum in float32 would be off by more than other sweeps are."""
+  scores = np.full([1, 11_334, 4, 2], 0.95, np.float32)
+  estimate = front_lib.standard_error(scores[0, :, :, 0])
+  point = front_lib.Point(
+    weights={"rouge": 0.5, "nli": 0.5},
+    alpha=0.0,
+    rewards={"rouge": estimate, "nli": estimate},
+    kl=estimate,
+    value=estimate,
+  )
+  front = front_lib.front_from_points(
+    [point],
+    method="full-CLP",
+    objectives=("rouge", "nli"),
+    step=4,
+    prompts=11_334,
+    decoding={},
+    reference_point=(0.0, 0.0),
+  )
+  saved = measurements.Measurements(scores, scores[..., 0], "digest")
+  measurements.save(tmp_path, saved)
+  assert measurements.load(tmp_path, front).rewards.shape == scores.shape
+
+
 def test_the_command_writes_every_file(tmp_path):
   write_run(tmp_path / "a")
   write_run(tmp_path / "b", shift=(0.03, 0.01), method="Rewarded Soups")

@@ -133,7 +133,7 @@ def test_fronts_of_other_moments_are_compared_in_the_firsts_units(trained):
       dataclasses.replace(
         point,
         rewards=point.rewards | {"rouge": rouge},
-        value=front_lib.Estimate(value, point.value.stderr),
+        value=front_lib.Estimate(value, point.value.stderr / moments[1]),
       )
     )
   rewards = first.rewards.copy()
@@ -157,6 +157,7 @@ def test_fronts_of_other_moments_are_compared_in_the_firsts_units(trained):
   for a, b in zip(again.front.points, first.front.points, strict=True):
     assert a.rewards["rouge"] == pytest.approx(b.rewards["rouge"], abs=1e-6)
     assert a.value == pytest.approx(b.value, abs=1e-6)
+  assert again.front.hypervolume == pytest.approx(first.front.hypervolume)
 
 
 def test_one_normalised_and_one_not_are_not_compared(trained):

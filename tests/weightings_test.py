@@ -125,9 +125,18 @@ def test_sampling_is_a_function_of_the_key_and_never_traces_again():
   [
     ({"num_rewards": 0}, "objectives is empty"),
     ({"num_rewards": 2, "concentration": 0.0}, "concentration must be > 0"),
+    ({"num_rewards": 2, "concentration": math.inf}, "> 0 and finite, got inf"),
     ({"num_rewards": 2, "alpha_range": (0.0, 0.5)}, "alpha_range"),
     ({"num_rewards": 2, "alpha_range": (0.5, 0.1)}, "alpha_range"),
     ({"num_rewards": 3, "weights": (0.5, 0.5)}, "expected 3 weights"),
+    (
+      {
+        "num_rewards": 1,
+        "alpha_range": (1.0, 1.0),
+        "kl_coefficient": "realigned",
+      },
+      "low is below 1",
+    ),
   ],
 )
 def test_impossible_distributions_are_errors(settings, message):

@@ -7,7 +7,8 @@ is the reference, and the others were finetuned at the least alpha: then the
 soup interpolates between the two, by `weightings.realignment`.
 
 parts.json in its folder says what it was made of: of each run the folder, the
-step, a digest of the parameters, and the moments of its reward.
+step, a digest of the parameters, the moments of its reward, and how many
+responses its training has sampled.
 
 Source: Rame et al. 2023 (arXiv 2306.04488).
 """
@@ -206,10 +207,11 @@ def combine(
     start = _load_reference(config, reference, first)
   made_of = [
     _part(name, part.workdir, part.step, part.params)
-    | {"moments": part.moments}
+    | {"moments": part.moments, "samples": _samples(part)}
     for name, part in zip(config.objectives, parts, strict=True)
   ]
-  made_of.append(_part("reference", reference or first.workdir, 0, start))
+  last = _part("reference", reference or first.workdir, 0, start)
+  made_of.append(last | {"samples": 0})
   _check_made_of(workdir, made_of)
   if alpha_varies:
     sets.append(start)
@@ -272,6 +274,15 @@ def _moments(part: Policy) -> list[float] | None:
   return [float(stats.mean[0]), float(stats.deviation()[0])]
 
 
+def _samples(part: Part) -> int | None:
+  """Responses that its training has sampled; None of an adapter, which does not
+  say."""
+  if part.config is None:
+    return None
+  rollout = part.config.rollout
+  return part.step * rollout.prompts * rollout.samples
+
+
 def _part(name: str, folder: str, step: int, params: Params) -> dict[str, Any]:
   """What parts.json says of a part; its digest is of the values."""
   digest = hashlib.sha256()
@@ -300,12 +311,15 @@ def _check_made_of(workdir: str, new: list[dict[str, Any]]) -> None:
     return
   old = json.loads(file.read_text())
 
-  def those_not_in(others, parts):  # wherever their folders are now
-    known = [part | {"folder": None} for part in others]
+  # Wherever their folders are now; older versions did not count samples.
+  free = {"folder": None, "samples": None}
+
+  def those_not_in(others, parts):
+    known = [part | free for part in others]
     return ", ".join(
       "{part} {folder} at step {step} ({digest})".format(**part)
       for part in parts
-      if part | {"folder": None} not in known
+      if part | free not in known
     )
 
   if there := those_not_in(new, old):

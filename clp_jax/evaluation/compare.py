@@ -24,7 +24,13 @@ from clp_jax import config as config_lib
 from clp_jax.errors import FrontError
 from clp_jax.evaluation import fronts as fronts_lib
 from clp_jax.evaluation import intervals, measurements
-from clp_jax.evaluation.front import Estimate, Front, load_front, with_points
+from clp_jax.evaluation.front import (
+  Estimate,
+  Front,
+  load_front,
+  standard_error,
+  with_points,
+)
 from clp_jax.evaluation.intervals import Sample, Value
 from clp_jax.evaluation.metrics import Measure, in_plane
 from clp_jax.weightings import Distribution
@@ -111,27 +117,24 @@ def in_one_unit(methods: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
         (mean, deviation), (to_mean, to_deviation) = own[name], units[name]
         scale[i] = deviation / to_deviation
         shift[i] = (mean - to_mean) / to_deviation
+    rewards = run.rewards * scale + shift
     points = []
-    for point in run.front.points:
-      rewards = {
-        o: Estimate(e.mean * scale[i] + shift[i], e.stderr * scale[i])
-        for i, o in enumerate(objectives)
-        for e in [point.rewards[o]]
-      }
-      moved = sum(
-        point.weights[o] * (rewards[o].mean - point.rewards[o].mean)
-        for o in rewards
-      )
-      value = point.value.mean + (1 - point.alpha) * moved
+    for point, weights, own_rewards, kl in zip(
+      run.front.points, run.front.weights, rewards, run.kl, strict=True
+    ):
+      value = (1 - point.alpha) * own_rewards @ weights - point.alpha * kl
       points.append(
         dataclasses.replace(
-          point, rewards=rewards, value=Estimate(value, point.value.stderr)
+          point,
+          rewards={
+            o: standard_error(own_rewards[:, [i]])
+            for i, o in enumerate(objectives)
+          },
+          value=standard_error(value[:, None]),
         )
       )
-    front = dataclasses.replace(run.front, points=tuple(points), units=units)
-    return dataclasses.replace(
-      run, front=front, rewards=run.rewards * scale + shift
-    )
+    front = with_points(run.front, points, units=units)
+    return dataclasses.replace(run, front=front, rewards=rewards)
 
   return {name: list(map(convert, runs)) for name, runs in methods.items()}
 

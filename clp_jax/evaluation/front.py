@@ -58,8 +58,6 @@ class Front:
   points: tuple[Point, ...]
   # What the whole method cost to train, in sampled responses; None: not known.
   training_samples: int | None = None
-  # Over training seeds; None: one seed.
-  hypervolume_stderr: float | None = None
   # (mean, deviation) by which normalised objectives were: units.py.
   units: Mapping[str, tuple[float, float]] = dataclasses.field(
     default_factory=dict
@@ -177,7 +175,6 @@ def with_points(front: Front, points: Iterable[Point], **changes: Any) -> Front:
   return dataclasses.replace(
     front,
     hypervolume=fronts_lib.hypervolume(front.rewards, front.reference_point),
-    hypervolume_stderr=None,
     spread=fronts_lib.spread(front.rewards),
   )
 
@@ -247,7 +244,6 @@ def _check(front: Front) -> None:
   numbers = {
     "hypervolume": front.hypervolume,
     "spread": front.spread,
-    "hypervolume_stderr": front.hypervolume_stderr,
     **{f"reference_point[{i}]": x for i, x in enumerate(front.reference_point)},
   }
   for i, point in enumerate(front.points):
@@ -269,7 +265,7 @@ def _check(front: Front) -> None:
       numbers[f"{where}.{name}.mean"] = estimate.mean
       numbers[f"{where}.{name}.stderr"] = estimate.stderr
   for name, number in numbers.items():
-    if number is not None and not math.isfinite(number):
+    if not math.isfinite(number):
       raise FrontError(f"{name} must be a finite number and is {number}.")
 
 
@@ -290,7 +286,6 @@ def to_json(front: Front) -> dict[str, Any]:
     "decoding": dict(front.decoding),
     "reference_point": list(front.reference_point),
     "hypervolume": front.hypervolume,
-    "hypervolume_stderr": front.hypervolume_stderr,
     "spread": front.spread,
     "monotonicity": front.monotonicity,
     "expected_utility": front.expected_utility,
@@ -339,7 +334,6 @@ def _from_json(content: Mapping[str, Any]) -> Front:
       for point in content["points"]
     ),
     training_samples=content.get("training_samples"),
-    hypervolume_stderr=content.get("hypervolume_stderr"),
     units={
       name: (float(unit["mean"]), float(unit["deviation"]))
       for name, unit in content.get("units", {}).items()

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from clp_jax import build, progress, sharding, weightings
+from clp_jax import build, progress, run_folder, sharding, weightings
 from clp_jax.batches import eval_batch
 from clp_jax.data import tokenizer
 from clp_jax.data.reader import Batch
@@ -313,7 +313,8 @@ def evaluate_run(
     step: a checkpoint; None takes the newest.
     grid, num_prompts: None takes the config's eval.grid and eval.prompts.
     method: None names the steering.
-    training_samples: None takes what the config's steps have sampled.
+    training_samples: None takes what the run's steps have sampled, or those of
+      the runs that it is made of, where all of them say so.
 
   Returns:
     The front.
@@ -329,8 +330,7 @@ def evaluate_run(
       "`clp train` made from it."
     )
   if training_samples is None:
-    rollout = config.rollout
-    training_samples = policy.step * rollout.prompts * rollout.samples
+    training_samples = _samples_trained_on(policy)
   with as_config_error():
     found = sweep(
       policy,
@@ -343,6 +343,15 @@ def evaluate_run(
     )
   save(f"{workdir}/evaluation", found)
   return found.front
+
+
+def _samples_trained_on(policy: Policy) -> int | None:
+  file = run_folder.folder(policy.workdir) / run_folder.PARTS
+  if file.exists():
+    parts = [part.get("samples") for part in json.loads(file.read_text())]
+    return None if None in parts else sum(parts)
+  rollout = policy.config.rollout
+  return policy.step * rollout.prompts * rollout.samples
 
 
 def _sample_rows(policy, batch, weights, alpha, measured) -> list[dict]:

@@ -39,7 +39,7 @@ def methods_rows(fronts: Sequence[Front]) -> list[dict[str, str]]:
     {
       "method": front.method,
       "samples": _shown(front.training_samples, ","),
-      "hypervolume": _shown_hypervolume(front),
+      "hypervolume": f"{front.hypervolume:.4f}",
       "spread": f"{front.spread:.3f}",
       "rank corr.": " ".join(
         _shown(front.monotonicity[o], ".2f") for o in objectives
@@ -133,10 +133,3 @@ def print_table(fronts: Sequence[Front]) -> None:
 
 def _shown(value: float | None, form: str) -> str:
   return "-" if value is None else format(value, form)
-
-
-def _shown_hypervolume(front: Front) -> str:
-  shown = f"{front.hypervolume:.4f}"
-  if front.hypervolume_stderr is not None:
-    shown += f" \u00b1 {front.hypervolume_stderr:.4f}"
-  return shown
