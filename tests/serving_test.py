@@ -529,6 +529,14 @@ class TestErrors:
         slow.go.set()
         assert post(address, request()).status_code == 200
 
+  def test_what_could_never_wait_is_refused_for_good(self, policy, decoder):
+    limits = dataclasses.replace(LIMITS, waiting=2)
+    with serving(policy, decoder, limits) as address:
+      assert post(address, request(n=2)).status_code == 200
+      response = post(address, request(n=3))
+    assert response.status_code == 400
+    assert "more than the 2 of one request" in response.text
+
 
 class TestPage:
   def test_it_comes_with_rules_for_the_browser(self, address):

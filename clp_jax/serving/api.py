@@ -277,11 +277,12 @@ class _Completions:
     else:
       prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     n = 1 if body.n is None else body.n
-    if len(prompts) * n > self._limits.rows:
+    most = min(self._limits.rows, self._limits.waiting)
+    if len(prompts) * n > most:
       raise _invalid(
         "n",
-        f"{len(prompts)} documents x n = {n} answers are more than the "
-        f"{self._limits.rows} of one request.",
+        f"{len(prompts)} documents x n = {n} answers are more than the {most} "
+        "of one request.",
       )
     try:
       coefficients = self._policy.coefficients(body.weights, body.alpha)
