@@ -126,6 +126,33 @@ def test_none_for_another_field_is_refused(overrides, message):
     load(str(CONFIGS / "demo.py"), *overrides)
 
 
+@pytest.mark.parametrize(
+  "override, message",
+  [
+    ("seed=-1", r"seed must be in \[0, 2\*\*32\), got -1"),
+    ("seed=4294967296", "seed must be in"),
+    (
+      "optimizer.warmup_steps=-5",
+      "optimizer.warmup_steps must be >= 0, got -5",
+    ),
+    ("optimizer.decay_steps=-3", "optimizer.decay_steps must be >= 0"),
+    ("sft.decay_steps=-3", "sft.decay_steps must be >= 0"),
+    ("sft.dropout=1.5", r"sft.dropout must be in \[0, 1\), got 1.5"),
+    ("reward_model.dropout=nan", "reward_model.dropout must be in"),
+    ("eval.temperature=-1", "eval.temperature must be >= 0, got -1"),
+    ("eval.temperature=nan", "eval.temperature must be >= 0, got nan"),
+    ("model.dtype=float23", "dtype must be one of .*'bfloat16'.*'float23'"),
+    ("model.remat=half", "remat must be one of .*'half'"),
+  ],
+)
+def test_values_out_of_range_are_refused_before_anything_starts(
+  override, message
+):
+  config = load(FILES[0], f"--config.{override}")
+  with pytest.raises(ConfigError, match=message):
+    build.validate(config)
+
+
 def test_a_field_without_a_type_stays_none(tmp_path):
   """As keyword arguments of one's own reward do."""
   file = tmp_path / "mine.py"
