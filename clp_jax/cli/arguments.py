@@ -168,9 +168,9 @@ def load_config(path: str, overrides: list[str]):
     ConfigError: names the file, field or value that is wrong.
   """
   from absl import flags
-  from ml_collections import config_flags
+  from ml_collections import config_dict, config_flags
 
-  if not os.path.exists(path):
+  if not os.path.isfile(path):
     raise ConfigError(f"--config {path}: no such file.")
   unknown = [
     a for a in overrides if a.startswith("-") and not a.startswith("--config.")
@@ -190,7 +190,11 @@ def load_config(path: str, overrides: list[str]):
       _set_none(config, field)
   except ConfigError:
     raise
+  except flags.Error as error:
+    raise ConfigError(str(error)) from error
   except (AttributeError, KeyError) as error:
+    if getattr(error, "name", None) == "get_config":
+      raise ConfigError(f"--config {path} has no get_config().") from error
     raise ConfigError(
       f"unknown config field: {error.args[0] if error.args else error}"
     ) from error
@@ -198,6 +202,10 @@ def load_config(path: str, overrides: list[str]):
     raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
   if rest:
     raise ConfigError(f"unknown arguments: {' '.join(rest)}.")
+  if not isinstance(config, config_dict.ConfigDict):
+    raise ConfigError(
+      f"--config {path}: get_config() must return a ConfigDict, got {config!r}."
+    )
   return config
 
 
