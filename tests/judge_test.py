@@ -674,7 +674,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
   fails(1, "samples.jsonl", [arguments[0], tmp_path, *arguments[2:]])
   other = tmp_path / "other.jsonl"
   other.write_text('{"document": "z", "summary": "z"}\n{')
-  fails(1, "line 2: not JSON", [arguments[0], other, *arguments[2:]])
+  fails(1, "line 2: not valid JSON", [arguments[0], other, *arguments[2:]])
+  other.write_bytes(b'{"document": "z", "summary": "caf\xe9"}\n')
+  fails(1, "line 1: not valid JSON", [arguments[0], other, *arguments[2:]])
   other.write_text('{"document": "z", "summary": "z"}\n\n')
   fails(2, "share no document", [arguments[0], other, *arguments[2:]])
 

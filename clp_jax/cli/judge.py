@@ -8,7 +8,6 @@ question and the format of the answers.
 """
 
 import argparse
-import json
 import os
 import pathlib
 
@@ -178,14 +177,11 @@ def _samples(path: str, args: argparse.Namespace) -> list[dict]:
       f"there is no {file}; `clp evaluate --workdir {path}` writes it."
     )
   rows = []
-  for number, line in enumerate(file.read_text().split("\n"), 1):
+  for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
     if not line.strip():
       continue
     try:
-      row = json.loads(line)
-    except ValueError as error:
-      raise RunError(f"{file}, line {number}: not JSON: {error}.") from error
-    try:
+      row = jsonl.parse(line)
       document = jsonl.document_of(row, fields)
     except ValueError as error:
       raise RunError(f"{file}, line {number}: {error}") from error
