@@ -1,5 +1,6 @@
 """The command: what it does, and what it says to what can't work."""
 
+import io
 import json
 import re
 import shlex
@@ -240,19 +241,25 @@ def test_bad_weights_are_refused(clp_run, weights, message):
     ("[1]", 'line 2: expected an object with a "document"'),
     ('{"text": "x"}', 'line 2: expected an object with a "document"'),
     ('{"document": "x", "weights": {"nli": 2}}', "line 2: weights must sum"),
-    ('{"document": "x", "weights": 3}', "line 2"),
+    ('{"document": "x", "weights": 3}', "line 2: weights must be named"),
+    ('{"document": "x", "weights": {"nli": 1%s}}' % ("0" * 400), "be numbers"),
+    ('{"document": "x", "alpha": "a"}', "line 2: alpha must be a number"),
+    ('{"document": "\\ud800"}', "line 2: 'utf-8' codec can't encode"),
+    ('{"document": "x", "id": "\\ud800"}', "line 2: 'utf-8' codec can't"),
+    ('{"document": "caf\udce9"}', "line 2: not valid JSON: 'utf-8' codec"),
     ('{"document": "x", "alpha": 0.7}', "line 2: this run was trained"),
   ],
 )
-def test_bad_lines_are_named(clp_run, tmp_path, line, message):
+def test_bad_lines_are_named(clp_run, tmp_path, monkeypatch, line, message):
   file = tmp_path / "in.jsonl"
-  file.write_text('{"document": "x"}\n' + line + "\n")
-  fails(
-    1,
-    message,
-    *("generate", "--workdir", clp_run, "--weights", "nli=1"),
-    *("--input", file),
+  content = ('{"document": "x"}\n' + line + "\n").encode(
+    errors="surrogateescape"
   )
+  file.write_bytes(content)
+  command = ("generate", "--workdir", clp_run, "--weights", "nli=1")
+  fails(1, message, *command, "--input", file)
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+  fails(1, message, *command)
 
 
 def test_missing_step_lists_the_steps(clp_run):
