@@ -262,6 +262,22 @@ def test_bad_lines_are_named(clp_run, tmp_path, monkeypatch, line, message):
   fails(1, message, *command)
 
 
+@pytest.mark.parametrize(
+  "command, message",
+  [
+    ("generate --seed -1", "expected an integer in 0 to 2**64 - 1, got '-1'"),
+    ("evaluate --seed 18446744073709551616", "--seed: expected an integer"),
+    ("compare x --output y --seed -1", "--seed: expected an integer"),
+    ("generate --temperature -1", "--temperature: expected 0 <= T"),
+    ("generate --temperature nan", "--temperature: expected 0 <= T"),
+    ("generate --temperature 1e300", "--temperature: expected 0 <= T"),
+  ],
+)
+def test_numbers_out_of_range_are_refused(command, message):
+  command = [*command.split(), "--workdir", "z"]
+  fails(2, message, *(command[:-2] if command[0] == "compare" else command))
+
+
 def test_missing_step_lists_the_steps(clp_run):
   fails(1, "it has 2, 4", "evaluate", "--workdir", clp_run, "--step", 3)
 

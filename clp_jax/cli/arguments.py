@@ -41,6 +41,24 @@ def positive(text: str) -> int:
   raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
 
 
+def seed(text: str) -> int:
+  """An integer of 64 bits that is not negative."""
+  with contextlib.suppress(ValueError):
+    if 0 <= int(text) < 2**64:
+      return int(text)
+  raise argparse.ArgumentTypeError(
+    f"expected an integer in 0 to 2**64 - 1, got {text!r}"
+  )
+
+
+def temperature(text: str) -> float:
+  """A number of at least 0 that float32 has."""
+  with contextlib.suppress(ValueError):
+    if 0 <= float(text) <= 1e38:
+      return float(text)
+  raise argparse.ArgumentTypeError(f"expected 0 <= T <= 1e38, got {text!r}")
+
+
 def share(text: str) -> float:
   """A number above 0 and at most 1."""
   with contextlib.suppress(ValueError):
@@ -86,7 +104,7 @@ def add_weighting(parser, help: str) -> None:
 
 def add_seed(parser, of: str) -> None:
   """--seed, 0 by default."""
-  add(parser, "--seed", f"of {of}", 0, type=int)
+  add(parser, "--seed", f"of {of}", 0, type=seed)
 
 
 def add_step(parser) -> None:
@@ -97,7 +115,7 @@ def add_step(parser) -> None:
 def add_temperature(parser) -> None:
   """--temperature, 1 by default."""
   help = "0 is greedy (default: 1)"
-  parser.add_argument("--temperature", type=float, default=1.0, help=help)
+  parser.add_argument("--temperature", type=temperature, default=1.0, help=help)
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:

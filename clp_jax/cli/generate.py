@@ -35,8 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Runs the command."""
-  if not args.temperature >= 0:
-    raise ConfigError(f"--temperature must be >= 0, got {args.temperature}.")
   from clp_jax.policy import Policy
 
   policy = Policy.load(args.workdir)
