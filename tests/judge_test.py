@@ -386,6 +386,7 @@ def test_gemini_is_asked_in_its_form(tmp_path):
     ({"api": "claude"}, "openai, gemini"),
     ({"timeout": 0.0}, "timeout must be > 0"),
     ({"timeout": math.nan}, "timeout must be > 0"),
+    ({"timeout": math.inf}, "timeout must be > 0 and below 1e9, got inf"),
     ({"key": "hidden\n"}, "blanks"),
   ],
 )
