@@ -2,9 +2,12 @@
 
 import io
 import json
+import pathlib
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -128,6 +131,27 @@ def test_help_shows_an_example(command):
   status, out, _ = runs.clp(*command.split(), "--help")
   assert status == 0
   assert "example" in out
+
+
+def test_help_imports_neither_jax_nor_numpy():
+  code = """
+import sys
+from clp_jax.cli import main
+for name in main.COMMANDS:
+  try:
+    main.main([name, "--help"])
+  except SystemExit:
+    pass
+print("imported", *{"jax", "numpy", "tensorflow"} & set(sys.modules))
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    check=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[1],
+  )
+  assert done.stdout.splitlines()[-1] == "imported"
 
 
 # What it says to what can't work.

@@ -8,7 +8,6 @@ import argparse
 import json
 
 from clp_jax.cli import arguments
-from clp_jax.data.tokenizer import TOKENIZER
 from clp_jax.errors import ConfigError, as_config_error
 
 EXAMPLE = (
@@ -124,6 +123,7 @@ def _export_policy(args, output, old_format: str | None) -> None:
 def _export_reward(args, output, old_format: str | None, config) -> None:
   """Of a `clp train-reward` run, whose config it is."""
   from clp_jax import run_folder, sharding
+  from clp_jax.data.tokenizer import TOKENIZER
   from clp_jax.evaluation import model_card
   from clp_jax.rewards import model as models
   from clp_jax.rewards import preference
