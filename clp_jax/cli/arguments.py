@@ -114,8 +114,7 @@ def add_step(parser) -> None:
 
 def add_temperature(parser) -> None:
   """--temperature, 1 by default."""
-  help = "0 is greedy (default: 1)"
-  parser.add_argument("--temperature", type=temperature, default=1.0, help=help)
+  add(parser, "--temperature", "0 is greedy", 1, type=temperature)
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:

@@ -45,16 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   arguments.add(model, "--endpoint", help, metavar="URL")
   arguments.add(model, "--model", "the model's name there", metavar="NAME")
-  model.add_argument(
-    "--api", default="openai", choices=("openai", "gemini"), help="its form"
-  )
+  apis = ("openai", "gemini")
+  arguments.add(model, "--api", "its form", apis[0], choices=apis)
   help = (
     "environment variable that holds the API key; none is sent where it is not "
     "set"
   )
   arguments.add(model, "--key-variable", help, KEY_VARIABLE, metavar="NAME")
-  help = "seconds (default: 60)"
-  model.add_argument("--timeout", type=float, default=60.0, help=help)
+  arguments.add(model, "--timeout", "seconds", 60, type=float)
   help = "of a request, before the judge counts as down"
   arguments.add_count(model, "--attempts", help, 6)
   arguments.add_count(model, "--parallel", "requests at a time", 4)
