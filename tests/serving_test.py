@@ -409,6 +409,7 @@ INVALID = [
   ({"weights": {"nli": 1e300, "rouge": -1e300}}, "weights"),
   ({"weights": {"nli": True}}, "weights"),
   ({"weights": {"x" * 5000: 1}}, "weights"),
+  ({"weights": {"alpha": 1}}, "weights"),
   ({"alpha": 0.7}, "alpha"),
   ({"stop": ["."] * 5}, "stop"),
   ({"stop": 1}, "stop"),

@@ -287,8 +287,9 @@ class _Completions:
     try:
       coefficients = self._policy.coefficients(body.weights, body.alpha)
     except ValueError as error:
-      field = "alpha" if "alpha" in str(error) else "weights"
-      raise _invalid(field, str(error)) from error
+      message = str(error)
+      of_weights = "weights" in message or "objective" in message
+      raise _invalid("weights" if of_weights else "alpha", message) from error
     longest = self._model.max_tokens
     temperature = 1.0 if body.temperature is None else body.temperature
     seed = secrets.randbits(32) if body.seed is None else body.seed
