@@ -455,6 +455,13 @@ class TestErrors:
     message = response.json()["error"]["message"]
     assert "/home" not in message and "tmp" not in message
 
+  def test_the_head_of_what_can_be_got_is_sent_alone(self, address):
+    for path, status in (("/", 200), ("/health", 200), ("/nothing", 404)):
+      head, got = httpx.head(address + path), httpx.get(address + path)
+      assert head.status_code == status and not head.content
+      assert head.headers["content-length"] == got.headers["content-length"]
+    assert httpx.head(f"{address}/v1/completions").status_code == 405
+
   def test_pages_of_others_are_kept_out(self, address):
     body = request()
     other = post(address, body, Origin="http://evil.example")
