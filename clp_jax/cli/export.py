@@ -30,7 +30,6 @@ _WRITTEN_PEFT = ("adapter_config.json", "adapter_model.safetensors", "base")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   arguments.add_workdir(parser)
   help = (
     "the weighting of the policy; none for a supervised run or a reward model, "
@@ -58,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   from etils import epath
 
   from clp_jax.rewards import preference

@@ -18,7 +18,6 @@ CHUNK = 64  # lines decoded together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   arguments.add_workdir(parser)
   help = 'the weighting of lines without "weights" of their own'
   arguments.add_weighting(parser, help)
@@ -34,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   from clp_jax.policy import Policy
 
   policy = Policy.load(args.workdir)

@@ -22,7 +22,6 @@ KEY_VARIABLE = "CLP_JUDGE_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   parser.add_argument(
     "runs",
     nargs=2,
@@ -78,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   from clp_jax.evaluation import judge as judge_lib
   from clp_jax.run_folder import write_json
 
