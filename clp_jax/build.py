@@ -1,5 +1,6 @@
 """Makes the objects that a config describes, and checks it: `validate`."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -215,8 +216,13 @@ _POSITIVE = (
   "mesh.replica mesh.model critic.hidden critic.learning_rate"
 ).split()
 _NOT_NEGATIVE = (
-  "train.steps sft.steps sft.warmup_steps reward_model.steps "
-  "reward_model.warmup_steps adapters.orthogonality"
+  "train.steps optimizer.warmup_steps sft.steps sft.warmup_steps "
+  "reward_model.steps reward_model.warmup_steps adapters.orthogonality "
+  "eval.temperature"
+).split()
+_POSITIVE_OR_NONE = ("soft_tokens.length",)
+_NOT_NEGATIVE_OR_NONE = (
+  "optimizer.decay_steps sft.decay_steps reward_model.decay_steps"
 ).split()
 
 
@@ -234,7 +240,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
   except (TypeError, ValueError) as error:
     raise ConfigError(f"weightings: {error}") from error
   with as_config_error():
-    bank(config, PRESETS["tiny"])  # whatever the model, its checks are the same
+    # Whatever the model, its checks are the same.
+    computed = {name: config.model[name] for name in ("dtype", "remat")}
+    bank(config, dataclasses.replace(PRESETS["tiny"], **computed))
     adapted, scalar = adaptation(config), scalarisation(config)
     ppo.Settings(**config.ppo)  # whether or not the algorithm reads them
   if (
@@ -278,16 +286,20 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
       "mixing = 'logits' combines policies that are trained already; train "
       "with 'parameters', or make a mixture as docs/experiments.md says."
     )
-  soft = config.soft_tokens.length
-  optional = () if soft is None else ("soft_tokens.length",)
-  for path in (*_POSITIVE, *optional):
+  if not 0 <= config.seed < 2**32:
+    raise ConfigError(f"seed must be in [0, 2**32), got {config.seed}.")
+  for path in (*_POSITIVE, *_given(config, _POSITIVE_OR_NONE)):
     value = _get(config, path)
     if value is None or not value > 0:  # also false for NaN
       raise ConfigError(f"{path} must be > 0, got {value}.")
-  for path in _NOT_NEGATIVE:
+  for path in (*_NOT_NEGATIVE, *_given(config, _NOT_NEGATIVE_OR_NONE)):
     value = _get(config, path)
     if value is None or not value >= 0:
       raise ConfigError(f"{path} must be >= 0, got {value}.")
+  for path in ("sft.dropout", "reward_model.dropout"):
+    value = _get(config, path)
+    if not 0 <= value < 1:
+      raise ConfigError(f"{path} must be in [0, 1), got {value}.")
   share = config.prompting.sft_share
   if not 0 <= share <= 1:
     raise ConfigError(f"prompting.sft_share must be in [0, 1], got {share}.")
@@ -427,6 +439,10 @@ def _one_of(path, value, allowed):
     raise ConfigError(
       f"{path} must be one of {', '.join(allowed)}, got {value!r}."
     )
+
+
+def _given(config, paths):
+  return [path for path in paths if _get(config, path) is not None]
 
 
 def _get(config, path):

@@ -215,7 +215,7 @@ def _save_report(
       f"clp demo --workdir {shown} --seed {seed}",
       "# and to look further:",
       f"clp evaluate --workdir {shown} --grid 21 --seed {seed + 1}",
-      f"head -n 1 {shown}/evaluation/samples.jsonl | "
+      """echo '{"document": "Brivane opened the museum."}' | """
       f"clp generate --workdir {shown} --weights nli=0.7,rouge=0.3",
     ],
     about={

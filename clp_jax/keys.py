@@ -20,6 +20,13 @@ PROMPTS = 2**32 - 1  # of a supervised run, then by step: which prompts
 LAST_STEP = int(np.iinfo(np.int32).max)
 
 
+def of_seed(seed: int) -> jax.Array:
+  """The key of a seed modulo 2**64, of which jax.random.key takes 32 bits."""
+  high, low = divmod(int(seed) % 2**64, 2**32)
+  key = jax.random.key(low)
+  return jax.random.fold_in(key, high) if high else key
+
+
 def of_step(key: jax.Array, step: jax.Array) -> jax.Array:
   """Three keys of a step, [] int32 completed updates, of a run's key: for
   weightings, samples and the update."""

@@ -23,6 +23,7 @@ from clp_jax import (
   build,
   generation,
   interop,
+  keys,
   run_folder,
   saved_params,
   sharding,
@@ -200,14 +201,14 @@ class Policy:
     """
     texts = list(texts)
     numbers = first_row + self._padding(len(texts))
-    keys = _row_keys(jax.random.key(seed), numbers)
+    row_keys = _row_keys(keys.of_seed(seed), numbers)
     tokens = self.tokenize(texts, weights, alpha)
     responses = [""] * len(texts)
     for coefficients, rows in self._batches(len(texts), weights, alpha):
       samples = self.sample(
         self._shorten(tokens[rows]),
         coefficients,
-        _some(keys, np.asarray(rows)),
+        _some(row_keys, np.asarray(rows)),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

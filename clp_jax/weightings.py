@@ -221,6 +221,10 @@ def weights_array(weights: Weights, objectives: Sequence[str]) -> np.ndarray:
   Raises:
     ValueError: for an unknown name or weights off the simplex.
   """
+  if not isinstance(weights, Mapping):
+    raise ValueError(
+      f'weights must be named, such as {{"{objectives[0]}": 1}}, got {weights}.'
+    )
   unknown = sorted(set(weights) - set(objectives))
   if unknown:
     raise ValueError(
@@ -229,7 +233,7 @@ def weights_array(weights: Weights, objectives: Sequence[str]) -> np.ndarray:
     )
   try:
     values = [float(weights.get(name, 0.0)) for name in objectives]
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, OverflowError) as error:
     raise ValueError(f"weights must be numbers, got {weights}.") from error
   with np.errstate(over="ignore"):  # infinite is refused below
     array = np.asarray(values, np.float32)
@@ -264,6 +268,8 @@ class WeightingSpace:
     self, weights: Weights | None, alpha: float | None
   ) -> tuple[np.ndarray, float]:
     """([m] float32, alpha), checked; arguments as for `coefficients`."""
+    if alpha is not None and np.asarray(alpha).dtype.kind not in "fiu":
+      raise ValueError(f"alpha must be a number, got {alpha!r}.")
     if weights is None:
       if len(self.objectives) > 1:
         raise ValueError(

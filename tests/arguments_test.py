@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import pytest
 from ml_collections import config_dict
@@ -124,6 +125,60 @@ def test_fields_that_may_be_none_are_those_whose_none_means_something():
 def test_none_for_another_field_is_refused(overrides, message):
   with pytest.raises(ConfigError, match=message):
     load(str(CONFIGS / "demo.py"), *overrides)
+
+
+@pytest.mark.parametrize(
+  "source, message",
+  [
+    ("x = 1", r"mine.py has no get_config\(\)"),
+    ("def get_config():\n  pass", r"mine.py: get_config\(\) must.*got None"),
+    ("import no_such_module", "mine.py: ModuleNotFoundError: .*no_such_module"),
+    ("def get_config(:", "mine.py: SyntaxError"),
+  ],
+)
+def test_a_file_that_is_no_config_is_refused(
+  tmp_path, monkeypatch, source, message
+):
+  monkeypatch.delitem(sys.modules, "config_config", raising=False)
+  file = tmp_path / "mine.py"
+  file.write_text(source)
+  with pytest.raises(ConfigError, match=message):
+    load(str(file))
+  with pytest.raises(ConfigError, match="no such file"):
+    load(str(tmp_path))
+
+
+def test_a_value_of_another_type_is_refused_by_its_flag():
+  flag = "--config.rollout.samples=1.5"
+  with pytest.raises(ConfigError, match=f"^flag {flag}: invalid literal"):
+    load(FILES[0], flag)
+
+
+@pytest.mark.parametrize(
+  "override, message",
+  [
+    ("seed=-1", r"seed must be in \[0, 2\*\*32\), got -1"),
+    ("seed=4294967296", "seed must be in"),
+    (
+      "optimizer.warmup_steps=-5",
+      "optimizer.warmup_steps must be >= 0, got -5",
+    ),
+    ("optimizer.decay_steps=-3", "optimizer.decay_steps must be >= 0"),
+    ("sft.decay_steps=-3", "sft.decay_steps must be >= 0"),
+    ("sft.dropout=1.5", r"sft.dropout must be in \[0, 1\), got 1.5"),
+    ("reward_model.dropout=nan", "reward_model.dropout must be in"),
+    ("eval.temperature=-1", "eval.temperature must be >= 0, got -1"),
+    ("eval.temperature=nan", "eval.temperature must be >= 0, got nan"),
+    ("model.dtype=float23", "dtype must be one of .*'bfloat16'.*'float23'"),
+    ("model.remat=half", "remat must be one of .*'half'"),
+  ],
+)
+def test_values_out_of_range_are_refused_before_anything_starts(
+  override, message
+):
+  config = load(FILES[0], f"--config.{override}")
+  with pytest.raises(ConfigError, match=message):
+    build.validate(config)
 
 
 def test_a_field_without_a_type_stays_none(tmp_path):

@@ -1,9 +1,13 @@
 """The command: what it does, and what it says to what can't work."""
 
+import io
 import json
+import pathlib
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -129,6 +133,27 @@ def test_help_shows_an_example(command):
   assert "example" in out
 
 
+def test_help_imports_neither_jax_nor_numpy():
+  code = """
+import sys
+from clp_jax.cli import main
+for name in main.COMMANDS:
+  try:
+    main.main([name, "--help"])
+  except SystemExit:
+    pass
+print("imported", *{"jax", "numpy", "tensorflow"} & set(sys.modules))
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    check=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[1],
+  )
+  assert done.stdout.splitlines()[-1] == "imported"
+
+
 # What it says to what can't work.
 
 
@@ -240,19 +265,41 @@ def test_bad_weights_are_refused(clp_run, weights, message):
     ("[1]", 'line 2: expected an object with a "document"'),
     ('{"text": "x"}', 'line 2: expected an object with a "document"'),
     ('{"document": "x", "weights": {"nli": 2}}', "line 2: weights must sum"),
-    ('{"document": "x", "weights": 3}', "line 2"),
+    ('{"document": "x", "weights": 3}', "line 2: weights must be named"),
+    ('{"document": "x", "weights": {"nli": 1%s}}' % ("0" * 400), "be numbers"),
+    ('{"document": "x", "alpha": "a"}', "line 2: alpha must be a number"),
+    ('{"document": "\\ud800"}', "line 2: 'utf-8' codec can't encode"),
+    ('{"document": "x", "id": "\\ud800"}', "line 2: 'utf-8' codec can't"),
+    ('{"document": "caf\udce9"}', "line 2: not valid JSON: 'utf-8' codec"),
     ('{"document": "x", "alpha": 0.7}', "line 2: this run was trained"),
   ],
 )
-def test_bad_lines_are_named(clp_run, tmp_path, line, message):
+def test_bad_lines_are_named(clp_run, tmp_path, monkeypatch, line, message):
   file = tmp_path / "in.jsonl"
-  file.write_text('{"document": "x"}\n' + line + "\n")
-  fails(
-    1,
-    message,
-    *("generate", "--workdir", clp_run, "--weights", "nli=1"),
-    *("--input", file),
+  content = ('{"document": "x"}\n' + line + "\n").encode(
+    errors="surrogateescape"
   )
+  file.write_bytes(content)
+  command = ("generate", "--workdir", clp_run, "--weights", "nli=1")
+  fails(1, message, *command, "--input", file)
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+  fails(1, message, *command)
+
+
+@pytest.mark.parametrize(
+  "command, message",
+  [
+    ("generate --seed -1", "expected an integer in 0 to 2**64 - 1, got '-1'"),
+    ("evaluate --seed 18446744073709551616", "--seed: expected an integer"),
+    ("compare x --output y --seed -1", "--seed: expected an integer"),
+    ("generate --temperature -1", "--temperature: expected 0 <= T"),
+    ("generate --temperature nan", "--temperature: expected 0 <= T"),
+    ("generate --temperature 1e300", "--temperature: expected 0 <= T"),
+  ],
+)
+def test_numbers_out_of_range_are_refused(command, message):
+  command = [*command.split(), "--workdir", "z"]
+  fails(2, message, *(command[:-2] if command[0] == "compare" else command))
 
 
 def test_missing_step_lists_the_steps(clp_run):

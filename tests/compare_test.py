@@ -388,6 +388,7 @@ def test_the_command_writes_every_file(tmp_path):
     (["a", "a"], 2, "given twice"),
     (["=a"], 2, "NAME=FOLDER"),
     (["a", "--reference-point", "rouge=1"], 1, "must name rouge, nli"),
+    (["a", "--reference-point", "rouge=nan,nli=0"], 1, "must be finite"),
     (["a", "--bootstrap", "0"], 2, ">= 1"),
   ],
 )

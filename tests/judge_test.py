@@ -386,6 +386,7 @@ def test_gemini_is_asked_in_its_form(tmp_path):
     ({"api": "claude"}, "openai, gemini"),
     ({"timeout": 0.0}, "timeout must be > 0"),
     ({"timeout": math.nan}, "timeout must be > 0"),
+    ({"timeout": math.inf}, "timeout must be > 0 and below 1e9, got inf"),
     ({"key": "hidden\n"}, "blanks"),
   ],
 )
@@ -674,7 +675,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
   fails(1, "samples.jsonl", [arguments[0], tmp_path, *arguments[2:]])
   other = tmp_path / "other.jsonl"
   other.write_text('{"document": "z", "summary": "z"}\n{')
-  fails(1, "line 2: not JSON", [arguments[0], other, *arguments[2:]])
+  fails(1, "line 2: not valid JSON", [arguments[0], other, *arguments[2:]])
+  other.write_bytes(b'{"document": "z", "summary": "caf\xe9"}\n')
+  fails(1, "line 1: not valid JSON", [arguments[0], other, *arguments[2:]])
   other.write_text('{"document": "z", "summary": "z"}\n\n')
   fails(2, "share no document", [arguments[0], other, *arguments[2:]])
 

@@ -16,6 +16,17 @@ def test_the_numbers_are_those_of_runs_that_exist():
   assert keys.LAST_STEP == 2147483647
 
 
+def test_seeds_of_64_bits_have_keys_of_their_own():
+  seeds = [0, 3, 2**31 + 1, 2**32 - 1]
+  own = [jax.random.key_data(keys.of_seed(seed)) for seed in seeds]
+  jaxs = [jax.random.key_data(jax.random.key(seed)) for seed in seeds]
+  np.testing.assert_array_equal(own, jaxs)
+  long = [2**32, 3 + 2**32, 2**63, 2**64 - 1]
+  own += [jax.random.key_data(keys.of_seed(seed)) for seed in long]
+  assert len(np.unique(own, axis=0)) == 8
+  np.testing.assert_array_equal(jax.random.key_data(keys.of_seed(-1)), own[-1])
+
+
 def test_steps_share_no_key():
   key = jax.random.key(3)
   drawn = [jax.random.key_data(keys.of_step(key, step)) for step in (0, 1, 2)]

@@ -176,6 +176,25 @@ def all_fields():
   return {f for path in CONFIGS for f in fields(load_config(str(path), []))}
 
 
+def test_runs_of_the_demo_are_those_that_it_makes():
+  words = [(where, word) for where, command in COMMANDS for word in command]
+  found = [
+    (where, run[1])
+    for where, word in words
+    if (run := re.search(r"\bruns/demo/([\w/]+)$", word))
+  ]
+  assert len(found) >= 5
+  for where, run in found:
+    name = re.sub("single/(rouge|nli)$", "single/<name>", run)
+    assert re.search(rf"^  {name} ", demo.__doc__, re.M), (where, run)
+
+
+def test_no_command_gives_weights_to_lines_that_have_their_own():
+  """As those of samples.jsonl have, and those count."""
+  texts = [p.read_text() for p in (ROOT / "clp_jax").rglob("*.py")]
+  assert "samples.jsonl | " not in "".join([*texts, *PAGES.values()])
+
+
 def test_fields_in_advice_exist():
   """In what clp_jax prints and says of itself."""
   texts = [p.read_text() for p in (ROOT / "clp_jax").rglob("*.py")]

@@ -234,17 +234,20 @@ class TestCompletions:
       if token in top:
         assert abs(top[token] - logp) < 1e-4
 
-  def test_greedy_needs_no_seed_and_a_limit_ends_the_answer(self, address):
+  def test_greedy_needs_no_seed_and_a_limit_ends_the_answer(
+    self, policy, address
+  ):
     body = request(temperature=0)
     assert text_of(post(address, body)) == text_of(post(address, body))
     short = post(address, body | {"max_tokens": 1}).json()["choices"][0]
     assert short["finish_reason"] == "length"
     # Long seeds and negative ones are seeds too.
-    texts = {
-      text_of(post(address, request(seed=seed)))
-      for seed in (3, -3, 3 + 2**32, 3 + 2**40)
-    }
-    assert len(texts) > 1
+    seeds = (3, -3, 3 + 2**32, 3 + 2**40)
+    texts = [text_of(post(address, request(seed=seed))) for seed in seeds]
+    assert len(set(texts)) > 1
+    assert texts == [
+      policy.generate(DOCUMENTS[:1], {"nli": 1}, seed=seed)[0] for seed in seeds
+    ]
 
   def test_waiting_requests_are_decoded_together(self, address):
     bodies = [
@@ -406,6 +409,7 @@ INVALID = [
   ({"weights": {"nli": 1e300, "rouge": -1e300}}, "weights"),
   ({"weights": {"nli": True}}, "weights"),
   ({"weights": {"x" * 5000: 1}}, "weights"),
+  ({"weights": {"alpha": 1}}, "weights"),
   ({"alpha": 0.7}, "alpha"),
   ({"stop": ["."] * 5}, "stop"),
   ({"stop": 1}, "stop"),
@@ -450,6 +454,13 @@ class TestErrors:
     assert response.status_code == status
     message = response.json()["error"]["message"]
     assert "/home" not in message and "tmp" not in message
+
+  def test_the_head_of_what_can_be_got_is_sent_alone(self, address):
+    for path, status in (("/", 200), ("/health", 200), ("/nothing", 404)):
+      head, got = httpx.head(address + path), httpx.get(address + path)
+      assert head.status_code == status and not head.content
+      assert head.headers["content-length"] == got.headers["content-length"]
+    assert httpx.head(f"{address}/v1/completions").status_code == 405
 
   def test_pages_of_others_are_kept_out(self, address):
     body = request()
@@ -525,6 +536,14 @@ class TestErrors:
         assert httpx.get(f"{address}/health").json()["waiting"] == 0
         slow.go.set()
         assert post(address, request()).status_code == 200
+
+  def test_what_could_never_wait_is_refused_for_good(self, policy, decoder):
+    limits = dataclasses.replace(LIMITS, waiting=2)
+    with serving(policy, decoder, limits) as address:
+      assert post(address, request(n=2)).status_code == 200
+      response = post(address, request(n=3))
+    assert response.status_code == 400
+    assert "more than the 2 of one request" in response.text
 
 
 class TestPage:

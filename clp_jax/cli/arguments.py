@@ -41,6 +41,24 @@ def positive(text: str) -> int:
   raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
 
 
+def seed(text: str) -> int:
+  """An integer of 64 bits that is not negative."""
+  with contextlib.suppress(ValueError):
+    if 0 <= int(text) < 2**64:
+      return int(text)
+  raise argparse.ArgumentTypeError(
+    f"expected an integer in 0 to 2**64 - 1, got {text!r}"
+  )
+
+
+def temperature(text: str) -> float:
+  """A number of at least 0 that float32 has."""
+  with contextlib.suppress(ValueError):
+    if 0 <= float(text) <= 1e38:
+      return float(text)
+  raise argparse.ArgumentTypeError(f"expected 0 <= T <= 1e38, got {text!r}")
+
+
 def share(text: str) -> float:
   """A number above 0 and at most 1."""
   with contextlib.suppress(ValueError):
@@ -86,7 +104,7 @@ def add_weighting(parser, help: str) -> None:
 
 def add_seed(parser, of: str) -> None:
   """--seed, 0 by default."""
-  add(parser, "--seed", f"of {of}", 0, type=int)
+  add(parser, "--seed", f"of {of}", 0, type=seed)
 
 
 def add_step(parser) -> None:
@@ -96,8 +114,7 @@ def add_step(parser) -> None:
 
 def add_temperature(parser) -> None:
   """--temperature, 1 by default."""
-  help = "0 is greedy (default: 1)"
-  parser.add_argument("--temperature", type=float, default=1.0, help=help)
+  add(parser, "--temperature", "0 is greedy", 1, type=temperature)
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
@@ -168,9 +185,9 @@ def load_config(path: str, overrides: list[str]):
     ConfigError: names the file, field or value that is wrong.
   """
   from absl import flags
-  from ml_collections import config_flags
+  from ml_collections import config_dict, config_flags
 
-  if not os.path.exists(path):
+  if not os.path.isfile(path):
     raise ConfigError(f"--config {path}: no such file.")
   unknown = [
     a for a in overrides if a.startswith("-") and not a.startswith("--config.")
@@ -190,7 +207,11 @@ def load_config(path: str, overrides: list[str]):
       _set_none(config, field)
   except ConfigError:
     raise
+  except flags.Error as error:
+    raise ConfigError(str(error)) from error
   except (AttributeError, KeyError) as error:
+    if getattr(error, "name", None) == "get_config":
+      raise ConfigError(f"--config {path} has no get_config().") from error
     raise ConfigError(
       f"unknown config field: {error.args[0] if error.args else error}"
     ) from error
@@ -198,6 +219,10 @@ def load_config(path: str, overrides: list[str]):
     raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
   if rest:
     raise ConfigError(f"unknown arguments: {' '.join(rest)}.")
+  if not isinstance(config, config_dict.ConfigDict):
+    raise ConfigError(
+      f"--config {path}: get_config() must return a ConfigDict, got {config!r}."
+    )
   return config
 
 

@@ -14,7 +14,6 @@ METHODS = ("soup", "mod", "dera")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   parser.add_argument(
     "runs",
     nargs="+",
@@ -41,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   runs: dict[str, str] = {}
   for text in args.runs:
     name, _, folder = text.partition("=")

@@ -9,7 +9,6 @@ EXAMPLE = "clp compare runs/demo runs/demo/soups --output runs/compared"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   parser.add_argument(
     "runs",
     nargs="+",
@@ -32,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   import shlex
 
   from clp_jax.data.tasks import fact_checker

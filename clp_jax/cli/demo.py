@@ -8,13 +8,11 @@ EXAMPLE = "clp demo --workdir runs/demo --seed 0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   arguments.add_workdir(parser, default="runs/demo")
   arguments.add_seed(parser, "everything")
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   from clp_jax import demo
 
   demo.run(args.workdir, args.seed)

@@ -8,7 +8,6 @@ EXAMPLE = "clp evaluate --workdir runs/demo --grid 11 --prompts 256"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   arguments.add_workdir(parser)
   arguments.add_step(parser)
   help = "points an edge of the simplex (default: the config's eval.grid)"
@@ -19,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   from clp_jax.evaluation import sweep, tables
 
   front = sweep.evaluate_run(

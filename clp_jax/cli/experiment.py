@@ -26,7 +26,6 @@ NAMES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   parser.add_argument(
     "name",
     metavar="NAME",
@@ -84,7 +83,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   if args.output is not None and args.name != "results":
     raise ConfigError(f"--output is of results, not of {args.name}.")
   if args.name in ("costs", "results"):

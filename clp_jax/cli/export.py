@@ -8,7 +8,6 @@ import argparse
 import json
 
 from clp_jax.cli import arguments
-from clp_jax.data.tokenizer import TOKENIZER
 from clp_jax.errors import ConfigError, as_config_error
 
 EXAMPLE = (
@@ -31,7 +30,6 @@ _WRITTEN_PEFT = ("adapter_config.json", "adapter_model.safetensors", "base")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   arguments.add_workdir(parser)
   help = (
     "the weighting of the policy; none for a supervised run or a reward model, "
@@ -59,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   from etils import epath
 
   from clp_jax.rewards import preference
@@ -124,6 +121,7 @@ def _export_policy(args, output, old_format: str | None) -> None:
 def _export_reward(args, output, old_format: str | None, config) -> None:
   """Of a `clp train-reward` run, whose config it is."""
   from clp_jax import run_folder, sharding
+  from clp_jax.data.tokenizer import TOKENIZER
   from clp_jax.evaluation import model_card
   from clp_jax.rewards import model as models
   from clp_jax.rewards import preference

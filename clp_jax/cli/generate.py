@@ -5,7 +5,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from clp_jax.cli import arguments
 from clp_jax.errors import ConfigError, RunError
@@ -18,7 +18,6 @@ CHUNK = 64  # lines decoded together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   arguments.add_workdir(parser)
   help = 'the weighting of lines without "weights" of their own'
   arguments.add_weighting(parser, help)
@@ -34,9 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
-  if not args.temperature >= 0:
-    raise ConfigError(f"--temperature must be >= 0, got {args.temperature}.")
   from clp_jax.policy import Policy
 
   policy = Policy.load(args.workdir)
@@ -46,16 +42,13 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
       raise ConfigError(f"--weights: {error}") from error
   if args.input == "-":
-    _generate(policy, sys.stdin, "standard input", args)
+    _generate(policy, sys.stdin.buffer, "standard input", args)
   else:
-    try:
-      with open(args.input, encoding="utf-8") as lines:
-        _generate(policy, lines, args.input, args)
-    except UnicodeDecodeError as error:
-      raise RunError(f"{args.input} is not UTF-8 text: {error}") from error
+    with open(args.input, "rb") as lines:
+      _generate(policy, lines, args.input, args)
 
 
-def _generate(policy, lines: TextIO, name: str, args: argparse.Namespace):
+def _generate(policy, lines: BinaryIO, name: str, args: argparse.Namespace):
   done = 0
   read = _read(policy, lines, name, args)
   while rows := list(itertools.islice(read, CHUNK)):
@@ -74,7 +67,7 @@ def _generate(policy, lines: TextIO, name: str, args: argparse.Namespace):
 
 
 def _read(
-  policy, lines: TextIO, name: str, args: argparse.Namespace
+  policy, lines: BinaryIO, name: str, args: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], str, Any, Any]]:
   """(row, document, weights, alpha) of every line that is not blank."""
   from clp_jax.config import column
@@ -85,6 +78,7 @@ def _read(
       continue
     try:
       row = jsonl.parse(line)
+      json.dumps(row, ensure_ascii=False).encode()  # it is printed again
       fields = [column(policy.config.data, "document")]
       document = jsonl.document_of(row, fields, conversations=True)
       if not isinstance(document, str):

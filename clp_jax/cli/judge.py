@@ -8,7 +8,6 @@ question and the format of the answers.
 """
 
 import argparse
-import json
 import os
 import pathlib
 
@@ -23,7 +22,6 @@ KEY_VARIABLE = "CLP_JUDGE_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   parser.add_argument(
     "runs",
     nargs=2,
@@ -46,16 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   arguments.add(model, "--endpoint", help, metavar="URL")
   arguments.add(model, "--model", "the model's name there", metavar="NAME")
-  model.add_argument(
-    "--api", default="openai", choices=("openai", "gemini"), help="its form"
-  )
+  apis = ("openai", "gemini")
+  arguments.add(model, "--api", "its form", apis[0], choices=apis)
   help = (
     "environment variable that holds the API key; none is sent where it is not "
     "set"
   )
   arguments.add(model, "--key-variable", help, KEY_VARIABLE, metavar="NAME")
-  help = "seconds (default: 60)"
-  model.add_argument("--timeout", type=float, default=60.0, help=help)
+  arguments.add(model, "--timeout", "seconds", 60, type=float)
   help = "of a request, before the judge counts as down"
   arguments.add_count(model, "--attempts", help, 6)
   arguments.add_count(model, "--parallel", "requests at a time", 4)
@@ -81,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   from clp_jax.evaluation import judge as judge_lib
   from clp_jax.run_folder import write_json
 
@@ -178,14 +173,11 @@ def _samples(path: str, args: argparse.Namespace) -> list[dict]:
       f"there is no {file}; `clp evaluate --workdir {path}` writes it."
     )
   rows = []
-  for number, line in enumerate(file.read_text().split("\n"), 1):
+  for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
     if not line.strip():
       continue
     try:
-      row = json.loads(line)
-    except ValueError as error:
-      raise RunError(f"{file}, line {number}: not JSON: {error}.") from error
-    try:
+      row = jsonl.parse(line)
       document = jsonl.document_of(row, fields)
     except ValueError as error:
       raise RunError(f"{file}, line {number}: {error}") from error

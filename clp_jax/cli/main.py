@@ -20,8 +20,9 @@ from clp_jax.errors import (
   RunError,
 )
 
-# Command -> (module, help). A module is imported when its command runs, so
-# that `clp --help` needs neither JAX nor TensorFlow.
+# Command -> help. The module of that name adds the command's arguments and runs
+# it. Only the chosen one is imported: `clp --help` needs neither JAX nor
+# TensorFlow.
 COMMANDS = {
   "demo": "train and compare everything on the built-in world, in minutes",
   "train": "train, or resume, the run that a config file describes",
@@ -92,7 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   chosen = next((a for a in argv if not a.startswith("-")), None)
   for name, text in COMMANDS.items():
-    # Only the chosen command's module is imported, for its arguments.
     if name == chosen:
       module = importlib.import_module(f"clp_jax.cli.{name.replace('-', '_')}")
       command = commands.add_parser(

@@ -16,7 +16,6 @@ SECONDS_BETWEEN_LINES = 20.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   help = (
     "a training config; models may be presets, such as --config.model.init=xl"
   )
@@ -76,7 +75,6 @@ def _elapsed(name: str) -> Iterator[None]:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   config = arguments.load_config(args.config, args.rest)
   import jax
 

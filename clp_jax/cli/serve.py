@@ -9,7 +9,6 @@ EXAMPLE = "clp serve --workdir runs/demo, then open http://127.0.0.1:8600/"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
   arguments.add_workdir(parser)
   parser.add_argument(
     "--host",
@@ -26,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   if not 0 <= args.port < 1 << 16:
     raise ConfigError(f"--port must be in 0 to 65535, got {args.port}.")
   try:

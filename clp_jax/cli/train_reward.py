@@ -21,7 +21,6 @@ add_arguments = arguments.add_training
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   config = arguments.start_training(args)
   from clp_jax import distributed
   from clp_jax.train import reward_model

@@ -19,7 +19,6 @@ add_arguments = arguments.add_training
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the command."""
   config = arguments.start_training(args)
   if config.sft.steps < 1:
     raise ConfigError("sft.steps is 0: nothing would be trained; set it.")

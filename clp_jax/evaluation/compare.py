@@ -381,6 +381,8 @@ def _reference_point(
         f"{', '.join(given) or 'nothing'}."
       )
     point = {axis: float(given[axis]) for axis in axes}
+    if not all(map(math.isfinite, point.values())):
+      raise FrontError(f"the reference point must be finite and is {point}.")
     if "kl" in axes:
       point["-kl"] = -point.pop("kl")
     return point

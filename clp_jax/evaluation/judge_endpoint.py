@@ -86,8 +86,9 @@ class Endpoint:
         f"the API must be one of {', '.join(APIS)}, got {self.api!r}."
       )
     for name in ("timeout", "attempts", "parallel", "max_tokens"):
-      if not getattr(self, name) > 0:
-        raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
+      value = getattr(self, name)
+      if not 0 < value < 1e9:  # of more seconds no timeout can be made
+        raise ValueError(f"{name} must be > 0 and below 1e9, got {value}.")
 
 
 def endpoint_judge(

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from clp_jax import build, progress, run_folder, sharding, weightings
+from clp_jax import keys as keys_lib
 from clp_jax.batches import eval_batch
 from clp_jax.data import tokenizer
 from clp_jax.data.reader import Batch
@@ -260,7 +261,7 @@ def make_measure(
   n = settings.samples
   num_batches = -(-prompts // size)
   last = prompts - 1
-  keys = row_keys(jax.random.key(seed), num_batches * size * n)
+  keys = row_keys(keys_lib.of_seed(seed), num_batches * size * n)
 
   def measure(steered, weighting: Weighting | None = None) -> Measured:
     responses: list[str] = []

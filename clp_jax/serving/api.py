@@ -277,17 +277,19 @@ class _Completions:
     else:
       prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     n = 1 if body.n is None else body.n
-    if len(prompts) * n > self._limits.rows:
+    most = min(self._limits.rows, self._limits.waiting)
+    if len(prompts) * n > most:
       raise _invalid(
         "n",
-        f"{len(prompts)} documents x n = {n} answers are more than the "
-        f"{self._limits.rows} of one request.",
+        f"{len(prompts)} documents x n = {n} answers are more than the {most} "
+        "of one request.",
       )
     try:
       coefficients = self._policy.coefficients(body.weights, body.alpha)
     except ValueError as error:
-      field = "alpha" if "alpha" in str(error) else "weights"
-      raise _invalid(field, str(error)) from error
+      message = str(error)
+      of_weights = "weights" in message or "objective" in message
+      raise _invalid("weights" if of_weights else "alpha", message) from error
     longest = self._model.max_tokens
     temperature = 1.0 if body.temperature is None else body.temperature
     seed = secrets.randbits(32) if body.seed is None else body.seed

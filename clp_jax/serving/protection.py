@@ -101,6 +101,8 @@ class Protection:
     try:
       self._check(scope)
       body = await self._read(scope, receive)
+      if scope["method"] == "HEAD":  # of which uvicorn sends the head alone
+        scope = scope | {"method": "GET"}
       # A client that reads its answer too slowly is not waited for either.
       async with asyncio.timeout(self._limits.seconds + 30):
         await self._app(scope, _replay(body, receive), send_protected)

@@ -14,5 +14,4 @@ from clp_jax import chat
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The settings."""
   return chat.get_config("gemma3-1b")

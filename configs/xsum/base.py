@@ -21,5 +21,4 @@ from clp_jax import paper
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The settings."""
   return paper.get_config("xsum", "base")
