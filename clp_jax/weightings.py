@@ -12,6 +12,7 @@ weight with which mixing logits gives alpha's optimum exactly.
 
 import dataclasses
 import itertools
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -317,7 +318,7 @@ def per_text(
       )
     return value
 
-  every_alpha = each("alpha", alpha, float | int)
+  every_alpha = each("alpha", alpha, numbers.Real)
   return list(zip(each("weights", weights, Mapping), every_alpha, strict=True))
 
 

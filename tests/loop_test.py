@@ -1,11 +1,14 @@
 """A run of no steps is a run; TensorBoard shows one that is under way, and
 Weights & Biases has what metrics.jsonl has."""
 
+import contextlib
 import json
+import math
 import struct
 import sys
 import time
 
+import jax.numpy as jnp
 import pytest
 import runs
 import wandb
@@ -13,7 +16,22 @@ from tensorboard.backend.event_processing import event_accumulator
 from wandb.proto import wandb_internal_pb2
 
 from clp_jax.errors import ConfigError, RunError
-from clp_jax.train import metrics
+from clp_jax.train import loop, metrics
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm", "critic/loss"])
+def test_a_loss_or_gradient_that_is_no_number_ends_the_run(name, tmp_path):
+  finite = {"loss": 1.0, "gradient_norm": 2.0, "critic/loss": 3.0}
+  with metrics.MetricsWriter(str(tmp_path), 0) as writer:
+    for value, raises in (
+      (0.5, contextlib.nullcontext()),
+      (math.nan, pytest.raises(RunError, match=f"{name} is nan at step 7")),
+    ):
+      found = {n: jnp.float32(x) for n, x in (finite | {name: value}).items()}
+      with raises:
+        loop._write(
+          writer, 7, loop.Step(state=None, metrics=found, tokens=1), 1
+        )
 
 
 @pytest.mark.slow

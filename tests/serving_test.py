@@ -347,6 +347,7 @@ class TestNumbers:
       assert strictly(whole.text)["error"]["code"] == "not_finite"
       # A stream has begun by then: its last event says so.
       streamed = post(address, request(stream=True, seed=seed))
+      assert streamed.headers["x-accel-buffering"] == "no"  # for a proxy
       first, *_, last, nothing = streamed.text.split("\n\n")
       assert strictly(first.removeprefix("data: "))["choices"]
       error = strictly(last.removeprefix("data: "))["error"]

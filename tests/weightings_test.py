@@ -162,6 +162,11 @@ def test_grid_of_one_point_is_an_error():
     weightings.simplex_grid(2, 1)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1, np.float32(0.5), np.int64(1)])
+def test_one_alpha_is_of_all_texts(alpha):
+  assert weightings.per_text(2, None, alpha) == [(None, alpha)] * 2
+
+
 def test_traced_weights_pass_through():
   result = jax.jit(clp_jax.coefficients)(jnp.asarray([0.5, 0.5]))
   np.testing.assert_array_equal(result, [0.5, 0.5])

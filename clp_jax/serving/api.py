@@ -242,6 +242,8 @@ class _Completions:
       return StreamingResponse(
         _chain(first, events, lambda: self._batcher.cancel(ticket)),
         media_type="text/event-stream",
+        # nginx would keep the events back until it has a block of them.
+        headers={"X-Accel-Buffering": "no"},
       )
     try:
       async with self._until(deadline):

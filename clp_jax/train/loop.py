@@ -141,8 +141,8 @@ def _write(
     if isinstance(metric, Mean):
       metric = metric.sum / np.maximum(metric.count, 1)
     values[name] = float(metric)
-  for name in ("loss", "gradient_norm"):
-    if not np.isfinite(values[name]):
+  for name in ("loss", "gradient_norm", "critic/loss"):
+    if not np.isfinite(values.get(name, 0)):
       raise RunError(
         f"{name} is {values[name]} at step {step}; lower the learning rate, "
         "then start again in a new --workdir or from an older checkpoint."
