@@ -218,7 +218,9 @@ def _vocabulary_beside(config: ml_collections.ConfigDict) -> Tokenizer:
     path = config.model.vocabulary or interop.find_vocabulary(init)
     found = None
     if path is not None:
-      found = tokenizer_files.find(path, own.eos_ids, own.pad_id)
+      found = tokenizer_files.find(
+        path, own.eos_ids, own.pad_id, own.vocab_size
+      )
   if found is None:
     raise ConfigError(
       f"model.init = {init} has no tokenizer.json or spiece.model; set "

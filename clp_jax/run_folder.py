@@ -194,7 +194,7 @@ def load_tokenizer(workdir: str) -> Tokenizer:
   """
   config = load_model_config(workdir)
   found = tokenizer_files.load_tokenizer(
-    folder(workdir), config.eos_ids, config.pad_id
+    folder(workdir), config.eos_ids, config.pad_id, config.vocab_size
   )
   if found is None:
     raise RunError(

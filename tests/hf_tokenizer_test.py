@@ -27,7 +27,7 @@ CHAT = (
 )
 
 
-def make(eos_ids=(2,), pad_id=-1, json_files=(), **files):
+def make(eos_ids=(2,), pad_id=-1, json_files=(), rows=None, **files):
   """HFTokenizer whose files differ; names spell "." as "__"."""
   files = {name.replace("__", "."): x for name, x in files.items()}
   for name, values in dict(json_files).items():
@@ -39,7 +39,7 @@ def make(eos_ids=(2,), pad_id=-1, json_files=(), **files):
     for name, x in found.items()
     if x is not None
   }
-  return HFTokenizer("the/folder", found, eos_ids, pad_id)
+  return HFTokenizer("the/folder", found, eos_ids, pad_id, rows)
 
 
 def with_template(source, **kwargs):
@@ -884,6 +884,29 @@ class TestIds:
     assert "the/folder/tokenizer.json" in one_line(error)
     assert TOKENIZER.size == 500
     assert TOKENIZER.allowed(500).shape == (500,)
+
+  def test_a_control_token_that_no_row_stands_for_is_left_out(self):
+    """Gemma 3's files have one for images, the embedding of its 1B none."""
+
+    def change(one):
+      one.add_special_tokens(["<image>"])
+
+    content = backend(change).to_str()
+    assert make(tokenizer__json=content, rows=501).size == 501
+    tokenizer = make(tokenizer__json=content, rows=500)
+    assert tokenizer.size == 500 and tokenizer.allowed(500).shape == (500,)
+    assert tokenizer.files()["tokenizer.json"] == content.encode()
+    text = "a <image> b<|im_end|>"
+    assert tokenizer.encode(text) == TOKENIZER.encode(text)
+    assert tokenizer.chat(user(text)) == TOKENIZER.chat(user(text))
+    # But not one that is text, nor one that chats are made of.
+    named = make(
+      tokenizer__json=content, rows=500, chat_template__jinja=CHAT + "<image>"
+    )
+    more = backend(lambda one: one.add_tokens(["<think>"])).to_str()
+    for other in (named, make(tokenizer__json=more, rows=500)):
+      with pytest.raises(ValueError, match="500 rows .* 501 ids"):
+        other.allowed(500)
 
   def test_rows_without_a_token_are_no_text(self):
     a = TOKENIZER.encode("a")

@@ -174,7 +174,7 @@ def _reader(
     pairs = TextPairs(f"{path}/{TOKENIZER}", files[TOKENIZER])
     _check_size(path, pairs.size, config.vocab_size)
     return lambda documents, responses: pairs(documents, responses, length)
-  tokenizer = HFTokenizer(path, files, opened.eos_ids)
+  tokenizer = HFTokenizer(path, files, opened.eos_ids, rows=config.vocab_size)
   _check_size(path, tokenizer.size, config.vocab_size)
   if template is not None:
     models.check_template(template)
@@ -206,10 +206,11 @@ def _trained_reader(
     raise ValueError(
       f".template is for other models; {path} was trained with its own."
     )
-  tokenizer = tokenizer_files.load_tokenizer(path, opened.eos_ids, pad_id=-1)
+  size = opened.model.config.vocab_size
+  tokenizer = tokenizer_files.load_tokenizer(path, opened.eos_ids, -1, size)
   if tokenizer is None:
     raise ValueError(f"{path} holds no vocabulary; restore it.")
-  _check_size(path, tokenizer.size, opened.model.config.vocab_size)
+  _check_size(path, tokenizer.size, size)
   inputs = models.Inputs(
     tokenizer, opened.reading.template, length, overlap=None
   )

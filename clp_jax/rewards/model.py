@@ -86,7 +86,7 @@ def load(
     )
     config = loaded.config
   pieces = tokenizer_files.find(
-    vocabulary or path, config.eos_ids, config.pad_id
+    vocabulary or path, config.eos_ids, config.pad_id, config.vocab_size
   )
   if pieces is None:
     raise ValueError(
