@@ -754,12 +754,14 @@ class TestChatTemplates:
 
 
 class TestEnds:
-  def test_the_callers_count_before_the_tokenizers_own(self):
+  def test_the_callers_count_the_tokenizers_own_first(self):
+    """Llama 3's models list the end of a text before that of a turn."""
     assert make(()).eos_ids == (2,)
     assert make((0,)).eos_ids == (0,)
     assert make([2, 0]).eos_ids == (2, 0)
-    assert make([0, 2]).eos_id == 0
-    assert make([0, 2]).target("a", 9)[-1] == 0
+    assert make([0, 1, 2]).eos_ids == (2, 0, 1)
+    assert make([0, 2]).target("a", 9)[-1] == 2
+    assert make([0, 1]).target("a", 9)[-1] == 0
 
   @pytest.mark.parametrize(
     "config, special, expected",
@@ -921,7 +923,8 @@ class TestIds:
 
   def test_an_end_beyond_the_tokenizer_has_a_name(self):
     tokenizer = make((505, 2))
-    assert tokenizer.name(505) == "<505>" and tokenizer.name(510) == "<505>"
+    assert tokenizer.name(505) == "<505>"
+    assert tokenizer.name(510) == "<|im_end|>"
     assert tokenizer.decode([505]) == ""
     assert tokenizer.allowed(512)[505] and not tokenizer.allowed(512)[506]
     text = "a <505> b"

@@ -71,7 +71,7 @@ class HFTokenizer:
   Attributes:
     path: of the folder.
     pad_id: of the model.
-    eos_ids: tokens any of which ends a response.
+    eos_ids: tokens any of which ends a response, its own first.
     eos_id: the first one, which ends targets.
     chat_template: its source, or None.
   """
@@ -114,10 +114,10 @@ class HFTokenizer:
       tokens = values["added_tokens"]
       values["added_tokens"] = [t for t in tokens if t["id"] not in absent]
       self._read(json.dumps(values).encode())
+    own = self._tokenizer.token_to_id(self._names.get("eos_token", ""))
     self.eos_ids = tuple(eos_ids)
-    if not self.eos_ids and "eos_token" in self._names:
-      own = self._tokenizer.token_to_id(self._names["eos_token"])
-      self.eos_ids = () if own is None else (own,)
+    if own is not None and (own in eos_ids or not eos_ids):
+      self.eos_ids = tuple(dict.fromkeys((own, *eos_ids)))
     if not self.eos_ids:
       raise ValueError(
         f"nothing ends a response: set eos_token_id in {path}/config.json, or "
@@ -266,7 +266,7 @@ class HFTokenizer:
     return self._tokenizer.decode(known, skip_special_tokens=False)
 
   def name(self, token: int) -> str | None:
-    if token >= self.size:
+    if token >= self.size and token not in self._control:
       token = self.eos_id
     return self._control.get(token)
 
