@@ -857,8 +857,18 @@ class TestIds:
     assert not allowed[[0, 1]].any() and allowed[2:500].all()
     assert not allowed[500:].any()
     assert make((2, 0)).allowed(500)[[0, 2]].all()
-    assert not make(pad_id=67).allowed(500)[67]  # some pad with a letter
     assert not make(pad_id=511).allowed(512)[511]
+
+  def test_a_letter_that_a_model_pads_with_is_text(self):
+    (letter,) = TOKENIZER.encode("e")
+    tokenizer = make(pad_id=letter)
+    assert tokenizer.pad_id == -1 and tokenizer.allowed(500)[letter]
+    # But not what was added to pad with, whatever the file calls it.
+    content = backend(lambda one: one.add_tokens(["<pad>"])).to_str()
+    tokenizer = make(pad_id=500, tokenizer__json=content)
+    assert tokenizer.pad_id == 500 and not tokenizer.allowed(501)[500]
+    assert tokenizer.encode("<pad>") == TOKENIZER.encode("<pad>")
+    assert make(pad_id=0).pad_id == 0
 
   def test_what_stands_for_unknown_words_is_not_allowed(self):
     one = tokenizers.Tokenizer(

@@ -70,7 +70,7 @@ class HFTokenizer:
 
   Attributes:
     path: of the folder.
-    pad_id: of the model.
+    pad_id: of the model; -1 where that is text.
     eos_ids: tokens any of which ends a response, its own first.
     eos_id: the first one, which ends targets.
     chat_template: its source, or None.
@@ -135,6 +135,8 @@ class HFTokenizer:
       self._control.setdefault(
         token, self._tokenizer.id_to_token(token) or f"<{token}>"
       )
+    if 0 <= pad_id < self.size and pad_id not in self._control:
+      self.pad_id = -1  # some models pad with a letter
 
   def _read(self, content: bytes) -> None:
     self._tokenizer, self._of_text = (
@@ -156,9 +158,9 @@ class HFTokenizer:
     }
 
   def _unmarked(self) -> list[tokenizers.AddedToken]:
-    """What begins or ends a text and is not called special, but is."""
+    """What begins, ends or pads a text and is not called special, but is."""
     added = self._tokenizer.get_added_tokens_decoder()
-    found = [added[i] for i in self.eos_ids if i in added]
+    found = [added[i] for i in (*self.eos_ids, self.pad_id) if i in added]
     for content in (self._names[name] for name in _ENDS if name in self._names):
       own = self._tokenizer.token_to_id(content)
       if own is not None:

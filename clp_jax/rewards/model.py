@@ -99,6 +99,8 @@ def load(
       f"model {path} embeds {config.vocab_size}; set .vocabulary to the one "
       "that it was trained with."
     )
+  if pieces.pad_id != config.pad_id:
+    config = config.with_vocabulary(pieces.size, pieces.eos_ids, pieces.pad_id)
   config = dataclasses.replace(config, dtype=dtype, remat="none")
   return Judge(families.build(config), params, pieces)
 
