@@ -143,6 +143,9 @@ def test_what_can_not_be_read_is_named(made, tmp_path):
       ({"bias": "all"}, "bias = 'all' is not supported; it must be 'none'"),
       ({"r": 0}, "r must be an integer >= 1, got 0"),
       ({"r": 4}, r"is of another base: .* has lora_A and lora_B of shapes"),
+      # Of those peft takes the start out of the base.
+      ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not"),
+      ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens = .5. is"),
       ({"lora_alpha": None}, "lora_alpha must be a number, got None"),
     )
   ):
