@@ -158,6 +158,13 @@ def save_model(
   multihost_utils.sync_global_devices("model saved")
 
 
+def is_run(path: str) -> bool:
+  """Whether a folder is a run's, rather than what `clp export` or another
+  program wrote."""
+  read = storage.Folder(path)
+  return read.has("model.json") and read.has("config.json")
+
+
 def has_model(workdir: str) -> bool:
   """Whether `save_model` has completed in this folder."""
   return (folder(workdir) / "model.json").exists()

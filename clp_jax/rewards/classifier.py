@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clp_jax import sharding
+from clp_jax import run_folder, sharding
 from clp_jax.data import tokenizer as tokenizer_lib
 from clp_jax.data import tokenizer_files
 from clp_jax.data.hf_tokenizer import HFTokenizer, read_files
@@ -115,7 +115,7 @@ def build(
     ValueError: the model can't be used; says what to change.
   """
   model = models.checked(model)
-  if models.is_run(model):
+  if run_folder.is_run(model):
     raise ValueError(
       f"{model} is a run of clp: one of `clp train-reward` is read by the "
       "source 'preference'."

@@ -74,7 +74,7 @@ def load(
       mesh, made.axes(), made.abstract(), fsdp=fsdp
     )
 
-  if is_run(path):
+  if run_folder.is_run(path):
     config = run_folder.load_model_config(path)
     abstract = saved_params.abstract_like(
       families.build(config).abstract(), place(config)
@@ -120,7 +120,7 @@ def model_config(
   """
   if path in PRESETS:
     config = dataclasses.replace(PRESETS[path], scan_layers=scan_layers)
-  elif is_run(checked(path)):
+  elif run_folder.is_run(checked(path)):
     config = run_folder.load_model_config(checked(path))
   else:
     config = dataclasses.replace(
@@ -141,12 +141,6 @@ def checked(path: str | None) -> str:
   if not epath.Path(path).is_dir():
     raise ValueError(f".model = {path!r}: there is no such folder.")
   return path
-
-
-def is_run(path: str) -> bool:
-  """Whether a folder is a run of clp."""
-  folder = epath.Path(path)
-  return (folder / "model.json").exists() and (folder / "config.json").exists()
 
 
 def token_of(vocabulary: Tokenizer, text: str) -> int:
