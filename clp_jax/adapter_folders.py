@@ -332,7 +332,11 @@ def check_base(folder: str, base: str, init: str) -> None:
   if os.path.isdir(base):
     is_same = os.path.realpath(here) == os.path.realpath(there)
   else:
-    is_same = not base or os.path.basename(there) in here
+    name = os.path.basename(there)
+    parts = (part.partition("@")[0] for part in here.split(os.sep))
+    is_same = not base or any(
+      part == name or part.endswith(f"--{name}") for part in parts
+    )
   if not is_same:
     raise ConfigError(
       f"{folder} adapts {base}, and model.init is {init}; take adapters of one "

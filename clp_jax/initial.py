@@ -16,6 +16,7 @@ from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.interop import hub
 from clp_jax.interop.storage import Folder
 from clp_jax.models import families, trees
+from clp_jax.models.causal import NO_PAD
 from clp_jax.models.presets import OWN_VOCABULARY, PRESETS
 
 Params = Any
@@ -57,7 +58,7 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
       out_shardings=_shardings(config, model_config),
     )
     params = draw(key)
-  elif _is_run(init):
+  elif run_folder.is_run(init):
     params, _ = saved_params.load_params(
       init, families.build(stored).abstract()
     )
@@ -94,7 +95,7 @@ def _check_fits(
       f"the model {init!r} reads prompts that end in EOS, which those of a "
       "tokenizer.json do not; set model.vocabulary to its spiece.model."
     )
-  if vocabulary.pad_id != model_config.pad_id:
+  if vocabulary.pad_id not in (NO_PAD, model_config.pad_id):
     raise ConfigError(
       f"the model {init!r} pads with token {model_config.pad_id}, and its "
       f"vocabulary with {vocabulary.pad_id}; choose another model.vocabulary."
@@ -113,7 +114,7 @@ def load_model_config(config: ml_collections.ConfigDict) -> families.Config:
     model_config = _preset(config, _vocabulary(config))
   elif init in PRESETS:
     model_config = PRESETS[init]
-  elif _is_run(init):
+  elif run_folder.is_run(init):
     model_config = run_folder.load_model_config(init)
   elif Folder(init).is_folder():
     with as_config_error():
@@ -140,12 +141,11 @@ def _opened(
   if init in PRESETS:
     vocabulary = _vocabulary(config)
     return _preset(config, vocabulary), vocabulary
-  if _is_run(init):
+  if run_folder.is_run(init):
     vocabulary = run_folder.load_tokenizer(init)
     return run_folder.load_model_config(init), vocabulary
   if Folder(init).is_folder():
-    vocabulary = _vocabulary_beside(config)
-    return interop.load_config(init), vocabulary
+    return _checkpoint(config)
   raise _nothing(init)
 
 
@@ -205,27 +205,26 @@ def _vocabulary(config: ml_collections.ConfigDict) -> Tokenizer:
     return tasks.vocabulary_of(tasks.get_task(config.data.task))
 
 
-def _is_run(init: str) -> bool:
-  """A run's folder, rather than what `clp export` or another program wrote."""
-  folder = Folder(init)
-  return folder.has("model.json") and folder.has("config.json")
-
-
-def _vocabulary_beside(config: ml_collections.ConfigDict) -> Tokenizer:
+def _checkpoint(
+  config: ml_collections.ConfigDict,
+) -> tuple[families.Config, Tokenizer]:
+  """`_opened`, of another program's model."""
   init = config.model.init
   with as_config_error():
     own = interop.load_config(init)
     path = config.model.vocabulary or interop.find_vocabulary(init)
     found = None
     if path is not None:
-      found = tokenizer_files.find(path, own.eos_ids, own.pad_id)
+      found = tokenizer_files.find(
+        path, own.eos_ids, own.pad_id, own.vocab_size
+      )
   if found is None:
     raise ConfigError(
       f"model.init = {init} has no tokenizer.json or spiece.model; set "
       "model.vocabulary, the folder or the SentencePiece .model file that it "
       "was trained with."
     )
-  return found
+  return own, found
 
 
 def _load_checkpoint(config: ml_collections.ConfigDict) -> Params:

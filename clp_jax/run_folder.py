@@ -189,6 +189,13 @@ def save_model(
   multihost_utils.sync_global_devices("model saved")
 
 
+def is_run(path: str) -> bool:
+  """Whether a folder is a run's, rather than what `clp export` or another
+  program wrote."""
+  read = storage.Folder(path)
+  return read.has("model.json") and read.has("config.json")
+
+
 def has_model(workdir: str) -> bool:
   """Whether `save_model` has completed in this folder."""
   return (folder(workdir) / "model.json").exists()
@@ -225,7 +232,7 @@ def load_tokenizer(workdir: str) -> Tokenizer:
   """
   config = load_model_config(workdir)
   found = tokenizer_files.load_tokenizer(
-    folder(workdir), config.eos_ids, config.pad_id
+    folder(workdir), config.eos_ids, config.pad_id, config.vocab_size
   )
   if found is None:
     raise RunError(

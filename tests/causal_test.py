@@ -339,6 +339,14 @@ class TestFolders:
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, same, params)
 
+  def test_double_precision_comes_back_too(self, tmp_path):
+    model, params = interop.load_model(FIXTURES / "qwen3", dtype="float64")
+    interop.save_model(tmp_path, model, params, "hf")
+    again, same = interop.load_model(tmp_path)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(same)} == {np.dtype(float)}
+
   def test_stacking_is_a_matter_of_layout(self):
     _, listed = interop.load_model(FIXTURES / "qwen3")
     _, stacked = interop.load_model(FIXTURES / "qwen3", scan_layers=True)

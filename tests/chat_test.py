@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import small_decoder
+import tokenizers
 
-from clp_jax import Policy, batches, interop, run_folder
+from clp_jax import Policy, batches, initial, interop, run_folder, sharding
 from clp_jax.cli import main
+from clp_jax.cli.arguments import load_config
 from clp_jax.data import newsroom
 from clp_jax.evaluation import sweep
+from clp_jax.rewards import model as models
 
 ROOT = pathlib.Path(__file__).parents[1]
 SECTION = (
@@ -179,6 +183,38 @@ def test_a_conversation_is_answered_as_its_chat_template_shows_it(
   policy = Policy.load(run_dir)
   (expected,) = policy.generate([text], {"helpful": 1}, temperature=0)
   assert row["summary"] == expected
+
+
+def test_a_model_may_have_no_row_for_a_placeholder(tmp_path):
+  small_decoder.save(tmp_path / "model", vocab_size=500)
+  file = str(tmp_path / "model" / "tokenizer.json")
+  larger = tokenizers.Tokenizer.from_file(file)
+  larger.add_special_tokens(["<image>"])
+  larger.save(file)
+  config = load_config(runs.CONFIG, runs.overrides(str(tmp_path / "model")))
+  start = initial.load_initial(config)
+  assert start.vocabulary.size == start.model_config.num_tokens == 500
+  (tmp_path / "run").mkdir()
+  run_folder.save_model(
+    *(str(tmp_path / "run"), start.model_config, start.vocabulary, start.params)
+  )
+  again = run_folder.load_tokenizer(str(tmp_path / "run"))
+  assert again.size == 500 and again.files() == start.vocabulary.files()
+
+
+def test_a_model_may_pad_with_text(tmp_path):
+  (letter,) = small_decoder.make_tokenizer().encode("e")
+  small_decoder.save(tmp_path, pad_id=letter)
+  config = load_config(runs.CONFIG, runs.overrides(str(tmp_path)))
+  start = initial.load_initial(config)
+  judge = models.load(
+    str(tmp_path), sharding.make_mesh(), None, "float32", False, False
+  )
+  for model, words in (
+    (start.model_config, start.vocabulary),
+    (judge.model.config, judge.vocabulary),
+  ):
+    assert model.pad_id == words.pad_id == -1
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,12 @@ def write(folder, kind, labels=1, tensors=None, **changes):
   if kind == "deberta-v2":
     table = np.zeros([LENGTH, WIDTH], np.float32)
     unused = {"deberta.embeddings.position_embeddings.weight": table}
+  if kind == "roberta":  # of what it was finetuned from
+    pool = np.zeros([WIDTH, WIDTH], np.float32)
+    unused |= {
+      "roberta.pooler.dense.weight": pool,
+      "roberta.pooler.dense.bias": pool[0],
+    }
   safetensors.save_file(tensors | unused, folder / "model.safetensors")
   small_encoder.write_tokenizer(folder, kind)
   return folder

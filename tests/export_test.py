@@ -16,6 +16,7 @@ from small_t5 import V1_0, V1_1
 import clp_jax
 from clp_jax import conditioning, interop, run_folder, saved_params
 from clp_jax import config as config_lib
+from clp_jax.data.hf_tokenizer import FILES
 from clp_jax.data.vocabulary import word_model
 from clp_jax.errors import ConfigError
 from clp_jax.evaluation import front as front_lib
@@ -283,6 +284,18 @@ class TestExport:
       )
       assert status == 2 and message in err.splitlines()[-1]
       assert sorted(output.rglob("*")) == before
+
+  def test_nothing_is_left_of_an_earlier_tokenizer(self, tmp_path, trained):
+    """That transformers would read before the one that is there."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "export.json").write_text('{"written_by": "clp export"}')
+    for name in (*FILES, "notes.txt"):
+      (output / name).write_text("{}")
+    export(trained[0], output)
+    found = {p.name for p in output.iterdir()}
+    own = {"tokenizer_config.json", "notes.txt"}
+    assert found & {*FILES, "notes.txt"} == own
 
   @pytest.mark.parametrize(
     "status, message, arguments",

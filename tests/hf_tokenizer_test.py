@@ -27,7 +27,7 @@ CHAT = (
 )
 
 
-def make(eos_ids=(2,), pad_id=-1, json_files=(), **files):
+def make(eos_ids=(2,), pad_id=-1, json_files=(), rows=None, **files):
   """HFTokenizer whose files differ; names spell "." as "__"."""
   files = {name.replace("__", "."): x for name, x in files.items()}
   for name, values in dict(json_files).items():
@@ -39,7 +39,7 @@ def make(eos_ids=(2,), pad_id=-1, json_files=(), **files):
     for name, x in found.items()
     if x is not None
   }
-  return HFTokenizer("the/folder", found, eos_ids, pad_id)
+  return HFTokenizer("the/folder", found, eos_ids, pad_id, rows)
 
 
 def with_template(source, **kwargs):
@@ -754,12 +754,14 @@ class TestChatTemplates:
 
 
 class TestEnds:
-  def test_the_callers_count_before_the_tokenizers_own(self):
+  def test_the_callers_count_the_tokenizers_own_first(self):
+    """Llama 3's models list the end of a text before that of a turn."""
     assert make(()).eos_ids == (2,)
     assert make((0,)).eos_ids == (0,)
     assert make([2, 0]).eos_ids == (2, 0)
-    assert make([0, 2]).eos_id == 0
-    assert make([0, 2]).target("a", 9)[-1] == 0
+    assert make([0, 1, 2]).eos_ids == (2, 0, 1)
+    assert make([0, 2]).target("a", 9)[-1] == 2
+    assert make([0, 1]).target("a", 9)[-1] == 0
 
   @pytest.mark.parametrize(
     "config, special, expected",
@@ -855,8 +857,18 @@ class TestIds:
     assert not allowed[[0, 1]].any() and allowed[2:500].all()
     assert not allowed[500:].any()
     assert make((2, 0)).allowed(500)[[0, 2]].all()
-    assert not make(pad_id=67).allowed(500)[67]  # some pad with a letter
     assert not make(pad_id=511).allowed(512)[511]
+
+  def test_a_letter_that_a_model_pads_with_is_text(self):
+    (letter,) = TOKENIZER.encode("e")
+    tokenizer = make(pad_id=letter)
+    assert tokenizer.pad_id == -1 and tokenizer.allowed(500)[letter]
+    # But not what was added to pad with, whatever the file calls it.
+    content = backend(lambda one: one.add_tokens(["<pad>"])).to_str()
+    tokenizer = make(pad_id=500, tokenizer__json=content)
+    assert tokenizer.pad_id == 500 and not tokenizer.allowed(501)[500]
+    assert tokenizer.encode("<pad>") == TOKENIZER.encode("<pad>")
+    assert make(pad_id=0).pad_id == 0
 
   def test_what_stands_for_unknown_words_is_not_allowed(self):
     one = tokenizers.Tokenizer(
@@ -885,6 +897,29 @@ class TestIds:
     assert TOKENIZER.size == 500
     assert TOKENIZER.allowed(500).shape == (500,)
 
+  def test_a_control_token_that_no_row_stands_for_is_left_out(self):
+    """Gemma 3's files have one for images, the embedding of its 1B none."""
+
+    def change(one):
+      one.add_special_tokens(["<image>"])
+
+    content = backend(change).to_str()
+    assert make(tokenizer__json=content, rows=501).size == 501
+    tokenizer = make(tokenizer__json=content, rows=500)
+    assert tokenizer.size == 500 and tokenizer.allowed(500).shape == (500,)
+    assert tokenizer.files()["tokenizer.json"] == content.encode()
+    text = "a <image> b<|im_end|>"
+    assert tokenizer.encode(text) == TOKENIZER.encode(text)
+    assert tokenizer.chat(user(text)) == TOKENIZER.chat(user(text))
+    # But not one that is text, nor one that chats are made of.
+    named = make(
+      tokenizer__json=content, rows=500, chat_template__jinja=CHAT + "<image>"
+    )
+    more = backend(lambda one: one.add_tokens(["<think>"])).to_str()
+    for other in (named, make(tokenizer__json=more, rows=500)):
+      with pytest.raises(ValueError, match="500 rows .* 501 ids"):
+        other.allowed(500)
+
   def test_rows_without_a_token_are_no_text(self):
     a = TOKENIZER.encode("a")
     assert TOKENIZER.decode([*a, 500, 511, -1, 10**6, *a]) == "aa"
@@ -898,7 +933,8 @@ class TestIds:
 
   def test_an_end_beyond_the_tokenizer_has_a_name(self):
     tokenizer = make((505, 2))
-    assert tokenizer.name(505) == "<505>" and tokenizer.name(510) == "<505>"
+    assert tokenizer.name(505) == "<505>"
+    assert tokenizer.name(510) == "<|im_end|>"
     assert tokenizer.decode([505]) == ""
     assert tokenizer.allowed(512)[505] and not tokenizer.allowed(512)[506]
     text = "a <505> b"

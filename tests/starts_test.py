@@ -12,7 +12,8 @@ import small_t5
 from safetensors import numpy as safetensors
 
 import clp_jax
-from clp_jax import interop
+from clp_jax import adapter_folders, interop
+from clp_jax.errors import ConfigError
 from clp_jax.interop import leaves, peft
 
 TEXTS = ["Brivane opened the museum.", "It happened in Merrowby on Friday."]
@@ -143,6 +144,9 @@ def test_what_can_not_be_read_is_named(made, tmp_path):
       ({"bias": "all"}, "bias = 'all' is not supported; it must be 'none'"),
       ({"r": 0}, "r must be an integer >= 1, got 0"),
       ({"r": 4}, r"is of another base: .* has lora_A and lora_B of shapes"),
+      # Of those peft takes the start out of the base.
+      ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not"),
+      ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens = .5. is"),
       ({"lora_alpha": None}, "lora_alpha must be a number, got None"),
     )
   ):
@@ -165,6 +169,26 @@ def test_rank_stabilised_adapters_are_scaled_by_the_root(made, tmp_path):
   np.testing.assert_allclose(lora.scale, 3 / 2**0.5)
   own = safetensors.load_file(folder / TENSORS)
   assert 2 * len(lora.factors) == len(own)
+
+
+@pytest.mark.parametrize(
+  ("init", "base", "is_same"),
+  [
+    ("here/models/Qwen3-0.6B", "Qwen/Qwen3-0.6B", True),
+    ("hub/models--Qwen--Qwen3-0.6B/snapshots/ab", "Qwen/Qwen3-0.6B", True),
+    ("Qwen/Qwen3-0.6B@v1", "/elsewhere/Qwen3-0.6B", True),
+    ("here/any", "", True),
+    ("here/models/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B", False),
+    ("hub/models--Qwen--Qwen3-0.6B-Base/snapshots/a", "Qwen/Qwen3-0.6B", False),
+    ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base", False),
+  ],
+)
+def test_a_base_is_known_by_its_name(init, base, is_same):
+  if is_same:
+    adapter_folders.check_base("lora", base, init)
+    return
+  with pytest.raises(ConfigError, match=f"lora adapts {base}, and model.init"):
+    adapter_folders.check_base("lora", base, init)
 
 
 def combine(parts, output, *rest):

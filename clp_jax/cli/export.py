@@ -19,9 +19,10 @@ DTYPES = ("float32", "bfloat16")
 RECORD = "export.json"
 # What the formats write; nothing else in the folder is touched.
 _WRITTEN = (
-  *("config.json", "generation_config.json", "tokenizer_config.json"),
+  *("config.json", "generation_config.json", "spiece.model"),
+  *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"),
+  *("chat_template.jinja", "model-*-of-*.safetensors"),
   *("model.safetensors", "model.safetensors.index.json"),
-  *("model-*-of-*.safetensors", "spiece.model"),
   "checkpoint_*",
   *("params", "model.json", "vocabulary.model"),
 )

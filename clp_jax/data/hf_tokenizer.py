@@ -70,8 +70,8 @@ class HFTokenizer:
 
   Attributes:
     path: of the folder.
-    pad_id: of the model.
-    eos_ids: tokens any of which ends a response.
+    pad_id: of the model; -1 where that is text.
+    eos_ids: tokens any of which ends a response, its own first.
     eos_id: the first one, which ends targets.
     chat_template: its source, or None.
   """
@@ -82,6 +82,7 @@ class HFTokenizer:
     files: Mapping[str, bytes],
     eos_ids: Sequence[int] = (),
     pad_id: int = -1,
+    rows: int | None = None,
   ):
     """Parses the files.
 
@@ -91,6 +92,8 @@ class HFTokenizer:
       eos_ids: tokens that end a response of the model; () takes the
         tokenizer's own.
       pad_id: the model's padding.
+      rows: of the model's embedding. Control tokens beyond them are left out
+        where neither chats nor ends are made of them; None leaves out nothing.
 
     Raises:
       ValueError: one can't be parsed, or nothing ends a response.
@@ -99,19 +102,22 @@ class HFTokenizer:
     self.pad_id = pad_id
     self._files = dict(files)
     try:
-      self._tokenizer = tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
-      # Text that spells a control token is text.
-      self._of_text = tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
+      self._read(files[TOKENIZER])
     except Exception as error:  # the library's own, a bare Exception
       raise ValueError(
         f"{path}/{TOKENIZER} can't be read: {_line(error)}"
       ) from error
     self._names = self._special_names()
     self.chat_template = self._find_template()
+    if rows is not None and (absent := self._placeholders(rows)):
+      values = json.loads(files[TOKENIZER])
+      tokens = values["added_tokens"]
+      values["added_tokens"] = [t for t in tokens if t["id"] not in absent]
+      self._read(json.dumps(values).encode())
+    own = self._tokenizer.token_to_id(self._names.get("eos_token", ""))
     self.eos_ids = tuple(eos_ids)
-    if not self.eos_ids and "eos_token" in self._names:
-      own = self._tokenizer.token_to_id(self._names["eos_token"])
-      self.eos_ids = () if own is None else (own,)
+    if own is not None and (own in eos_ids or not eos_ids):
+      self.eos_ids = tuple(dict.fromkeys((own, *eos_ids)))
     if not self.eos_ids:
       raise ValueError(
         f"nothing ends a response: set eos_token_id in {path}/config.json, or "
@@ -122,7 +128,6 @@ class HFTokenizer:
       one.no_truncation()
       one.no_padding()
       one.add_special_tokens(self._unmarked())
-    self._of_text.encode_special_tokens = True
     added = self._tokenizer.get_added_tokens_decoder()
     self._special = {i: t.content for i, t in added.items() if t.special}
     self._control = dict(self._special)
@@ -130,11 +135,32 @@ class HFTokenizer:
       self._control.setdefault(
         token, self._tokenizer.id_to_token(token) or f"<{token}>"
       )
+    if 0 <= pad_id < self.size and pad_id not in self._control:
+      self.pad_id = -1  # some models pad with a letter
+
+  def _read(self, content: bytes) -> None:
+    self._tokenizer, self._of_text = (
+      tokenizers.Tokenizer.from_buffer(content) for _ in range(2)
+    )
+    # Text that spells a control token is text.
+    self._of_text.encode_special_tokens = True
+
+  def _placeholders(self, rows: int) -> set[int]:
+    """Control tokens beyond the rows that nothing here is made of, such as
+    Gemma 3's for images: the embedding of its 1B has no row for it."""
+    written = (self.chat_template or "", *self._names.values())
+    return {
+      i
+      for i, token in self._tokenizer.get_added_tokens_decoder().items()
+      if i >= rows
+      and token.special
+      and not any(token.content in text for text in written)
+    }
 
   def _unmarked(self) -> list[tokenizers.AddedToken]:
-    """What begins or ends a text and is not called special, but is."""
+    """What begins, ends or pads a text and is not called special, but is."""
     added = self._tokenizer.get_added_tokens_decoder()
-    found = [added[i] for i in self.eos_ids if i in added]
+    found = [added[i] for i in (*self.eos_ids, self.pad_id) if i in added]
     for content in (self._names[name] for name in _ENDS if name in self._names):
       own = self._tokenizer.token_to_id(content)
       if own is not None:
@@ -242,7 +268,7 @@ class HFTokenizer:
     return self._tokenizer.decode(known, skip_special_tokens=False)
 
   def name(self, token: int) -> str | None:
-    if token >= self.size:
+    if token >= self.size and token not in self._control:
       token = self.eos_id
     return self._control.get(token)
 

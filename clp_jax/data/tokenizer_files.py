@@ -9,7 +9,10 @@ from clp_jax.data.tokenizer import TOKENIZER, Tokenizer
 
 
 def load_tokenizer(
-  folder: str | os.PathLike, eos_ids: Sequence[int] = (), pad_id: int = 0
+  folder: str | os.PathLike,
+  eos_ids: Sequence[int] = (),
+  pad_id: int = 0,
+  rows: int | None = None,
 ) -> Tokenizer | None:
   """The vocabulary in a folder of a run or of a checkpoint, or None.
 
@@ -17,6 +20,7 @@ def load_tokenizer(
     folder: with tokenizer.json, or a SentencePiece model; may be gs://.
     eos_ids: tokens that end a response of the model; () for the vocabulary's.
     pad_id: the model's padding.
+    rows: of the model's embedding, see `HFTokenizer`.
 
   Raises:
     ValueError: a file is not valid.
@@ -33,12 +37,17 @@ def load_tokenizer(
   from clp_jax.data import hf_tokenizer
 
   if found := hf_tokenizer.read_files(folder):
-    return hf_tokenizer.HFTokenizer(os.fspath(folder), found, eos_ids, pad_id)
+    return hf_tokenizer.HFTokenizer(
+      os.fspath(folder), found, eos_ids, pad_id, rows
+    )
   return None
 
 
 def find(
-  path: str | os.PathLike, eos_ids: Sequence[int] = (), pad_id: int = 0
+  path: str | os.PathLike,
+  eos_ids: Sequence[int] = (),
+  pad_id: int = 0,
+  rows: int | None = None,
 ) -> Tokenizer | None:
   """`load_tokenizer` of a folder, or of one file of it.
 
@@ -52,7 +61,7 @@ def find(
 
   file = epath.Path(path)
   if file.is_dir():
-    return load_tokenizer(path, eos_ids, pad_id)
+    return load_tokenizer(path, eos_ids, pad_id, rows)
   if file.name == TOKENIZER:
-    return load_tokenizer(file.parent, eos_ids, pad_id)
+    return load_tokenizer(file.parent, eos_ids, pad_id, rows)
   return vocabulary.read(path, eos_ids)

@@ -110,10 +110,12 @@ _DISTILBERT_FIELDS = {
   "activation": "hidden_act",
 }
 # Ends of names of tensors that a folder may hold too: numbers of positions, as
-# old versions of transformers wrote them, and what DeBERTa v3 was trained with.
+# old versions of transformers wrote them, and what DeBERTa v3 and RoBERTa were
+# trained with.
 UNUSED = (
   *(".position_ids", ".token_type_ids"),
   "deberta.embeddings.position_embeddings.weight",
+  *("roberta.pooler.dense.weight", "roberta.pooler.dense.bias"),
 )
 # Fields that may be there, but only so.
 _ONLY = {"position_embedding_type": ("absolute",), "is_decoder": (False,)}

@@ -40,6 +40,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
   "modules_to_save": (None, []),
   "rank_pattern": (None, {}),
   "alpha_pattern": (None, {}),
+  "alora_invocation_tokens": (None,),
+  # By other starts, such as PiSSA's, peft changes the base.
+  "init_lora_weights": (None, False, "gaussian", "eva", "orthogonal", True),
 }
 _PREFIX = "base_model.model."  # peft's names of what it wraps
 

@@ -22,6 +22,7 @@ from clp_jax.interop.leaves import Index, Leaf
 from clp_jax.interop.storage import Folder
 
 DTYPES: dict[str, np.dtype] = {
+  "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(jnp.bfloat16),

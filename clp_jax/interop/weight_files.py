@@ -147,12 +147,12 @@ def _torch_leaf(torch: Any, where: str, name: str, tensor: Any) -> Leaf:
   if tensor.dtype == torch.bfloat16:
     # NumPy has it from ml_dtypes, which torch doesn't know.
     array = tensor.view(torch.int16).numpy().view(np.dtype(jnp.bfloat16))
-  elif tensor.dtype in (torch.float32, torch.float16):
+  elif tensor.dtype in (torch.float64, torch.float32, torch.float16):
     array = tensor.numpy()
   else:
     raise ValueError(
-      f"{where}: {name} is of dtype {tensor.dtype}, expected float32, bfloat16 "
-      "or float16."
+      f"{where}: {name} is of dtype {tensor.dtype}, expected float64, float32, "
+      "bfloat16 or float16."
     )
   return Leaf.of(array)
 

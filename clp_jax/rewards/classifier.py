@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clp_jax import sharding
+from clp_jax import run_folder, sharding
 from clp_jax.data import tokenizer as tokenizer_lib
 from clp_jax.data import tokenizer_files
 from clp_jax.data.hf_tokenizer import HFTokenizer, read_files
@@ -115,7 +115,7 @@ def build(
     ValueError: the model can't be used; says what to change.
   """
   model = models.checked(model)
-  if models.is_run(model):
+  if run_folder.is_run(model):
     raise ValueError(
       f"{model} is a run of clp: one of `clp train-reward` is read by the "
       "source 'preference'."
@@ -174,7 +174,7 @@ def _reader(
     pairs = TextPairs(f"{path}/{TOKENIZER}", files[TOKENIZER])
     _check_size(path, pairs.size, config.vocab_size)
     return lambda documents, responses: pairs(documents, responses, length)
-  tokenizer = HFTokenizer(path, files, opened.eos_ids)
+  tokenizer = HFTokenizer(path, files, opened.eos_ids, rows=config.vocab_size)
   _check_size(path, tokenizer.size, config.vocab_size)
   if template is not None:
     models.check_template(template)
@@ -206,10 +206,11 @@ def _trained_reader(
     raise ValueError(
       f".template is for other models; {path} was trained with its own."
     )
-  tokenizer = tokenizer_files.load_tokenizer(path, opened.eos_ids, pad_id=-1)
+  size = opened.model.config.vocab_size
+  tokenizer = tokenizer_files.load_tokenizer(path, opened.eos_ids, -1, size)
   if tokenizer is None:
     raise ValueError(f"{path} holds no vocabulary; restore it.")
-  _check_size(path, tokenizer.size, opened.model.config.vocab_size)
+  _check_size(path, tokenizer.size, size)
   inputs = models.Inputs(
     tokenizer, opened.reading.template, length, overlap=None
   )

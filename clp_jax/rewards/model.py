@@ -74,7 +74,7 @@ def load(
       mesh, made.axes(), made.abstract(), fsdp=fsdp
     )
 
-  if is_run(path):
+  if run_folder.is_run(path):
     config = run_folder.load_model_config(path)
     abstract = saved_params.abstract_like(
       families.build(config).abstract(), place(config)
@@ -86,7 +86,7 @@ def load(
     )
     config = loaded.config
   pieces = tokenizer_files.find(
-    vocabulary or path, config.eos_ids, config.pad_id
+    vocabulary or path, config.eos_ids, config.pad_id, config.vocab_size
   )
   if pieces is None:
     raise ValueError(
@@ -99,6 +99,8 @@ def load(
       f"model {path} embeds {config.vocab_size}; set .vocabulary to the one "
       "that it was trained with."
     )
+  if pieces.pad_id != config.pad_id:
+    config = config.with_vocabulary(pieces.size, pieces.eos_ids, pieces.pad_id)
   config = dataclasses.replace(config, dtype=dtype, remat="none")
   return Judge(families.build(config), params, pieces)
 
@@ -118,7 +120,7 @@ def model_config(
   """
   if path in PRESETS:
     config = dataclasses.replace(PRESETS[path], scan_layers=scan_layers)
-  elif is_run(checked(path)):
+  elif run_folder.is_run(checked(path)):
     config = run_folder.load_model_config(checked(path))
   else:
     config = dataclasses.replace(
@@ -139,12 +141,6 @@ def checked(path: str | None) -> str:
   if not epath.Path(path).is_dir():
     raise ValueError(f".model = {path!r}: there is no such folder.")
   return path
-
-
-def is_run(path: str) -> bool:
-  """Whether a folder is a run of clp."""
-  folder = epath.Path(path)
-  return (folder / "model.json").exists() and (folder / "config.json").exists()
 
 
 def token_of(vocabulary: Tokenizer, text: str) -> int:

@@ -77,7 +77,7 @@ def logical_axes(config: families.Config, head: str) -> Params:
 
 def trained_config(folder: str) -> ml_collections.ConfigDict | None:
   """The config of a `clp train-reward` run; None of anything else."""
-  if not models.is_run(folder):
+  if not run_folder.is_run(folder):
     return None
   config = run_folder.load_config(folder)
   is_reward = "reward_model" in config and "objectives" not in config
