@@ -20,7 +20,7 @@ RECORD = "export.json"
 # What the formats write; nothing else in the folder is touched.
 _WRITTEN = (
   *("config.json", "generation_config.json", "spiece.model"),
-  *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"),
+  *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
   *("chat_template.jinja", "model-*-of-*.safetensors"),
   *("model.safetensors", "model.safetensors.index.json"),
   "checkpoint_*",
