@@ -56,7 +56,22 @@ CHOSEN_RATES: dict[str, float] = {
   "lora": 0.003,
   "ppo": 0.0003,
 }
-CHOSEN_RATES_KL: dict[str, float] = {}
+CHOSEN_RATES_KL: dict[str, float] = {
+  "clp-full": 0.0003,
+  "clp-attention": 0.001,
+  "clp-logits": 0.001,
+  "clp-full-realigned": 0.0003,
+  "clp-attention-realigned": 0.001,
+  "clp-full-frozen": 0.0003,
+  "clp-full-frozen-realigned": 0.0003,
+  "prompting": 0.001,
+  "soft-tokens": 0.0003,
+  "rewarded-soups": 0.0003,
+  "rewarded-soups-mx": 0.0003,
+  "dera": 0.0003,
+  "svd-lora": 0.0003,
+  "lora": 0.001,
+}
 
 SUPERVISED = "choose-supervised"
 CHOOSING = ("choose-steps", "choose-rate", "choose-rate-kl")
