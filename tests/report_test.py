@@ -278,6 +278,24 @@ class TestPlot:
       rgb = np.array(list(bytes.fromhex(colour))) / 255
       assert (np.abs(pixels - rgb).max(axis=-1) < 0.01).sum() > 50
 
+  def test_many_methods_leave_the_panel_its_height(self, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+      plot, "save", lambda figure, *_, **__: drawn.append(figure)
+    )
+    names = [f"method {i}" for i in range(14)] + [
+      "one whose name has 35 characters: xx"
+    ]
+    plot.plot_fronts(
+      [_front(method=name) for name in names], tmp_path / "x.png"
+    )
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    (ax,), (legend,) = figure.axes, figure.legends
+    assert ax.get_window_extent().height > 3.5 * figure.dpi
+    extent = legend.get_window_extent()
+    assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width
+
   def test_dominated_points_are_hollow(self, tmp_path, monkeypatch):
     faces = []
     scatter = axes.Axes.scatter

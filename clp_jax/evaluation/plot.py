@@ -49,8 +49,10 @@ def plot_fronts(
   columns = min(len(pairs), 3)
   rows = -(-len(pairs) // columns)
   width, height = (6.4, 4.8) if len(pairs) == 1 else (4.0, 3.6)
+  entries = _legend_columns([f.method for f in fronts], width * columns)
+  legend = 0.2 + 0.2 * -(-len(fronts) // entries)
   figure = Figure(
-    figsize=(width * columns, height * rows + 0.4), layout="constrained"
+    figsize=(width * columns, height * rows + legend), layout="constrained"
   )
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
   for ax in axes[len(pairs) :]:
@@ -66,14 +68,10 @@ def plot_fronts(
     ax.set_ylabel(f"reward {y}")
     ax.margins(x=0.12, y=0.08)  # Room for the labels.
     tidy(ax)
-  handles, names = axes[0].get_legend_handles_labels()
-  longest = max(map(len, names))
   figure.legend(
-    handles,
-    names,
+    *axes[0].get_legend_handles_labels(),
     loc="outside upper left",
-    # About 0.08 inch a character at this size, and half an inch for the marker.
-    ncols=max(1, int(width * columns / (0.08 * longest + 0.5))),
+    ncols=entries,
     fontsize="small",
     frameon=False,
   )
@@ -86,6 +84,20 @@ def plot_fronts(
     ha="left",
   )
   save(figure, path, dpi=150)
+
+
+def _legend_columns(names: Sequence[str], width: float) -> int:
+  """As many as fit into `width` inches; a column is as wide as its longest
+  name."""
+  for columns in range(len(names), 1, -1):
+    rows = -(-len(names) // columns)
+    longest = [
+      max(map(len, names[i : i + rows])) for i in range(0, len(names), rows)
+    ]
+    # About 0.08 inch a character at this size, and half an inch for the marker.
+    if sum(0.08 * n + 0.5 for n in longest) <= width:
+      return columns
+  return 1
 
 
 def tidy(ax: "Axes") -> None:
