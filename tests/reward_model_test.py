@@ -672,12 +672,12 @@ class TestExport:
     """<|endoftext|>, of which the tokenizer says that it pads, is EOS here."""
     words = small_decoder.make_tokenizer()
     words = hf_tokenizer.HFTokenizer("here", words.files(), (0,))
-    reward_runs.start(tmp_path / "run", "llama", words, eos_ids=(0, 2))
+    reward_runs.start(tmp_path / "run", "llama", words, eos_ids=(0,))
     status, _, err = self.export(tmp_path / "run", tmp_path / "out")
     assert status == 0, err
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     own = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert values["eos_token_id"] == [0, 2] and values["pad_token_id"] == 1
+    assert values["eos_token_id"] == 0 and values["pad_token_id"] == 1
     assert own["pad_token"] == "<|im_start|>"
     assert own["eos_token"] == "<|im_end|>"
     found = self.scores("classifier", tmp_path / "out")

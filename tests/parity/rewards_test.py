@@ -40,7 +40,7 @@ def test_the_card_gives_the_runs_scores(
   """By the code that an export's README.md shows, in one padded batch."""
   changes, words = {}, None
   if ends != "<|im_end|>":
-    changes = {"eos_ids": (0, 2), "scan_layers": True}
+    changes = {"eos_ids": (0,), "scan_layers": True}
     words = HFTokenizer("here", small_decoder.tokenizer_files(), (0,))
   reward_runs.start(tmp_path / "run", architecture, words, **changes)
   status, _, err = runs.clp(
