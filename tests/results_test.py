@@ -133,6 +133,22 @@ def test_of_three_rewards_every_method_has_its_hypervolumes(
   np.testing.assert_allclose(found, expected)
 
 
+@pytest.mark.parametrize("num", [1, 2, 4, 5, 8])
+def test_the_lowest_panel_of_a_column_has_numbers(num, tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(pictures, "_save", lambda figure, _: drawn.append(figure))
+  content = content_of({("full-CLP", value): 0.0 for value in range(num)})
+  pictures.by_value(content, tmp_path / "panels.png")
+  drawn[0].draw_without_rendering()
+  lowest = {}
+  for ax in drawn[0].axes:
+    if ax.axison:
+      lowest[round(ax.get_position().x0, 2)] = ax
+  assert len(drawn[0].axes) - num < 2 and len(lowest) > 1 - (num == 1)
+  for ax in lowest.values():
+    assert any(t.get_visible() and t.get_text() for t in ax.get_xticklabels())
+
+
 def test_a_front_of_a_reward_against_kl_has_kl_as_its_axis(tmp_path):
   content = content_of({("full-CLP", None): 0.0}, axis=None)
   content["objectives"] = ["nli"]

@@ -121,7 +121,7 @@ def by_value(content: Json, path: pathlib.Path) -> None:
   of its axis, the methods in each."""
   values = list(dict.fromkeys(f["value"] for f in content["fronts"].values()))
   pair = _pairs(content)[0]
-  columns = min(len(values), 3)
+  columns = 2 if len(values) == 4 else min(len(values), 3)
   rows = -(-len(values) // columns)
   figure = Figure(
     figsize=(3.4 * columns, 3.1 * rows + 0.4), layout="constrained"
@@ -131,6 +131,8 @@ def by_value(content: Json, path: pathlib.Path) -> None:
   ).ravel()
   for ax in axes[len(values) :]:
     ax.set_axis_off()
+  for ax in axes[max(0, len(values) - columns) : len(values)]:
+    ax.tick_params(labelbottom=True)  # below some of them is nothing
   for ax, value in zip(axes, values, strict=False):
     own = [n for n, f in content["fronts"].items() if f["value"] == value]
     for i, name in enumerate(own[:MAIN]):
