@@ -64,7 +64,7 @@ def _task(
       tokenizer.prompt("", template, data.source_length)  # says why it can't
     vocabulary = for_seqio(tokenizer)
     if vocabulary is not None:
-      task = tasks.get_task(data.task, vocabulary)
+      task = tasks.get_task(data.task, vocabulary, data.tfds_data_dir)
       if data.use_cached:
         task = tasks.from_cache(task, tuple(data.cache_dirs))
       if template is not None:
@@ -81,7 +81,8 @@ def _task(
       lengths = (data.source_length, data.target_length)
       return Reader(rows, tokenizer, template, *lengths).batch(range(len(rows)))
 
-    return tasks.of_texts(tasks.get_task(data.task)), tokenise
+    task = tasks.get_task(data.task, data_dir=data.tfds_data_dir)
+    return tasks.of_texts(task), tokenise
 
 
 def check_data(config: ml_collections.ConfigDict) -> None:

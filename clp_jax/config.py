@@ -94,6 +94,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.eval_split = "validation"
   c.data.use_cached = False  # read what seqio_cache_tasks wrote
   c.data.cache_dirs = ()  # folders to look for it in
+  # Where TFDS has prepared xsum and tldr, such as gs://BUCKET/tfds; None takes
+  # TFDS_DATA_DIR, or ~/tensorflow_datasets.
+  c.data.tfds_data_dir = config_dict.placeholder(str)
   # ... or JSONL files, each a path or a glob: splits "train" and "validation".
   c.data.train = config_dict.placeholder(str)
   c.data.eval = config_dict.placeholder(str)

@@ -202,7 +202,9 @@ def _vocabulary(config: ml_collections.ConfigDict) -> Tokenizer:
       )
     if config.data.task == "newsroom":
       return Vocabulary("newsroom", newsroom_text.vocabulary_bytes())
-    return tasks.vocabulary_of(tasks.get_task(config.data.task))
+    data = config.data
+    task = tasks.get_task(data.task, data_dir=data.tfds_data_dir)
+    return tasks.vocabulary_of(task)
 
 
 def _checkpoint(

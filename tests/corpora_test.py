@@ -7,6 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
+from clp_jax import batches
+from clp_jax import config as config_lib
 from clp_jax.data import (
   corpora,
   newsroom,
@@ -16,6 +18,7 @@ from clp_jax.data import (
   tokenizer,
 )
 from clp_jax.data.vocabulary import import_seqio
+from clp_jax.errors import ConfigError
 
 S, T = newsroom.SOURCE_LENGTH, newsroom.TARGET_LENGTH
 
@@ -123,6 +126,24 @@ def test_their_batches_are_numbered(tfds_data, vocabulary):
   assert next(later).documents == whole[4].documents
   museum = vocabulary.encode("museum")[0]
   assert (whole[4].encoder_input_tokens[:, 0] == museum).all()
+
+
+def test_a_config_says_where_tfds_has_prepared_them(tfds_data, words, tmp_path):
+  _, seqio = import_seqio()
+  seqio.set_tfds_data_dir_override(None)
+  config = config_lib.get_config()
+  config.data.task = "xsum"
+  config.data.source_length = S
+  for folder, found in ((tfds_data, True), (tmp_path / "other", False)):
+    seqio.utils.LazyTfdsLoader._MEMOIZED_BUILDERS.clear()
+    config.data.tfds_data_dir = str(folder)
+    if found:
+      batch = batches.eval_batch(config, words, 8)
+      items = newsroom.make_items("validation", 0, 8)
+      assert set(batch.documents) == {item.document for item in items}
+    else:
+      with pytest.raises(ConfigError, match="data.tfds_data_dir says where"):
+        batches.eval_batch(config, words, 8)
 
 
 @pytest.mark.parametrize("name", ["xsum", "tldr"])

@@ -14,8 +14,8 @@ validation and testing. Near-duplicate posts may lie on both sides.
 
 Neither is downloaded here, so that a job of many hosts does not do it many
 times: `tfds build reddit` prepares it once, `tfds build xsum` likewise after
-the manual download that it asks for, in ~/tensorflow_datasets or the folder
-that TFDS_DATA_DIR names.
+the manual download that it asks for, in the folder that the config's
+data.tfds_data_dir names, TFDS_DATA_DIR, or ~/tensorflow_datasets.
 """
 
 import functools
@@ -52,15 +52,19 @@ CORPORA = {
 }
 
 
-def register_task(name: str) -> Any:
+def register_task(name: str, data_dir: str | None = None) -> Any:
   """The seqio.Task of one of CORPORA, in seqio's registry; nothing is read yet.
 
-  It can be cached by seqio_cache_tasks: import a module of your own that calls
-  this.
+  `data_dir` is where TFDS has prepared it; None is TFDS's own folder, or the
+  one that it was registered with. It can be cached by seqio_cache_tasks: import
+  a module of your own that calls this.
   """
   tf, seqio = import_seqio()
   if name in seqio.TaskRegistry.names():
-    return seqio.TaskRegistry.get(name)
+    registered = seqio.TaskRegistry.get(name)
+    if data_dir in (None, registered.source.tfds_dataset.data_dir):
+      return registered
+    seqio.TaskRegistry.remove(name)
   corpus = CORPORA[name]
 
   def texts(example):
@@ -73,7 +77,7 @@ def register_task(name: str) -> Any:
   return seqio.TaskRegistry.add(
     name,
     source=seqio.TfdsDataSource(
-      corpus.dataset, splits=corpus.splits, read_only=True
+      corpus.dataset, data_dir, splits=corpus.splits, read_only=True
     ),
     preprocessors=[
       seqio.map_over_dataset(texts),

@@ -44,7 +44,9 @@ _SHUFFLE_BUFFER_NUMBERS = 2**22
 Tokenise = Callable[[list[str], list[str]], Batch]
 
 
-def get_task(name: str, vocabulary: Any = None) -> Any:
+def get_task(
+  name: str, vocabulary: Any = None, data_dir: str | None = None
+) -> Any:
   """Finds a seqio Task.
 
   Args:
@@ -52,6 +54,7 @@ def get_task(name: str, vocabulary: Any = None) -> Any:
       `package.module:name`, where importing the module registers the task.
     vocabulary: a seqio.SentencePieceVocabulary to tokenise with instead of the
       task's own, for a model that has another; None keeps the task's.
+    data_dir: where TFDS has prepared `xsum` and `tldr`; None is its own folder.
 
   Returns:
     The seqio.Task.
@@ -63,7 +66,7 @@ def get_task(name: str, vocabulary: Any = None) -> Any:
   if name == "newsroom":
     newsroom.register_task()
   elif name in corpora.CORPORA:
-    corpora.register_task(name)
+    corpora.register_task(name, data_dir)
   elif name not in seqio.TaskRegistry.names() and ":" in name:
     module, _, name = name.partition(":")
     what = f"{module!r}, which should register the seqio task {name!r}"
@@ -326,7 +329,10 @@ def _raw(task: Any, split: str) -> tuple[Any, int]:
     prepare = ""
     if task.name in corpora.CORPORA:
       dataset, _, _ = corpora.CORPORA[task.name].dataset.partition(":")
-      prepare = f"; `tfds build {dataset}` prepares it, once"
+      prepare = (
+        f"; `tfds build {dataset}` prepares it, once, and data.tfds_data_dir "
+        "says where it is"
+      )
     raise ValueError(
       f"can't read split {split!r} of task {task.name!r}{prepare}: "
       f"{type(error).__name__}: {error}"

@@ -4,7 +4,8 @@
     --config.model.init=PATH_OF_T5_BASE \
     --config.rewards.nli.model=PATH_OF_AN_ENTAILMENT_T5
 
-Needs the data (tfds build xsum, after the manual download it asks for),
+Needs the data (tfds build xsum, after the manual download it asks for;
+config.data.tfds_data_dir says where it is, if not in TFDS's own folder),
 a T5 v1.1, LM-adapted or Flan checkpoint of this size, and a T5 that answers in
 the format of TRUE. The third reward, a preference model of `clp train-reward`:
 
