@@ -16,7 +16,6 @@ from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.interop import hub
 from clp_jax.interop.storage import Folder
 from clp_jax.models import families, trees
-from clp_jax.models.causal import NO_PAD
 from clp_jax.models.presets import OWN_VOCABULARY, PRESETS
 
 Params = Any
@@ -95,7 +94,7 @@ def _check_fits(
       f"the model {init!r} reads prompts that end in EOS, which those of a "
       "tokenizer.json do not; set model.vocabulary to its spiece.model."
     )
-  if vocabulary.pad_id not in (NO_PAD, model_config.pad_id):
+  if vocabulary.pad_id not in (-1, model_config.pad_id):  # -1: that is text
     raise ConfigError(
       f"the model {init!r} pads with token {model_config.pad_id}, and its "
       f"vocabulary with {vocabulary.pad_id}; choose another model.vocabulary."

@@ -67,6 +67,7 @@ def alone(workdir: str) -> Iterator[None]:
   path = folder(workdir)
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0 and storage.Folder(str(path)).on_disk:
+      path.mkdir(parents=True, exist_ok=True)
       held = os.open(path, os.O_RDONLY)
       stack.callback(os.close, held)
       try:
