@@ -38,7 +38,7 @@ PARTS = "parts.json"  # of a folder that is made of other runs
 # What a resumed run may change: how long, how often, and on which mesh.
 _FREE = (
   *("train.steps", "train.checkpoint_every", "train.keep"),
-  *("sft.checkpoint_every", "data.tfds_data_dir"),
+  *("sft.checkpoint_every",),
   *("reward_model.steps", "reward_model.checkpoint_every"),
 )
 _FREE_PREFIXES = ("train.log_", "eval.", "mesh.", "plan.", "wandb.")

@@ -377,7 +377,8 @@ def test_a_folder_is_named_by_all_that_decides_its_result(tmp_path):
 def test_a_field_that_older_runs_lack_does_not_hide_their_folders():
   config = demo.get_config()
   older = config.copy_and_resolve_references()
-  for section, field in (("adapters", "init"), ("rollout", "ahead")):
+  for path in ("adapters.init", "rollout.ahead", "data.tfds_data_dir"):
+    section, _, field = path.partition(".")
     del older[section][field]
   assert running._digest(older) == running._digest(config)
   config.rollout.ahead = 1

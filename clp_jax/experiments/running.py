@@ -641,7 +641,7 @@ def _join_oracles(cell: Cell) -> None:
 def _digest(config: ml_collections.ConfigDict, *more: Any) -> str:
   """Of all that a run of this config could not change and be resumed."""
   fields = run_folder.decisive(config_lib.to_json(config))
-  for name in ("adapters.init", "rollout.ahead"):
+  for name in ("adapters.init", "rollout.ahead", "data.tfds_data_dir"):
     if not fields.get(name):  # older runs have no such field
       fields.pop(name, None)
   text = json.dumps([fields, *more], sort_keys=True)
