@@ -190,6 +190,18 @@ def save_model(
   multihost_utils.sync_global_devices("model saved")
 
 
+def training_samples(
+  workdir: str, config: ml_collections.ConfigDict, step: int
+) -> int | None:
+  """Responses that the run in `workdir` has sampled by `step`, or the runs that
+  it is made of have; None where one of these does not say."""
+  file = folder(workdir) / PARTS
+  if file.exists():
+    parts = [part.get("samples") for part in json.loads(file.read_text())]
+    return None if None in parts else sum(parts)
+  return step * config.rollout.prompts * config.rollout.samples
+
+
 def is_run(path: str) -> bool:
   """Whether a folder is a run's, rather than what `clp export` or another
   program wrote."""

@@ -146,6 +146,21 @@ def test_a_config_says_where_tfds_has_prepared_them(tfds_data, words, tmp_path):
         batches.eval_batch(config, words, 8)
 
 
+def test_a_task_of_that_name_from_another_source_stays(no_tfds_data):
+  _, seqio = import_seqio()
+  corpora.register_task("xsum")
+  seqio.TaskRegistry.remove("xsum")
+  own = seqio.TaskRegistry.add(
+    "xsum",
+    source=seqio.FunctionDataSource(
+      lambda split, shuffle_files: 1 / 0, splits=["train"]
+    ),
+    preprocessors=[],
+    output_features={},
+  )
+  assert tasks.get_task("xsum") is own
+
+
 @pytest.mark.parametrize("name", ["xsum", "tldr"])
 def test_data_that_is_not_prepared_is_an_error(no_tfds_data, vocabulary, name):
   dataset = {"xsum": "xsum", "tldr": "reddit"}[name]

@@ -279,8 +279,7 @@ def _samples(part: Part) -> int | None:
   say."""
   if part.config is None:
     return None
-  rollout = part.config.rollout
-  return part.step * rollout.prompts * rollout.samples
+  return run_folder.training_samples(part.workdir, part.config, part.step)
 
 
 def _part(name: str, folder: str, step: int, params: Params) -> dict[str, Any]:

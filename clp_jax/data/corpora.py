@@ -61,9 +61,8 @@ def register_task(name: str, data_dir: str | None = None) -> Any:
   """
   tf, seqio = import_seqio()
   if name in seqio.TaskRegistry.names():
-    registered = seqio.TaskRegistry.get(name)
-    if data_dir in (None, registered.source.tfds_dataset.data_dir):
-      return registered
+    if data_dir is None:  # whoever has registered it
+      return seqio.TaskRegistry.get(name)
     seqio.TaskRegistry.remove(name)
   corpus = CORPORA[name]
 

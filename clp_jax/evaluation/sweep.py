@@ -331,7 +331,9 @@ def evaluate_run(
       "`clp train` made from it."
     )
   if training_samples is None:
-    training_samples = _samples_trained_on(policy)
+    training_samples = run_folder.training_samples(
+      policy.workdir, policy.config, policy.step
+    )
   with as_config_error():
     found = sweep(
       policy,
@@ -344,15 +346,6 @@ def evaluate_run(
     )
   save(f"{workdir}/evaluation", found)
   return found.front
-
-
-def _samples_trained_on(policy: Policy) -> int | None:
-  file = run_folder.folder(policy.workdir) / run_folder.PARTS
-  if file.exists():
-    parts = [part.get("samples") for part in json.loads(file.read_text())]
-    return None if None in parts else sum(parts)
-  rollout = policy.config.rollout
-  return policy.step * rollout.prompts * rollout.samples
 
 
 def _sample_rows(policy, batch, weights, alpha, measured) -> list[dict]:
