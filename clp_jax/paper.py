@@ -31,10 +31,10 @@ class Size(NamedTuple):
 # hold cut and gather in every layer; for "xxl", with its 64 shards, sending so
 # many policies takes longer than gathering.
 SIZES = {
-  "base": Size(model_axis=1, prompts=64, weightings=8, judge="large"),
-  "large": Size(model_axis=1, prompts=192, weightings=32, judge="large"),
-  "xl": Size(model_axis=4, prompts=128, weightings=32, judge="xl"),
-  "xxl": Size(model_axis=4, prompts=256, weightings=16, judge="xxl"),
+  "base": Size(model_axis=1, prompts=128, weightings=8, judge="large"),
+  "large": Size(model_axis=1, prompts=256, weightings=32, judge="large"),
+  "xl": Size(model_axis=4, prompts=256, weightings=32, judge="xl"),
+  "xxl": Size(model_axis=4, prompts=512, weightings=16, judge="xxl"),
 }
 # Tokens: articles of XSum are longer than posts.
 SOURCE_LENGTHS = {"xsum": 1024, "tldr": 512}
@@ -102,7 +102,7 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.weightings.alpha = 0.01
   config.optimizer.learning_rate = 1e-4
   config.optimizer.warmup_steps = 200
-  config.train.steps = 10_000
+  config.train.steps = 5_000
   config.train.checkpoint_every = 500
   config.train.normalisation_batches = 32
 

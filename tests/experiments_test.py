@@ -676,7 +676,7 @@ class TestDryRun:
       *("--methods", "clp-full", "--utilisation", 0.48),
     )
     full = base[-1].split()
-    assert full[:4] == ["full-CLP", "0", "10,000", "2,560,000"]
+    assert full[:4] == ["full-CLP", "0", "5,000", "2,560,000"]
     # `clp plan` gives 267 ms a step of 8 chips at 48%: 5.9 chip-hours.
     assert 5.5 < float(full[4]) < 6.3
 

@@ -93,6 +93,27 @@ def test_the_cost_to_a_level_is_between_the_budgets_around_it():
   assert page.reached(STEPS, "Rewarded Soups", low) is None
 
 
+def test_the_cost_to_a_front_has_every_method_and_what_an_answer_takes():
+  others = content_of({("MOD", 250): 0.0, ("full-CLP, PPO", 250): -0.5})
+  cost = {
+    "times": [{"method": "full-CLP", "over_first": 1.0}],
+    "parameters": {
+      "tiny": [{"method": "MOD", "models": 2}, {"method": "x", "models": 1}]
+    },
+  }
+  text = page._cost_to_a_front([STEPS, others], cost)
+  rows = [r.split(" | ") for r in text.splitlines() if r.startswith("| ")][2:]
+  assert {r[0].strip("| "): r[-1].strip("| ") for r in rows} == {
+    "full-CLP": "1.00 of full-CLP's time",
+    "Rewarded Soups": "-",
+    "MOD": "2 models a token",
+    "full-CLP, PPO": "1.00 of full-CLP's time",
+  }
+  (ppo,) = (r for r in rows if "PPO" in r[0])
+  assert all(cell.startswith("never; best ") for cell in ppo[1:-1])
+  assert "a level that 250 steps have already" in text
+
+
 @pytest.mark.parametrize("num", [1, 5, 8])
 def test_pictures_show_every_method_once(num, tmp_path):
   content = content_of(

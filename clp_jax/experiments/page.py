@@ -18,6 +18,7 @@ from clp_jax.experiments.verdicts import verdicts
 Json = dict[str, Any]
 
 CURVE = "training-steps"
+COST = (CURVE, "front-cost")  # the methods of the cost to a front
 CURVE_METHODS = ("full-CLP", "Rewarded Soups", "Rewarded Soups, m x")
 LEVELS = (0.78, 0.80, 0.81)  # of the hypervolume, for the cost to a front
 
@@ -69,8 +70,9 @@ def write(
     "## The paper's claims\n\n"
     + markdown_table([v._asdict() for v in verdicts(found, cost)])
   )
-  if CURVE in contents:
-    parts.append(_cost_to_a_front(contents[CURVE], cost))
+  spent = [contents[name] for name in COST if name in contents]
+  if spent:
+    parts.append(_cost_to_a_front(spent, cost))
   parts.append("## Costs\n")
   if cost is None:
     parts.append(f"**Not measured.** `{commands['costs']}` measures them.\n")
@@ -186,7 +188,7 @@ def reached(
   the steps; means over seeds.
 
   Args:
-    content: of training-steps.
+    content: of an experiment whose axis is the steps.
     method: its name.
     level: hypervolume.
 
@@ -226,28 +228,24 @@ def reached(
   return None
 
 
-def _cost_to_a_front(content: Json, cost: Json | None) -> str:
-  methods = list(dict.fromkeys(f["method"] for f in content["fronts"].values()))
-  times = {} if cost is None else {t["method"]: t for t in cost["times"]}
+def _cost_to_a_front(contents: Sequence[Json], cost: Json | None) -> str:
   rows = []
-  for method in methods:
-    steps, volumes = pictures.hypervolumes(content, method)
-    best = int(np.argmax([v.mean() for v in volumes]))
-    row = {"method": method}
-    for level in LEVELS:
-      spent = reached(content, method, level)
-      row[f"to {level:.2f}"] = (
-        f"never; best {volumes[best].mean():.4f} at {steps[best]:,} steps"
-        if spent is None
-        else f"{spent['samples']:,.0f} samples, {spent['updates']:,.0f} "
-        f"updates, {spent['seconds']:,.0f} s"
-      )
-    time = times.get(method.removesuffix(", m x"))
-    row["answering"] = "-"
-    if time is not None:
-      row["answering"] = f"{time['over_first']:.2f} of full-CLP's time"
-    rows.append(row)
-  smallest = min(f["value"] for f in content["fronts"].values())
+  for content in contents:
+    fronts = content["fronts"].values()
+    for method in dict.fromkeys(front["method"] for front in fronts):
+      steps, volumes = pictures.hypervolumes(content, method)
+      best = int(np.argmax([v.mean() for v in volumes]))
+      row = {"method": method}
+      for level in LEVELS:
+        spent = reached(content, method, level)
+        row[f"to {level:.2f}"] = (
+          f"never; best {volumes[best].mean():.4f} at {steps[best]:,} steps"
+          if spent is None
+          else f"{spent['samples']:,.0f} samples, {spent['updates']:,.0f} "
+          f"updates, {spent['seconds']:,.0f} s"
+        )
+      rows.append(row | {"answering": _answering(method, cost)})
+  smallest = min(f["value"] for c in contents for f in c["fronts"].values())
   return (
     "## Cost to a front\n\n"
     "What training had spent when the front's hypervolume reached a level: "
@@ -256,8 +254,21 @@ def _cost_to_a_front(content: Json, cost: Json | None) -> str:
     + markdown_table(rows)
     + "\nMeans over seeds, between two budgets on the straight line over the "
     f"logarithm of what was spent; a level that {smallest:,} steps have "
-    "already shows what those took.\n"
+    "already shows what those took. A method whose answering was not timed "
+    "answers through one model, as full-CLP does, unless it says how many.\n"
   )
+
+
+def _answering(method: str, cost: Json | None) -> str:
+  """What an answer costs; "NAME, m x" is NAME's."""
+  if cost is None:
+    return "-"
+  name = method.split(", ")[0]
+  for time in cost["times"]:
+    if time["method"] == name:
+      return f"{time['over_first']:.2f} of full-CLP's time"
+  models = {p["method"]: p["models"] for p in cost["parameters"]["tiny"]}
+  return f"{models[name]} models a token" if models.get(name, 1) > 1 else "-"
 
 
 def _costs(cost: Mapping[str, Any]) -> str:

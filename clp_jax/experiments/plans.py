@@ -111,11 +111,25 @@ EXPERIMENTS: dict[str, Experiment] = {
     methods=("clp-full", "rewarded-soups", "rewarded-soups-mx"),
     axis=Axis("steps", int, (250, 500, 1000, 2000, 4000, 8000)),
   ),
+  "front-cost": _TWO._replace(
+    question="What the other methods spend until their front is as good.",
+    methods=(
+      *("clp-attention", "clp-logits", "lora", "svd-lora", "ppo"),
+      *("prompting", "soft-tokens", "mod"),
+    ),
+    axis=Axis("steps", int, (250, 500, 1000, 2000)),
+    seeds=2,
+  ),
   "model-size": _TWO._replace(
     question="What the model's size changes.",
     methods=_ABLATION,
     axis=Axis("model", str, ("micro", "tiny", "mini")),
     seeds=2,
+  ),
+  "model-family": _TWO._replace(
+    question="Whether a decoder-only model steers as an encoder-decoder does.",
+    methods=_ABLATION,
+    axis=Axis("model", str, ("tiny", "tiny-decoder")),
   ),
   "weighting-distribution": _TWO._replace(
     question="What Q, the distribution of weightings in training, changes.",
