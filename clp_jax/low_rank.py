@@ -7,8 +7,13 @@ policies, or between the rows of a batch, are the k numbers d. For k far below
 the width of W the change costs a few per cent of the product with W, and its
 gradient needs none of W's.
 
-Merging makes the sum instead (`adapters.Adapter.adapt`): for a policy that is
-decoded alone, exported, or used where a plain kernel is asked for.
+Over many tokens those per cents are what counts: the change is as wide as the
+result, and is written and read once more. A policy's kernel is then summed for
+the product and thrown away, and its gradient is still that of the factors alone
+(`matmul`).
+
+`adapters.Adapter.adapt` makes the sum to keep it: for a policy that is decoded
+alone, exported, or used where a plain kernel is asked for.
 """
 
 import jax
@@ -31,8 +36,8 @@ class LowRank:
   right: jax.Array  # [k, F]
   diagonal: jax.Array  # float32, the scale of the change included
 
-  def matmul(self, x: jax.Array) -> jax.Array:
-    """x [R, T, D] times the changed kernel: the change alone, [R, T, F]."""
+  def change(self, x: jax.Array) -> jax.Array:
+    """x [R, T, D] times what is added to the kernel: [R, T, F]."""
     d = self.diagonal
     if d.ndim == 2:  # N rows for each prompt
       d = jnp.repeat(d, x.shape[0] // d.shape[0], axis=0)[:, None]
@@ -40,6 +45,17 @@ class LowRank:
       d = d[None, None]
     narrow = (x @ self.left.astype(x.dtype)).astype(jnp.float32) * d
     return narrow.astype(x.dtype) @ self.right.astype(x.dtype)
+
+  def is_cheaper_summed(self, x: jax.Array) -> bool:
+    """Whether x [R, T, D] is so long that `matmul` costs less than `change`
+    beside the kernel: one policy's sum is k D F, its change R T k (D + F).
+
+    Not in bfloat16, in which the sum would round small changes away.
+    """
+    d, f = self.left.shape[-2], self.right.shape[-1]
+    tokens = x.size // d
+    is_one = self.diagonal.ndim == 1
+    return is_one and x.dtype == jnp.float32 and tokens * (d + f) > d * f
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -62,3 +78,50 @@ class LowRank:
     if stacked:
       diagonal = jnp.moveaxis(diagonal, 1, 0)
     return LowRank(self.kernel, self.left, self.right, diagonal)
+
+
+@jax.custom_vjp
+def matmul(
+  x: jax.Array,
+  kernel: jax.Array,
+  left: jax.Array,
+  right: jax.Array,
+  diagonal: jax.Array,
+) -> jax.Array:
+  """x [R, T, D] times the kernel of one policy, summed: [R, T, F].
+
+  The arguments are a LowRank's, of x's dtype but for the diagonal. The gradient
+  of the factors is of k columns, and that of the kernel is no part of it: the
+  compiler leaves out the kernel's where nothing trains it.
+  """
+  return x @ _summed(kernel, left, right, diagonal)
+
+
+def _summed(kernel, left, right, diagonal):
+  change = jnp.matmul(left * diagonal[None], right, precision="highest")
+  return kernel + change.astype(kernel.dtype)
+
+
+def _forward(x, *parts):
+  return x @ _summed(*parts), (x, *parts)
+
+
+def _backward(saved, gradient):
+  x, kernel, left, right, diagonal = saved
+  rows = tuple(range(x.ndim - 1))
+
+  def over_tokens(a, b):
+    return jax.lax.dot_general(a, b, ((rows, rows), ((), ())))
+
+  # Narrow ones on the left: the other would be written out transposed.
+  narrow, back = x @ left, gradient @ right.T
+  return (
+    gradient @ _summed(kernel, left, right, diagonal).T,
+    over_tokens(x, gradient),
+    over_tokens(back, x).T * diagonal[None],
+    over_tokens(narrow, gradient) * diagonal[:, None],
+    (narrow * back).sum(rows),
+  )
+
+
+matmul.defvjp(_forward, _backward)

@@ -9,7 +9,7 @@ import pytest
 import small_decoder
 import small_t5
 
-from clp_jax import adapters, row_mixing, sharding
+from clp_jax import adapters, low_rank, row_mixing, sharding
 from clp_jax.bank import Bank
 from clp_jax.low_rank import LowRank
 from clp_jax.models import decoding, families, trees
@@ -75,9 +75,9 @@ class TestMatmul:
     for i in range(2):
       one = LowRank(kernel, left, right, d[i])
       np.testing.assert_allclose(
-        one.matmul(jnp.asarray(x)), x @ (left * d[i] @ right), atol=1e-5
+        one.change(jnp.asarray(x)), x @ (left * d[i] @ right), atol=1e-5
       )
-    rows = LowRank(kernel, left, right, jnp.asarray(d)).matmul(jnp.asarray(x))
+    rows = LowRank(kernel, left, right, jnp.asarray(d)).change(jnp.asarray(x))
     for row in range(4):  # two rows for each prompt
       expected = x[row] @ (left * d[row // 2] @ right)
       np.testing.assert_allclose(rows[row], expected, atol=1e-5)
@@ -136,10 +136,12 @@ def test_policies_rows_and_gradients_are_those_of_merged_kernels(case):
   jax.tree.map(check, gradient, jax.jit(sums)(params))
 
 
-def test_no_policy_has_a_kernel_of_its_own():
-  """Neither the forward pass nor the gradient makes G x [D, F]."""
-  bank, reference, _, params, model = make("decoder", "lora", False, False)
-  prompts, targets = arrays(bank.reference_config)
+def compiled_gradients(dtype):
+  """Of a loss of G policies, as `unmerged` ones or not -> the program."""
+  bank, reference, _, params, _ = make("decoder", "lora", False, False)
+  config = dataclasses.replace(bank.reference_config, dtype=dtype)
+  model = families.build(config)
+  prompts, targets = arrays(config)
 
   def loss(params, unmerged):
     policies = (bank.policies if unmerged else bank.mix)(
@@ -152,10 +154,63 @@ def test_no_policy_has_a_kernel_of_its_own():
       lambda policy: model.score(policy, prompts, targets)[0].sum(), (axes,)
     )(policies).sum()
 
-  def makes_kernels(unmerged):
+  def program(unmerged):
     gradient = jax.jit(jax.grad(lambda p: loss(p, unmerged)))
-    text = gradient.lower(params).compile().as_text()
-    return "f32[4,32,48]" in text or "f32[4,32,40]" in text
+    return gradient.lower(params).compile()
+
+  return program
+
+
+def test_in_bfloat16_no_policy_has_a_kernel_of_its_own():
+  """Neither the forward pass nor the gradient makes G x [D, F]."""
+  program = compiled_gradients("bfloat16")
+
+  def makes_kernels(unmerged):
+    text = program(unmerged).as_text()
+    return any(f"[4,32,{width}]" in text for width in (48, 40))
 
   assert makes_kernels(unmerged=False)  # the check can fail
   assert not makes_kernels(unmerged=True)
+
+
+def test_in_float32_kernels_are_summed_and_have_no_gradient():
+  """What is left of an update's three products is two, and narrow ones."""
+  program = compiled_gradients("float32")
+  assert "f32[4,32,48]" in program(unmerged=True).as_text()
+  unmerged, merged = (
+    program(u).cost_analysis()["flops"] for u in (True, False)
+  )
+  assert unmerged < 0.9 * merged
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_few_tokens_or_many_the_product_and_its_gradient_are_the_same(tokens):
+  rng = np.random.default_rng(tokens)
+  kernel, left, right, x, weight, d = (
+    jnp.asarray(rng.normal(size=shape).astype(np.float32))
+    for shape in (
+      *((12, 20), (12, 3), (3, 20)),
+      *((4, 2, tokens, 12), (4, 2, tokens, 20), (4, 3)),
+    )
+  )
+  assert LowRank(kernel, left, right, d[0]).is_cheaper_summed(x[0]) == (
+    tokens > 3
+  )
+  assert not LowRank(kernel, left, right, d).is_cheaper_summed(x[0])
+
+  def loss(*arguments):  # of four policies
+    return (
+      jax.vmap(low_rank.matmul, (0, None, None, None, 0))(*arguments) * weight
+    ).sum()
+
+  def dense(x, kernel, left, right, d):
+    changed = kernel[None] + jnp.einsum("dk,gk,kf->gdf", left, d, right)
+    return (jnp.einsum("grtd,gdf->grtf", x, changed) * weight).sum()
+
+  arguments = (x, kernel, left, right, d)
+  found = jax.jit(jax.value_and_grad(loss, range(5)))(*arguments)
+  expected = jax.value_and_grad(dense, range(5))(*arguments)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3),
+    *(found, expected),
+  )

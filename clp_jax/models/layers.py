@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from clp_jax import low_rank
 from clp_jax.low_rank import LowRank
 from clp_jax.models import attention
 from clp_jax.row_mixing import RowMixture
@@ -298,9 +299,14 @@ class Linear(nn.Module):
     else:
       base = kernel.kernel if isinstance(kernel, LowRank) else kernel
       # Cut over the data axis (fsdp) it is gathered here, a layer at a time.
-      y = matmul(x, constrain(base.astype(self.dtype), *self.axes))
-      if isinstance(kernel, LowRank):
-        y = y + kernel.matmul(x)
+      base = constrain(base.astype(self.dtype), *self.axes)
+      if not isinstance(kernel, LowRank):
+        y = matmul(x, base)
+      elif kernel.is_cheaper_summed(x):
+        factors = (kernel.left, kernel.right, kernel.diagonal)
+        y = low_rank.matmul(x, base, *factors)
+      else:
+        y = matmul(x, base) + kernel.change(x)
     if self.use_bias:
       zeros = nn.initializers.zeros_init()
       bias = param(self, "bias", zeros, (self.features,), self.axes[1:])
