@@ -20,12 +20,12 @@ from clp_jax.paper import Size, large_reward, set_size
 
 JUDGE = "qwen3-0.6b"  # preset of the reward models, in plans
 SIZES = {
-  "qwen3-0.6b": Size(1, 64, 8, JUDGE),
-  "qwen3-4b": Size(4, 64, 8, JUDGE),
-  "qwen3-8b": Size(8, 64, 16, JUDGE),
-  "gemma3-1b": Size(1, 64, 8, JUDGE),
-  "gemma3-4b": Size(4, 64, 8, JUDGE),
-  "gemma3-12b": Size(8, 64, 16, JUDGE),
+  "qwen3-0.6b": Size(1, 64, 8, JUDGE, steps=2000),
+  "qwen3-4b": Size(4, 64, 8, JUDGE, steps=2000),
+  "qwen3-8b": Size(8, 64, 16, JUDGE, steps=2000),
+  "gemma3-1b": Size(1, 64, 8, JUDGE, steps=2000),
+  "gemma3-4b": Size(4, 64, 8, JUDGE, steps=2000),
+  "gemma3-12b": Size(8, 64, 16, JUDGE, steps=2000),
 }
 
 
@@ -65,7 +65,6 @@ def get_config(size: str) -> ml_collections.ConfigDict:
   config.optimizer.learning_rate = 3e-5
   config.optimizer.warmup_steps = 50
   config.adapters.rank = 16
-  config.train.steps = 2000
   config.train.checkpoint_every = 100
   config.train.normalisation_batches = 16
 

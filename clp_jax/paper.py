@@ -23,6 +23,8 @@ class Size(NamedTuple):
   prompts: int  # of a step
   weightings: int  # of a step
   judge: str  # preset of the reward models, in plans
+  steps: int  # of training, the fewer the more prompts each has
+  scored: int = 256  # responses that a reward model scores together
 
 
 # The slices of docs/plans.md have more chips the larger the model is, and what
@@ -30,11 +32,17 @@ class Size(NamedTuple):
 # each shard of the data no two shards share a mixed policy, which they would
 # hold cut and gather in every layer; for "xxl", with its 64 shards, sending so
 # many policies takes longer than gathering.
+#
+# Attention's logits of 8 prompts a chip stay in a v5e's fast memory, and of 16
+# they don't: neither "base" with more prompts than this, nor its judge with more
+# responses, is faster.
 SIZES = {
-  "base": Size(model_axis=1, prompts=128, weightings=8, judge="large"),
-  "large": Size(model_axis=1, prompts=256, weightings=32, judge="large"),
-  "xl": Size(model_axis=4, prompts=256, weightings=32, judge="xl"),
-  "xxl": Size(model_axis=4, prompts=512, weightings=16, judge="xxl"),
+  "base": Size(
+    1, prompts=64, weightings=8, judge="large", steps=10_000, scored=64
+  ),
+  "large": Size(1, prompts=256, weightings=32, judge="large", steps=7_500),
+  "xl": Size(4, prompts=256, weightings=32, judge="xl", steps=5_000),
+  "xxl": Size(4, prompts=512, weightings=16, judge="xxl", steps=5_000),
 }
 # Tokens: articles of XSum are longer than posts.
 SOURCE_LENGTHS = {"xsum": 1024, "tldr": 512}
@@ -59,6 +67,7 @@ def set_size(config: ml_collections.ConfigDict, name: str, size: Size) -> None:
   config.rollout.prompts = size.prompts
   config.rollout.samples = 4
   config.rollout.weightings = size.weightings
+  config.train.steps = size.steps
   config.optimizer.name = "adafactor"
   config.eval.samples = 1
 
@@ -77,10 +86,12 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.objectives = ("nli", "rouge")
   config.rewards = ml_collections.ConfigDict(
     {
-      "nli": large_reward("entailment", batch=256),
+      "nli": large_reward("entailment", batch=SIZES[size].scored),
       "rouge": config_lib.reward("rouge"),
       # Its scale is arbitrary; the others are in [0, 1].
-      "tldr": large_reward("preference", normalise="fixed", batch=256),
+      "tldr": large_reward(
+        "preference", normalise="fixed", batch=SIZES[size].scored
+      ),
     }
   )
   config.data.task = task
@@ -102,7 +113,6 @@ def get_config(task: str, size: str) -> ml_collections.ConfigDict:
   config.weightings.alpha = 0.01
   config.optimizer.learning_rate = 1e-4
   config.optimizer.warmup_steps = 200
-  config.train.steps = 5_000
   config.train.checkpoint_every = 500
   config.train.normalisation_batches = 32
 

@@ -290,7 +290,7 @@ def attend(
 
 
 def _attend(query, at, window, own, own_at, shared, shared_at, cap):
-  rows, heads, groups, length, width = query.shape
+  rows, heads, groups, length, _ = query.shape
 
   def sees(keys: Keys, at: jax.Array) -> jax.Array:
     """[b, 1, 1, q, S], for at [b, q]."""
@@ -303,12 +303,21 @@ def _attend(query, at, window, own, own_at, shared, shared_at, cap):
   masks = [sees(own_at, at)]
   if shared is not None:
     prompts = shared.keys.shape[0]
+
     # The N rows of a prompt are queries to the same keys: no copy of the keys.
-    together = query.reshape(prompts, -1, heads, groups, length, width)
+    # XLA's products for a CPU are fast where b and j lead on both sides.
+    def together(x: jax.Array) -> jax.Array:
+      """[R, J, G, Q, *] -> [B, J, N G Q, *]."""
+      x = x.reshape(prompts, -1, heads, groups * length, x.shape[-1])
+      return x.swapaxes(1, 2).reshape(prompts, heads, -1, x.shape[-1])
+
+    def apart(x: jax.Array) -> jax.Array:
+      """Back again."""
+      x = x.reshape(prompts, heads, -1, groups * length, x.shape[-1])
+      return x.swapaxes(1, 2).reshape(rows, heads, groups, length, -1)
+
     logits.append(
-      products("bnjgqk,bjsk->bnjgqs", together, shared.keys).reshape(
-        rows, heads, groups, length, -1
-      )
+      apart(products("bjmk,bjsk->bjms", together(query), shared.keys))
     )
     by_prompt = at.reshape(prompts, -1)
     seen = sees(shared_at, by_prompt)[:, 0, 0]
@@ -318,14 +327,11 @@ def _attend(query, at, window, own, own_at, shared, shared_at, cap):
     joined = cap * jnp.tanh(joined / cap)
   joined = jnp.where(jnp.concatenate(masks, axis=-1), joined, attention.MASKED)
   probs = jax.nn.softmax(joined, axis=-1).astype(query.dtype)
-  size = own.keys.shape[2]
-  attended = jnp.einsum("rjgqu,rjuk->rjgqk", probs[..., :size], own.values)
+  split = own.keys.shape[2]
+  attended = jnp.einsum("rjgqu,rjuk->rjgqk", probs[..., :split], own.values)
   if shared is not None:
-    together = probs[..., size:].reshape(
-      prompts, -1, heads, groups, length, shared.keys.shape[2]
-    )
-    of_prompt = jnp.einsum("bnjgqs,bjsk->bnjgqk", together, shared.values)
-    attended = attended + of_prompt.reshape(attended.shape)
+    of_prompt = together(probs[..., split:])
+    attended += apart(jnp.einsum("bjms,bjsk->bjmk", of_prompt, shared.values))
   return attended
 
 
