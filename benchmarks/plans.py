@@ -3,6 +3,7 @@
   python -m benchmarks.plans --output runs/plans
   python -m benchmarks.plans --output runs/plans --runs chat --json
   python -m benchmarks.plans --output runs/plans --runs adapters
+  python -m benchmarks.plans --output runs/plans --runs colab
 
 Compiles for minutes a run. A run whose plan lies in --output is not compiled
 again; delete its file to do so. --json prints the tables as
@@ -10,7 +11,8 @@ docs/results/plans.json has them.
 
 "adapters" has whole sets and LoRA on the same slices, and a third table of what
 each program holds: adapters that are merged for every policy cost what whole
-sets do, so that full-CLP is the "before" of adapters that are not.
+sets do, so that full-CLP is the "before" of adapters that are not. "colab" has
+the one v5e chip that Google Colab lends, 8 prompts a step and two weightings.
 """
 
 import argparse
@@ -119,6 +121,25 @@ def _adapters() -> list[Run]:
   return [_xsum("xl", s, "v5e:8x16", "xl", 3) for s in steerings] + chat
 
 
+def _colab() -> list[Run]:
+  """What may fit a single chip, and the first that does not."""
+  step = ("--config.rollout.prompts=8", "--config.rollout.weightings=2")
+  pairs = [
+    (size, steering)
+    for size in ("qwen3_0_6b", "gemma3_1b")
+    for steering in ("full", "attention", "lora")
+  ]
+  return [
+    Run(
+      f"{size}, {steering}",
+      f"configs/chat/{size}.py",
+      "v5e:1x1",
+      (f"--config.steering={steering}", "--config.mesh.model=1", *step),
+    )
+    for size, steering in [*pairs, ("qwen3_4b", "lora")]
+  ]
+
+
 RUNS = {
   "xsum": [
     _xsum("base", "full", "v5e:2x4", "large", 2),
@@ -128,6 +149,7 @@ RUNS = {
   ],
   "chat": _chat(),
   "adapters": _adapters(),
+  "colab": _colab(),
 }
 
 
