@@ -34,8 +34,8 @@ class Size(NamedTuple):
 # many policies takes longer than gathering.
 #
 # Attention's logits of 8 prompts a chip stay in a v5e's fast memory, and of 16
-# they don't: neither "base" with more prompts than this, nor its judge with more
-# responses, is faster.
+# they don't: "base" with more prompts, or its judge with more responses, would
+# be slower.
 SIZES = {
   "base": Size(
     1, prompts=64, weightings=8, judge="large", steps=10_000, scored=64

@@ -764,6 +764,21 @@ class TestEnds:
     assert make([0, 1]).target("a", 9)[-1] == 0
 
   @pytest.mark.parametrize(
+    ("template", "end"),
+    [
+      (CHAT, 2),  # Gemma's way: the tokenizer's own is another
+      (None, 0),
+      ("{{ undefined_function() }}", 0),
+      ("{% for m in messages %}<|im_end|>{{ m.content }}{% endfor %}", 0),
+    ],
+  )
+  def test_targets_end_as_the_template_ends_answers(self, template, end):
+    names = {"tokenizer_config.json": {"eos_token": "<|endoftext|>"}}
+    tokenizer = with_template(template, eos_ids=(0, 2), json_files=names)
+    assert tokenizer.eos_ids == (0, 2)
+    assert tokenizer.target("a", 9)[-1] == tokenizer.eos_id == end
+
+  @pytest.mark.parametrize(
     "config, special, expected",
     [
       ({"eos_token": "<|im_start|>"}, {}, 1),

@@ -72,7 +72,6 @@ class HFTokenizer:
     path: of the folder.
     pad_id: of the model; -1 where that is text.
     eos_ids: tokens any of which ends a response, its own first.
-    eos_id: the first one, which ends targets.
     chat_template: its source, or None.
   """
 
@@ -123,7 +122,6 @@ class HFTokenizer:
         f"nothing ends a response: set eos_token_id in {path}/config.json, or "
         f"eos_token in {path}/{_CONFIG}."
       )
-    self.eos_id = self.eos_ids[0]
     for one in (self._tokenizer, self._of_text):
       one.no_truncation()
       one.no_padding()
@@ -137,6 +135,26 @@ class HFTokenizer:
       )
     if 0 <= pad_id < self.size and pad_id not in self._control:
       self.pad_id = -1  # some models pad with a letter
+
+  @functools.cached_property
+  def eos_id(self) -> int:
+    """What ends targets: of `eos_ids` the one that the chat template writes
+    after an answer, which for Gemma is not its tokenizer's own; without one,
+    the first."""
+    turns = [
+      {"role": "user", "content": "?"},
+      {"role": "assistant", "content": "!"},
+    ]
+    try:
+      ids = self.chat(turns, answered=True)
+    except ValueError:  # no template, or one that fails, which `prompt` says
+      ids = []
+    for token in reversed(ids):
+      if token in self.eos_ids:
+        return token
+      if self.decode([token]).strip():
+        break  # the answer itself
+    return self.eos_ids[0]
 
   def _read(self, content: bytes) -> None:
     self._tokenizer, self._of_text = (

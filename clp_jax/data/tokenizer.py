@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
 
   @property
   def eos_ids(self) -> tuple[int, ...]:
-    """Tokens any of which ends a response; the first one ends targets."""
+    """Tokens any of which ends a response; `target` adds one of them."""
 
   @property
   def unk_id(self) -> int:
