@@ -290,48 +290,53 @@ def attend(
 
 
 def _attend(query, at, window, own, own_at, shared, shared_at, cap):
-  rows, heads, groups, length, _ = query.shape
+  rows, heads = query.shape[:2]
+  prompts = rows if shared is None else shared.keys.shape[0]
+
+  # The N rows of a prompt are queries to the same keys, of which there is no
+  # copy: b and j lead on both sides, where XLA's products for a CPU are fast.
+  def together(x: jax.Array) -> jax.Array:
+    """[R, j, g, q, *] -> [B, j, N, g, q, *]."""
+    return x.reshape(prompts, -1, *x.shape[1:]).swapaxes(1, 2)
+
+  def apart(x: jax.Array) -> jax.Array:
+    """Back again."""
+    x = x.swapaxes(1, 2)
+    return x.reshape(rows, *x.shape[2:])
 
   def sees(keys: Keys, at: jax.Array) -> jax.Array:
-    """[b, 1, 1, q, S], for at [b, q]."""
+    """[b, Q, S], for at [b, Q]."""
     back = at[:, :, None] - keys.position[:, None, :]
-    seen = (back >= 0) & (back < window) & keys.mask[:, None]
-    return seen[:, None, None]
+    return (back >= 0) & (back < window) & keys.mask[:, None]
 
   products = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  logits = [products("rjgqk,rjuk->rjgqu", query, own.keys)]
-  masks = [sees(own_at, at)]
+  logits = together(products("rjgqk,rjuk->rjgqu", query, own.keys))
+  seen = together(sees(own_at, at)[:, None, None])
   if shared is not None:
-    prompts = shared.keys.shape[0]
-
-    # The N rows of a prompt are queries to the same keys: no copy of the keys.
-    # XLA's products for a CPU are fast where b and j lead on both sides.
-    def together(x: jax.Array) -> jax.Array:
-      """[R, J, G, Q, *] -> [B, J, N G Q, *]."""
-      x = x.reshape(prompts, -1, heads, groups * length, x.shape[-1])
-      return x.swapaxes(1, 2).reshape(prompts, heads, -1, x.shape[-1])
-
-    def apart(x: jax.Array) -> jax.Array:
-      """Back again."""
-      x = x.reshape(prompts, heads, -1, groups * length, x.shape[-1])
-      return x.swapaxes(1, 2).reshape(rows, heads, groups, length, -1)
-
-    logits.append(
-      apart(products("bjmk,bjsk->bjms", together(query), shared.keys))
-    )
-    by_prompt = at.reshape(prompts, -1)
-    seen = sees(shared_at, by_prompt)[:, 0, 0]
-    masks.append(seen.reshape(rows, 1, 1, length, -1))
-  joined = jnp.concatenate(logits, axis=-1)
+    queries = together(query).reshape(prompts, heads, -1, query.shape[-1])
+    of_prompt = products("bjmk,bjsk->bjms", queries, shared.keys)
+    of_prompt = of_prompt.reshape(*logits.shape[:-1], -1)
+    logits = jnp.concatenate([logits, of_prompt], axis=-1)
+    of_prompt = sees(shared_at, at.reshape(prompts, -1))
+    of_prompt = of_prompt.reshape(*seen.shape[:-1], -1)
+    seen = jnp.concatenate([seen, of_prompt], axis=-1)
   if cap is not None:
-    joined = cap * jnp.tanh(joined / cap)
-  joined = jnp.where(jnp.concatenate(masks, axis=-1), joined, attention.MASKED)
-  probs = jax.nn.softmax(joined, axis=-1).astype(query.dtype)
+    logits = cap * jnp.tanh(logits / cap)
+  logits = jnp.where(seen, logits, attention.MASKED)
+  probs = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
   split = own.keys.shape[2]
-  attended = jnp.einsum("rjgqu,rjuk->rjgqk", probs[..., :split], own.values)
+  attended = jnp.einsum(
+    "rjgqu,rjuk->rjgqk", apart(probs[..., :split]), own.values
+  )
   if shared is not None:
-    of_prompt = together(probs[..., split:])
-    attended += apart(jnp.einsum("bjms,bjsk->bjmk", of_prompt, shared.values))
+    weights = probs[..., split:]
+    size = weights.shape[-1]
+    means = jnp.einsum(
+      "bjms,bjsk->bjmk",
+      weights.reshape(prompts, heads, -1, size),
+      shared.values,
+    )
+    attended += apart(means.reshape(*weights.shape[:-1], -1))
   return attended
 
 
