@@ -194,7 +194,9 @@ def assert_near_after_adam(found, expected, state, *, rounding, moved, atol):
   """Parameters that Adam has moved by gradients that differ by their rounding.
 
   Adam divides by a gradient's size: where there is next to none, its rounding
-  is a share of a step.
+  is a share of a step. Where there was next to none in one step and much in
+  others, the state at the end does not tell: one number in a hundred may differ
+  by a hundredth of all steps.
 
   Args:
     found: tree of parameters.
@@ -214,6 +216,7 @@ def assert_near_after_adam(found, expected, state, *, rounding, moved, atol):
   def check(p, q, nu):
     share = rounding / np.maximum(np.sqrt(nu), rounding)
     difference = np.abs(np.asarray(p) - np.asarray(q)) - moved * share
-    assert difference.max() <= atol, difference.max()
+    assert difference.max() <= moved / 100, difference.max()
+    assert np.mean(difference > atol) <= 0.01, difference.max()
 
   jax.tree.map(check, found, expected, adam.nu)
