@@ -7,10 +7,10 @@ policies, or between the rows of a batch, are the k numbers d. For k far below
 the width of W the change costs a few per cent of the product with W, and its
 gradient needs none of W's.
 
-Over many tokens those per cents are what counts: the change is as wide as the
-result, and is written and read once more. A policy's kernel is then summed for
-the product and thrown away, and its gradient is still that of the factors alone
-(`matmul`).
+Over many tokens the change costs more than its arithmetic: it is as wide as the
+result, and is written and read once more. In float32 a policy's kernel is then
+summed for the one product and thrown away, and the gradient is still that of
+the factors alone (`matmul`).
 
 `adapters.Adapter.adapt` makes the sum to keep it: for a policy that is decoded
 alone, exported, or used where a plain kernel is asked for.
