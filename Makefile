@@ -77,10 +77,13 @@ $(VENV)/.installed-run: setup.cfg pyproject.toml $(CONSTRAINTS)
 	@$(call install,$(exact) -e '.[serve]')
 	@touch $@
 
+# transformers 4 takes older versions of these two than all else here.
 $(VENV)/.installed-parity: setup.cfg pyproject.toml $(CONSTRAINTS)
 	@$(environment)
 	@$(call install,--index-url $(TORCH_INDEX) torch)
-	@$(call install,$(exact) -e '.[parity]')
+	@sed -E '/^(huggingface_hub|tokenizers)==/d' \
+	  $(or $(CONSTRAINTS),/dev/null) > $(VENV)/parity.txt
+	@$(call install,--constraint $(VENV)/parity.txt -e '.[parity]')
 	@touch $@
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml $(CONSTRAINTS)

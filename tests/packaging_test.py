@@ -355,6 +355,14 @@ class TestMakefile:
     assert calls[1].endswith("--index-url https://x/cpu torch")
     assert calls[2].endswith("-e .[parity]")
 
+  def test_parity_may_have_what_transformers_needs(self, checkout):
+    self._make(checkout, ".venv/.installed-parity")
+    ours = set(checkout.joinpath("constraints.txt").read_text().splitlines())
+    left = set(checkout.joinpath(".venv/parity.txt").read_text().splitlines())
+    assert left < ours
+    names = {line.partition("==")[0] for line in ours - left}
+    assert names == {"huggingface_hub", "tokenizers"}
+
   def test_an_unsupported_python_is_refused(self, checkout):
     old = checkout.parent / "old python"
     self._program(old, 'exec false "$@"')
