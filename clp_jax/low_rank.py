@@ -8,12 +8,12 @@ the width of W the change costs a few per cent of the product with W, and its
 gradient needs none of W's.
 
 Over many tokens the change costs more than its arithmetic: it is as wide as the
-result, and is written and read once more. In float32 a policy's kernel is then
-summed for the one product and thrown away, and the gradient is still that of
-the factors alone (`matmul`).
+result, and is written and read once more. In float32 on a CPU a policy's kernel
+is then summed for the one product and thrown away, and the gradient is still
+that of the factors alone (`matmul`).
 
-`adapters.Adapter.adapt` makes the sum to keep it: for a policy that is decoded
-alone, exported, or used where a plain kernel is asked for.
+`adapters.Adapter.adapt` makes the sum to keep it: for a policy that is exported,
+used where a plain kernel is asked for, or decoded alone in float32.
 """
 
 import jax
@@ -50,12 +50,14 @@ class LowRank:
     """Whether x [R, T, D] is so long that `matmul` costs less than `change`
     beside the kernel: one policy's sum is k D F, its change R T k (D + F).
 
-    Not in bfloat16, in which the sum would round small changes away.
+    Only where a product is one of float32 numbers, that is, on a CPU: by
+    default a TPU's and a GPU's round them first, and small changes away.
     """
     d, f = self.left.shape[-2], self.right.shape[-1]
     tokens = x.size // d
     is_one = self.diagonal.ndim == 1
-    return is_one and x.dtype == jnp.float32 and tokens * (d + f) > d * f
+    is_exact = x.dtype == jnp.float32 and jax.default_backend() == "cpu"
+    return is_one and is_exact and tokens * (d + f) > d * f
 
   @property
   def dtype(self) -> jnp.dtype:

@@ -155,7 +155,9 @@ class Policy:
       ValueError: see `coefficients`; also where logits are mixed.
     """
     self._check_is_one_model()
-    return self.mix(weights, alpha)
+    return self._mix_sets(
+      self.sets, self._frozen, self.coefficients(weights, alpha)
+    )
 
   def _check_is_one_model(self) -> None:
     if self.mixes_logits:
@@ -281,8 +283,8 @@ class Policy:
     Args:
       tokens: [B, S] int32 as `tokenize` gives them, of any length S, padded.
       coefficients: float32 as `coefficients` gives them; [M] for all rows,
-        whose one policy is mixed, or [B, M], which costs more: about M times
-        the linear maps.
+        whose one policy is mixed, or [B, M], which costs more: of whole sets
+        about M times the linear maps.
       keys: [B] typed keys.
       temperature: one or [B] float; 0 decodes greedily.
       top_k: one or [B] int; the vocabulary's size or None is off.
@@ -481,6 +483,11 @@ class Policy:
   def _policy_of(self, coefficients: np.ndarray) -> Params | mixture.Mixture:
     if self.mixes_logits:
       return jax.jit(mixture.unstack)(self.sets, coefficients)
+    narrow = self.model_config.compute_dtype != jnp.float32
+    if self.bank.adapter is not None and narrow:
+      # Rounded to fewer digits, a merged kernel would lose small changes, which
+      # training and rows with weightings of their own keep.
+      return self._unmerged(self.sets, self._frozen, coefficients)
     return self._mix_sets(self.sets, self._frozen, coefficients)
 
   @functools.cached_property
@@ -491,6 +498,10 @@ class Policy:
         self.mesh, self.model.axes(), self.model.abstract()
       ),
     )
+
+  @functools.cached_property
+  def _unmerged(self):
+    return jax.jit(self.bank.policies)
 
 
 _row_keys = jax.jit(keys_of_rows)

@@ -4,11 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import lora_runs
 import numpy as np
 import pytest
 import small_decoder
 import small_t5
 
+import clp_jax
 from clp_jax import adapters, low_rank, row_mixing, sharding
 from clp_jax.bank import Bank
 from clp_jax.low_rank import LowRank
@@ -214,3 +216,22 @@ def test_few_tokens_or_many_the_product_and_its_gradient_are_the_same(tokens):
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3),
     *(found, expected),
   )
+
+
+@pytest.mark.parametrize("family", ["t5", "decoder"])
+def test_in_bfloat16_one_weighting_is_that_of_rows_of_their_own(
+  family, tmp_path, monkeypatch
+):
+  init = lora_runs.make_bases(tmp_path)[family]
+  fields = {"model.dtype": "bfloat16", "adapters.scale": 0.02}
+  workdir = lora_runs.start_run(tmp_path / "run", init, **fields)
+  policy = clp_jax.Policy.load(workdir)
+  documents, responses = ["word1 word2", "word3"], ["word4 word5", "word6"]
+  one, other = {"long": 0.3, "short": 0.7}, {"long": 1.0}
+  alone = policy.score(documents, responses, one)
+  of_rows = policy.score(documents, responses, [one, other])
+  np.testing.assert_allclose(alone[0], of_rows[0], rtol=1e-6)
+  # A merged kernel, rounded, is another policy.
+  monkeypatch.setitem(vars(policy), "_unmerged", policy._mix_sets)
+  merged = policy.score(documents, responses, one)
+  assert abs(merged[0] - of_rows[0]) > 1e-4
