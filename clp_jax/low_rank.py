@@ -12,8 +12,8 @@ result, and is written and read once more. In float32 on a CPU a policy's kernel
 is then summed for the one product and thrown away, and the gradient is still
 that of the factors alone (`matmul`).
 
-`adapters.Adapter.adapt` makes the sum to keep it: for a policy that is exported,
-used where a plain kernel is asked for, or decoded alone in float32.
+`adapters.Adapter.adapt` makes the sum to keep it: for a policy that is decoded
+alone in float32, exported, or used where a plain kernel is asked for.
 """
 
 import jax
