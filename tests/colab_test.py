@@ -1,12 +1,14 @@
 """The notebook for Colab: it runs from top to bottom."""
 
 import ast
+import copy
 import importlib
 import pathlib
 
 import nbclient
 import nbformat
 import pytest
+import small_decoder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "launch" / "colab.ipynb"
@@ -50,6 +52,17 @@ def test_it_trains_shows_the_front_and_steers(tmp_path):
     f"\nCHAT_WORKDIR = {str(tmp_path / 'chat')!r}\n"
     "CHAT_SFT_STEPS, CHAT_STEPS = 4, 2"
   )
+  # Once more, with the instruct model of a folder.
+  small_decoder.save(tmp_path / "instruct")
+  again = copy.deepcopy(cells[cells.index(chat) :])
+  for cell in again:
+    cell.id = f"{cell.id}-again"
+  again[0].source += (
+    f"\nCHAT_MODEL = {str(tmp_path / 'instruct')!r}\n"
+    f"CHAT_WORKDIR = {str(tmp_path / 'instructed')!r}"
+  )
+  notebook.cells += again
+  cells += again
   nbclient.NotebookClient(
     notebook,
     timeout=1200,
@@ -64,10 +77,17 @@ def test_it_trains_shows_the_front_and_steers(tmp_path):
   assert result("train").data["text/plain"] == "2"
   assert result("front").data["image/png"]
   assert isinstance(ast.literal_eval(result("steer").data["text/plain"]), str)
-  assert result("chat-config").data["text/plain"] == "'tiny-decoder'"
-  assert result("chat-train").data["text/plain"] == "2"
-  assert result("chat-front").data["image/png"]
-  for name, objective in (("compare", "rouge"), ("chat-steer", "helpful")):
+  models = {"": "tiny-decoder", "-again": str(tmp_path / "instruct")}
+  for which, model in models.items():
+    config = result(f"chat-config{which}").data["text/plain"]
+    assert ast.literal_eval(config) == model
+    assert result(f"chat-train{which}").data["text/plain"] == "2"
+    assert result(f"chat-front{which}").data["image/png"]
+  objectives = {
+    **{"compare": "rouge", "chat-steer": "helpful"},
+    "chat-steer-again": "helpful",
+  }
+  for name, objective in objectives.items():
     (cell,) = [c for c in cells if c.id == name]
     printed = "".join(o.text for o in cell.outputs if o.name == "stdout")
     assert [line.split("  ")[1] for line in printed.splitlines()[-5:]] == [
