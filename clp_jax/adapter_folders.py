@@ -20,7 +20,7 @@ from etils import epath
 from clp_jax import build, interop, run_folder
 from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_model_config
-from clp_jax.interop import leaves, peft, storage
+from clp_jax.interop import hub, leaves, peft, storage
 from clp_jax.models import families, trees
 from clp_jax.policy import Policy
 from clp_jax.weightings import Weights
@@ -70,8 +70,8 @@ def save(
     policy: of steering lora or svd_lora.
     path: the folder: an adapter's own where a weighting is given; else it
       holds a folder NAME for each objective, and kl where the run has a set
-      for the KL term. Where the base is not a Hugging Face folder already,
-      base/ is that, with the tokenizer.
+      for the KL term. Where the base is not a Hugging Face folder already, or
+      on the Hub, base/ is that, with the tokenizer.
     weights: one weighting; with None and no alpha, all sets.
     alpha: likewise.
     dtype: of what is written.
@@ -104,7 +104,7 @@ def save(
       policy.model_config,
       _factors(policy, coefficients, dtype),
       policy.bank.adapter.scale,
-      base or str(target / BASE),
+      *hub.split(base or str(target / BASE)),
     )
   return _usage(policy, adapters, base or BASE, weights, alpha)
 
@@ -133,16 +133,20 @@ def _factors(
 
 
 def _base(policy: Policy) -> str | None:
-  """The Hugging Face folder that the adapters are of; None without one."""
+  """The Hugging Face folder that the adapters are of, or its name on the Hub;
+  None without one."""
   config = policy.config
+  init = config.model.init
   is_its_own = (
     policy.bank.frozen_shared
     and not config.sft.steps
     and config.model.vocabulary is None
-    and not run_folder.has_model(config.model.init)
-    and peft.is_base(config.model.init)
+    and not run_folder.has_model(init)
+    and peft.is_base(hub.cached(init) or init)
   )
-  return str(storage.absolute(config.model.init)) if is_its_own else None
+  if not is_its_own:
+    return None
+  return init if hub.is_name(init) else str(storage.absolute(init))
 
 
 def _save_base(policy: Policy, path: epath.Path, dtype: str) -> None:
@@ -169,13 +173,15 @@ def _usage(
   alpha: float | None,
 ) -> tuple[str, str]:
   _, auto = peft.task(policy.model_config)
+  base, revision = hub.split(base)
+  given = "base" if revision is None else f"base, revision={revision!r}"
   lines = [
     "from peft import PeftModel",
     f"from transformers import {auto}, AutoTokenizer",
     "",
     f"base = {base!r}",
-    "tokenizer = AutoTokenizer.from_pretrained(base)",
-    f"model = {auto}.from_pretrained(base)",
+    f"tokenizer = AutoTokenizer.from_pretrained({given})",
+    f"model = {auto}.from_pretrained({given})",
   ]
   if weights is None and alpha is None:
     title = "LoRA adapters, one for each objective"

@@ -1,9 +1,11 @@
 """model.init as a name of the Hugging Face Hub, found in its cache on disk."""
 
 import json
+import shutil
 
 import huggingface_hub.constants
 import jax
+import lora_runs
 import numpy as np
 import pytest
 import runs
@@ -69,3 +71,29 @@ def test_what_is_not_there_is_one_line(cache, tmp_path, name):
   assert status == 2 and out == ""
   assert err.count("\n") == 1
   assert f"{name} is no folder here" in err and "hf download org/" in err
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_adapters_name_it_and_bring_no_base(cache, tmp_path, revision):
+  name = NAME if revision is None else f"{NAME}@{revision}"
+  workdir = lora_runs.start_run(tmp_path / "run", name)
+  lora_runs.export(workdir, tmp_path / "peft")
+  assert not (tmp_path / "peft" / "base").exists()
+  text = (tmp_path / "peft" / "long" / "adapter_config.json").read_text()
+  own = json.loads(text)
+  assert own["base_model_name_or_path"] == NAME
+  assert own["revision"] == revision
+  code = lora_runs.code_of((tmp_path / "peft" / "README.md").read_text())
+  assert f"base = {NAME!r}\n" in code
+  given = "base" if revision is None else "base, revision='v1'"
+  assert code.count(f".from_pretrained({given})") == 2
+
+
+def test_adapters_of_a_name_that_is_not_there_bring_it(cache, tmp_path):
+  """A folder that was here when the run began may look like one."""
+  workdir = lora_runs.start_run(tmp_path / "run", NAME)
+  shutil.rmtree(cache.parent)
+  lora_runs.export(workdir, tmp_path / "peft")
+  base = tmp_path / "peft" / "base"
+  own = json.loads((tmp_path / "peft/long/adapter_config.json").read_text())
+  assert own["base_model_name_or_path"] == str(base) and base.is_dir()

@@ -48,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "fields of the T5Config. All with the SentencePiece model. peft, of "
     "steering lora and svd_lora: a folder of the peft library for each "
     "objective, or for the one weighting that is given, and base, the model "
-    "that they adapt, unless the run began from a Hugging Face folder. Of a "
-    "`clp train-reward` run on a decoder hf is a ...ForSequenceClassification",
+    "that they adapt, unless the run began from a Hugging Face folder or a "
+    "model of the Hub. Of a `clp train-reward` run on a decoder hf is a "
+    "...ForSequenceClassification",
   )
   help = "of the parameters"
   arguments.add(parser, "--dtype", help, "float32", choices=DTYPES)

@@ -18,6 +18,31 @@ def is_name(text: str) -> bool:
   return _NAME.fullmatch(text) is not None and not os.path.exists(text)
 
 
+def split(text: str) -> tuple[str, str | None]:
+  """A name without its revision, and that; a folder as it is, and None."""
+  if not is_name(text):
+    return text, None
+  repo, _, revision = text.partition("@")
+  return repo, revision or None
+
+
+def cached(text: str) -> str | None:
+  """The folder of a model in the cache, with nothing downloaded; None of what
+  is no name or not there."""
+  if not is_name(text):
+    return None
+  import huggingface_hub
+
+  repo, revision = split(text)
+  try:
+    file = huggingface_hub.try_to_load_from_cache(
+      repo, "config.json", revision=revision
+    )
+  except ValueError:  # no name that the Hub allows
+    return None
+  return os.path.dirname(file) if isinstance(file, str) else None
+
+
 def folder(name: str) -> str:
   """The folder of a model in the cache.
 
@@ -28,11 +53,11 @@ def folder(name: str) -> str:
   import huggingface_hub
   from huggingface_hub import errors
 
-  repo, _, revision = name.partition("@")
+  repo, revision = split(name)
 
   def snapshot(patterns: list[str]) -> str:
     return huggingface_hub.snapshot_download(
-      repo, revision=revision or None, allow_patterns=patterns
+      repo, revision=revision, allow_patterns=patterns
     )
 
   try:

@@ -67,7 +67,12 @@ def task(config: Config) -> tuple[str, str]:
 
 
 def save(
-  path: epath.Path, config: Config, factors: Factors, scale: float, base: str
+  path: epath.Path,
+  config: Config,
+  factors: Factors,
+  scale: float,
+  base: str,
+  revision: str | None = None,
 ) -> None:
   """Writes an adapter's folder; adapter_config.json comes last.
 
@@ -78,6 +83,7 @@ def save(
       all of one k.
     scale: of their products.
     base: what base_model_name_or_path is to say.
+    revision: of a base on the Hub, where it is not the newest.
   """
   path.mkdir(parents=True, exist_ok=True)
   (path / CONFIG).unlink(missing_ok=True)
@@ -96,6 +102,7 @@ def save(
       "peft_type": "LORA",
       "task_type": task(config)[0],
       "base_model_name_or_path": base,
+      "revision": revision,
       "inference_mode": True,
       "r": rank,
       "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
