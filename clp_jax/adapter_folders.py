@@ -331,23 +331,37 @@ def merge(lora: peft.LoRA, base: Params) -> Params:
 def check_base(folder: str, base: str, init: str) -> None:
   """Raises ConfigError unless an adapter's base is the model of `model.init`.
 
-  Names of the hub are compared with the folder's by their last part, which a
-  cache of the hub keeps as well.
+  A base that is no folder here is known by its name: the last part, or all of
+  it where both are the Hub's, and its revision where it says one.
   """
-  here, there = os.path.abspath(init), os.path.abspath(base)
-  if os.path.isdir(base):
-    is_same = os.path.realpath(here) == os.path.realpath(there)
-  else:
-    name = os.path.basename(there)
-    parts = (part.partition("@")[0] for part in here.split(os.sep))
-    is_same = not base or any(
-      part == name or part.endswith(f"--{name}") for part in parts
-    )
+  if not base:
+    return
+  here, there = (os.path.realpath(hub.cached(x) or x) for x in (init, base))
+  is_same = here == there
+  if not is_same and not os.path.isdir(base):
+    names = [_model_name(x) for x in (init, base)]
+    if not all("/" in name for name in names):
+      names = [name.rpartition("/")[2] for name in names]
+    revision = hub.split(base)[1]
+    is_other = hub.is_name(init) and revision != hub.split(init)[1]
+    is_same = names[0] == names[1] and not (revision and is_other)
   if not is_same:
     raise ConfigError(
-      f"{folder} adapts {base}, and model.init is {init}; take adapters of one "
-      f"base, or correct base_model_name_or_path in its {peft.CONFIG}."
+      f"{folder} adapts {base}, and model.init is {init}; set model.init to "
+      "that, take adapters of one base, or correct base_model_name_or_path in "
+      f"its {peft.CONFIG}."
     )
+
+
+def _model_name(path: str) -> str:
+  """org/name of what the Hub has, which its cache's folders
+  models--org--name/snapshots/REVISION tell too; else the last part."""
+  if hub.is_name(path):
+    return hub.split(path)[0]
+  *_, repo, snapshots, _ = ["", "", *os.path.normpath(path).split("/")]
+  if snapshots == "snapshots" and repo.startswith("models--"):
+    return repo.removeprefix("models--").replace("--", "/")
+  return os.path.basename(os.path.normpath(path))
 
 
 def _check_targets(

@@ -11,8 +11,9 @@ import pytest
 import runs
 import small_decoder
 
-from clp_jax import initial, interop
+from clp_jax import adapter_folders, initial, interop
 from clp_jax.cli.arguments import load_config
+from clp_jax.errors import ConfigError
 
 NEW, OLD = "a" * 40, "b" * 40
 NAME = "org/small"
@@ -97,3 +98,22 @@ def test_adapters_of_a_name_that_is_not_there_bring_it(cache, tmp_path):
   base = tmp_path / "peft" / "base"
   own = json.loads((tmp_path / "peft/long/adapter_config.json").read_text())
   assert own["base_model_name_or_path"] == str(base) and base.is_dir()
+
+
+@pytest.mark.parametrize(
+  ("init", "base", "is_same"),
+  [
+    (NAME, f"hub/models--org--small/snapshots/{NEW}", True),
+    (NAME, f"hub/models--org--small/snapshots/{OLD}", False),
+    (f"{NAME}@v1", f"hub/models--org--small/snapshots/{OLD}", True),
+    (f"hub/models--org--small/snapshots/{OLD}", f"{NAME}@v1", True),
+    (NAME, f"{NAME}@main", True),
+    (NAME, f"{NAME}@v1", False),
+  ],
+)
+def test_adapters_of_it_are_known_by_its_folder(cache, init, base, is_same):
+  if is_same:
+    adapter_folders.check_base("lora", base, init)
+    return
+  with pytest.raises(ConfigError, match=f"lora adapts {base}, and model.init"):
+    adapter_folders.check_base("lora", base, init)

@@ -181,6 +181,14 @@ def test_rank_stabilised_adapters_are_scaled_by_the_root(made, tmp_path):
     ("here/models/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B", False),
     ("hub/models--Qwen--Qwen3-0.6B-Base/snapshots/a", "Qwen/Qwen3-0.6B", False),
     ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base", False),
+    ("here/models/Qwen3-0.6B/", "Qwen/Qwen3-0.6B/", True),
+    # A folder on the way is no name.
+    ("here/Qwen3-0.6B/other", "Qwen/Qwen3-0.6B", False),
+    ("other", f"elsewhere/{pathlib.Path.cwd().name}", False),
+    ("hub/models--a--Qwen3-0.6B/snapshots/ab", "Qwen/Qwen3-0.6B", False),
+    ("Qwen/Qwen3-0.6B@v1", "Qwen/Qwen3-0.6B@v1", True),
+    ("here/models/Qwen3-0.6B", "Qwen/Qwen3-0.6B@v1", True),
+    ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B@v1", False),
   ],
 )
 def test_a_base_is_known_by_its_name(init, base, is_same):

@@ -17,6 +17,7 @@ from etils import epath
 
 from clp_jax.interop import (
   causal,
+  hub,
   huggingface,
   leaves,
   safetensors_file,
@@ -159,9 +160,12 @@ def is_adapter(path: str) -> bool:
 
 
 def base_of(path: str) -> str:
-  """What an adapter says that it adapts, "" where it does not."""
+  """What an adapter says that it adapts, with a name's @revision where it says
+  one; "" where it does not."""
   values = weight_files.read_json(Folder(path), CONFIG)
-  return values.get("base_model_name_or_path") or ""
+  base = values.get("base_model_name_or_path") or ""
+  revision = values.get("revision")
+  return f"{base}@{revision}" if revision and hub.is_name(base) else base
 
 
 def load(path: str, config: Config) -> LoRA:
