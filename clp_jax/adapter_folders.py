@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from clp_jax import build, interop, run_folder
+from clp_jax import build, interop, keys, run_folder
 from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_model_config
 from clp_jax.interop import hub, leaves, peft, storage
@@ -264,18 +264,14 @@ def load_starts(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
     {path of a trained leaf: [m, ...] float32}, of m objectives.
 
   Raises:
-    ConfigError: when a folder holds no adapter of the run's base, rank and
-      targets.
+    ConfigError: when a folder holds no adapter of the run's base and rank, or
+      one of other kernels than the run's. Those it lacks start at the base.
   """
   model_config = load_model_config(config)
-  abstract = families.build(model_config).abstract()
+  shapes = leaves.flatten(families.build(model_config).abstract())
   adapter = build.bank(config, model_config).adapter
   assert adapter is not None
-  kernels = [
-    path
-    for path in leaves.flatten(abstract)
-    if adapter.adapts(tuple(path.split("/")))
-  ]
+  kernels = [p for p in shapes if adapter.adapts(tuple(p.split("/")))]
   with as_config_error():
     loras = [peft.load(path, model_config) for path in config.adapters.init]
   for lora in loras:
@@ -287,17 +283,27 @@ def load_starts(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
       )
     _check_targets(lora, kernels, model_config)
   found = {}
-  for path in kernels:
-    pairs = [stacked(lora.factors, path) for lora in loras]
-    module = path.removesuffix("/kernel")
-    found[f"{module}/lora_a"] = np.stack([left for left, _ in pairs])
-    found[f"{module}/lora_b"] = np.stack(
-      [
-        right * np.float32(lora.scale / adapter.scale)
-        for lora, (_, right) in zip(loras, pairs, strict=True)
-      ]
-    )
+  key = jax.random.fold_in(jax.random.key(config.seed), keys.BANK)
+  for number, path in enumerate(kernels):
+    own = jax.random.fold_in(key, number)
+    # What adapters lack stays so: the base, until it is trained.
+    for name, leaf in adapter.init(shapes[path], len(loras), own).items():
+      found[_beside(path, name)] = np.array(leaf)
+  for i, lora in enumerate(loras):
+    scale = np.float32(lora.scale / adapter.scale)
+    for path, (left, right) in lora.factors.items():
+      at: tuple[int, ...] = (i,)
+      if path not in shapes:
+        path, layer = _of_layers(path)
+        at = i, layer
+      found[_beside(path, "lora_a")][at] = left
+      found[_beside(path, "lora_b")][at] = right * scale
   return found
+
+
+def _beside(path: str, name: str) -> str:
+  """The path of a kernel's leaf of factors."""
+  return f"{path.removesuffix('/kernel')}/{name}"
 
 
 def start_from(params: Params, starts: Mapping[str, np.ndarray]) -> Params:
@@ -367,35 +373,25 @@ def _model_name(path: str) -> str:
 def _check_targets(
   lora: peft.LoRA, kernels: list[str], config: families.Config
 ) -> None:
-  listed = {
+  adapted = {
     one
-    for path in kernels
     for one in leaves.expected_shapes(config)
-    if one == path or _of_layers(one) == path
+    if one in kernels or ("/layers_" in one and _of_layers(one)[0] in kernels)
   }
-  if listed != set(lora.factors):
+  more = set(lora.factors) - adapted
+  if more:
     asked, own = (
       sorted({peft.module_name(config, p).rpartition(".")[2] for p in paths})
-      for paths in (listed, lora.factors)
+      for paths in (adapted, more)
     )
-    more = "" if asked != own else ", and not in the same layers"
     raise ConfigError(
-      f"{lora.folder} adapts {', '.join(own)}{more}, and this run "
+      f"{lora.folder} adapts {', '.join(own)} too, and this run only "
       f"{', '.join(asked)}; set adapters.targets, or take others."
     )
 
 
-def stacked(factors: peft.Factors, path: str) -> tuple[np.ndarray, np.ndarray]:
-  """The factors of a kernel of a tree, those of stacked layers together."""
-  if "/layers/" not in path:
-    return factors[path]
-  own = [p for p in factors if _of_layers(p) == path]
-  own.sort(key=lambda p: int(p.partition("/layers_")[2].partition("/")[0]))
-  left, right = zip(*(factors[p] for p in own), strict=True)
-  return np.stack(left), np.stack(right)
-
-
-def _of_layers(path: str) -> str:
-  """ "decoder/layers_3/mlp/wo/kernel" -> "decoder/layers/mlp/wo/kernel"."""
-  stack, found, rest = path.partition("/layers_")
-  return f"{stack}/layers/{rest.partition('/')[2]}" if found else path
+def _of_layers(path: str) -> tuple[str, int]:
+  """ "decoder/layers_3/mlp/wo/kernel" -> "decoder/layers/mlp/wo/kernel", 3."""
+  stack, _, rest = path.partition("/layers_")
+  layer, _, rest = rest.partition("/")
+  return f"{stack}/layers/{rest}", int(layer)

@@ -12,7 +12,8 @@ import small_t5
 from safetensors import numpy as safetensors
 
 import clp_jax
-from clp_jax import adapter_folders, interop
+from clp_jax import adapter_folders, build, initial, interop
+from clp_jax.cli.arguments import load_config
 from clp_jax.errors import ConfigError
 from clp_jax.interop import leaves, peft
 
@@ -80,6 +81,46 @@ def test_sets_start_from_adapters(made, tmp_path):
   )
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_kernels_that_adapters_lack_start_at_the_base(made, tmp_path, scan):
+  folder = edited(made, tmp_path / "nli", lora_alpha=3)
+  own = safetensors.load_file(folder / TENSORS)
+  kept = {  # as peft adapts a T5 unless told otherwise, and not every layer
+    name: x
+    for name, x in own.items()
+    if name.split(".")[-3] in ("q", "v") and "block.1." not in name
+  }
+  assert 0 < len(kept) < len(own)
+  safetensors.save_file(kept, folder / TENSORS)
+  init = (str(made / "adapters" / "rouge"), str(folder))
+  fields = {"steering": "lora", "adapters.rank": 2, "adapters.init": repr(init)}
+  config = load_config(
+    runs.CONFIG,
+    runs.overrides(str(made / "base"), **fields, **{"model.scan_layers": scan}),
+  )
+  started = initial.load_initial(config)
+  reference = jax.device_get(started.params)
+  bank = build.bank(config, started.model_config)
+  params = adapter_folders.start_from(
+    bank.init(reference, jax.random.key(1)),
+    adapter_folders.load_starts(config),
+  )
+  model_config = interop.load_config(made / "base")
+  base = leaves.flatten(reference)
+  for path, coefficients in zip(init, np.eye(2), strict=True):
+    lora = peft.load(path, model_config)
+    expected = leaves.flatten(adapter_folders.merge(lora, reference))
+    policy = bank.mix(params, reference, coefficients)
+    for name, leaf in leaves.flatten(policy).items():
+      np.testing.assert_allclose(leaf, expected[name], atol=1e-6)
+      if name.endswith(("mlp/wo/kernel", "/key/kernel")) and path == init[1]:
+        np.testing.assert_array_equal(leaf, base[name])
+  # None is at rest: of a factor that is 0 as well no gradient would come.
+  for name, leaf in leaves.flatten(params).items():
+    if name.endswith("lora_a"):
+      assert np.square(leaf).sum(-2).min() > 0.1, name
+
+
 @pytest.mark.slow  # trains
 def test_other_scales_and_stacked_layers_start_the_same(made, tmp_path):
   shutil.copytree(made / "adapters", tmp_path / "adapters")
@@ -113,7 +154,10 @@ def test_other_scales_and_stacked_layers_start_the_same(made, tmp_path):
   "fields, message",
   [
     ({"adapters.rank": 8}, "has rank 2, and this run 8; set adapters.rank=2"),
-    ({"adapters.targets": "('mlp',)"}, "and this run wi_0, wi_1, wo; set"),
+    (
+      {"adapters.targets": "('mlp',)"},
+      "adapts k, o, q, v too, and this run only wi_0, wi_1, wo; set",
+    ),
     ({"model.init": "BASE/other"}, "adapts BASE/base, and model.init is BASE"),
     ({"adapters.init": "('BASE/adapters/nli',)"}, "names 1 folders for 2 obj"),
     (
