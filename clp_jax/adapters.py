@@ -24,6 +24,7 @@ docs/methods.md.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -65,6 +66,10 @@ class Adapter:
   def __post_init__(self):
     if self.rank < 1:
       raise ValueError(f"adapters.rank must be at least 1, got {self.rank}.")
+    if not 0 < self.scale < math.inf:
+      raise ValueError(
+        f"adapters.scale must be a finite number > 0, got {self.scale}."
+      )
     if not self.targets or not set(self.targets) <= set(TARGETS):
       raise ValueError(
         f"adapters.targets must be some of {', '.join(TARGETS)}, got "
