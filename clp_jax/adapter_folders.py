@@ -29,6 +29,7 @@ Params = Any
 
 BASE = "base"  # the folder of the model that is adapted
 KL_SET = "kl"  # the name of the set of the KL term
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256)  # what --max-lora-rank may be
 
 
 def names(policy: Policy) -> list[str]:
@@ -98,15 +99,18 @@ def save(
   else:
     found[target] = policy.coefficients(weights, alpha)
   assert policy.bank.adapter is not None
+  rank = 0
   for folder, coefficients in found.items():
+    factors = _factors(policy, coefficients, dtype)
+    rank = next(iter(factors.values()))[0].shape[1]  # of all of them
     peft.save(
       folder,
       policy.model_config,
-      _factors(policy, coefficients, dtype),
+      factors,
       policy.bank.adapter.scale,
       *hub.split(base or str(target / BASE)),
     )
-  return _usage(policy, adapters, base or BASE, weights, alpha)
+  return _usage(policy, adapters, base or BASE, weights, alpha, rank)
 
 
 def _factors(
@@ -171,8 +175,10 @@ def _usage(
   base: str,
   weights: Weights | None,
   alpha: float | None,
+  rank: int,
 ) -> tuple[str, str]:
   _, auto = peft.task(policy.model_config)
+  init = base if base != BASE else f"DIR/{BASE}"
   base, revision = hub.split(base)
   given = "base" if revision is None else f"base, revision={revision!r}"
   lines = [
@@ -189,20 +195,37 @@ def _usage(
       f"Adapters of {', '.join(adapters)}. For a weighting they are added with "
       "its weights:"
     )
+    parts = {name: f"DIR/{name}" for name in policy.objectives}
+    these, served = "them", "an objective's adapter by itself"
+    module = f"{adapters[0]}=DIR/{adapters[0]}"
+    more = ", and that of a weighting from `clp export --weights`"
     lines += _recipe(policy, adapters)
   else:
     title = "A LoRA adapter of one weighting"
     about = f"Of {described(policy.objectives, weights, alpha)}:"
     lines.append('model = PeftModel.from_pretrained(model, ".")')
+    parts = {"NAME": "DIR"}
+    these = served = "it"
+    module, more = "NAME=DIR", ""
   code = "\n".join(lines)
-  vllm = (
-    " vLLM serves the adapters of one weighting, from `clp export --weights`, "
-    "with `--enable-lora --lora-modules NAME=FOLDER`."
+  usage = [f"{about}\n\n```python\n{code}\n```\n\nRun it in this folder."]
+  if auto == "AutoModelForCausalLM":
+    most = next((r for r in _VLLM_RANKS if r >= rank), None)
+    usage.append(
+      f"vLLM serves {served} with `--enable-lora --max-lora-rank {most} "
+      f"--lora-modules {module}`{more}."
+      if most
+      else f"vLLM serves no adapter of rank {rank}; export a weighting as hf."
+    )
+  together = " ".join(f"{name}={folder}" for name, folder in parts.items())
+  usage.append(
+    f"In clp_jax a LoRA run starts from {these} with `--config.steering=lora "
+    f"--config.model.init={init} --config.sft.steps=0 --config.adapters.rank="
+    f'{rank} --config.adapters.init="{tuple(parts.values())}"`, and '
+    f"`clp combine {together} --method soup --config FILE --output RUN` takes "
+    f"{these}, too."
   )
-  return title, (
-    f"{about}\n\n```python\n{code}\n```\n\nRun it in this folder."
-    + (vllm if auto == "AutoModelForCausalLM" else "")
-  )
+  return title, "\n\n".join(usage)
 
 
 def described(

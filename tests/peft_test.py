@@ -185,6 +185,38 @@ def test_the_readme_names_what_there_is(bases, tmp_path):
 
 
 @pytest.mark.parametrize(
+  ("rank", "arguments", "shown"),
+  [
+    (
+      8,
+      (),
+      ("--max-lora-rank 8 --lora-modules long=DIR/long`, and that of a",),
+    ),
+    (9, ("--weights", "long=1"), ("--max-lora-rank 16 --lora-modules NAME=",)),
+    (9, ("--weights", "long=0.5,short=0.5"), ("--max-lora-rank 32 ",)),
+    (200, ("--weights", "long=0.5,short=0.5"), ("no adapter of rank 400",)),
+  ],
+)
+def test_the_readme_says_how_they_are_served_and_trained_on(
+  bases, tmp_path, rank, arguments, shown
+):
+  base = bases["decoder"]
+  workdir = start_run(tmp_path / "run", base, **{"adapters.rank": rank})
+  export(workdir, tmp_path / "peft", *arguments)
+  text = (tmp_path / "peft" / "README.md").read_text()
+  folders = "('DIR',)" if arguments else "('DIR/long', 'DIR/short')"
+  parts = "NAME=DIR" if arguments else "long=DIR/long short=DIR/short"
+  own = rank * (2 if "0.5" in str(arguments) else 1)
+  for part in (
+    *shown,
+    f"--config.model.init={base} ",
+    f'--config.adapters.rank={own} --config.adapters.init="{folders}"`',
+    f"`clp combine {parts} --method soup ",
+  ):
+    assert part in text
+
+
+@pytest.mark.parametrize(
   "fields, arguments, message",
   [
     ({"steering": "full"}, (), "this run's steering is full, which has no"),
