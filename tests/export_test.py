@@ -20,7 +20,6 @@ from clp_jax.data.hf_tokenizer import FILES
 from clp_jax.data.vocabulary import word_model
 from clp_jax.errors import ConfigError
 from clp_jax.evaluation import front as front_lib
-from clp_jax.evaluation import model_card
 from clp_jax.initial import load_initial
 from clp_jax.interop import leaves
 from clp_jax.models import t5
@@ -447,8 +446,3 @@ class TestModelCard:
     written = json.loads((tmp_path / "out/training_config.json").read_text())
     config = run_folder.load_config(str(workdir))
     assert config_lib.from_json(written) == config
-
-  def test_names_a_base_of_the_hub(self):
-    config = config_for("org/name@main")
-    card = model_card._front_matter(config, "peft")
-    assert yaml.safe_load(card.split("---")[1])["base_model"] == "org/name"

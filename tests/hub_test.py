@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import runs
 import small_decoder
+import yaml
 
 from clp_jax import adapter_folders, initial, interop
 from clp_jax.cli.arguments import load_config
 from clp_jax.errors import ConfigError
+from clp_jax.evaluation import model_card
 
 NEW, OLD = "a" * 40, "b" * 40
 NAME = "org/small"
@@ -117,3 +119,12 @@ def test_adapters_of_it_are_known_by_its_folder(cache, init, base, is_same):
     return
   with pytest.raises(ConfigError, match=f"lora adapts {base}, and model.init"):
     adapter_folders.check_base("lora", base, init)
+
+
+@pytest.mark.parametrize(
+  ("init", "base"),
+  [(NAME, NAME), (f"{NAME}@v1", NAME), ("runs/sft", None), ("tiny", None)],
+)
+def test_a_card_names_it_and_no_folder(cache, init, base):
+  card = model_card._front_matter(config_of(init), "peft")
+  assert yaml.safe_load(card.split("---")[1]).get("base_model") == base

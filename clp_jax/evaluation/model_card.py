@@ -18,6 +18,7 @@ from clp_jax.errors import ConfigError, FrontError
 from clp_jax.evaluation import front as front_lib
 from clp_jax.evaluation import units as units_lib
 from clp_jax.evaluation.tables import markdown_table
+from clp_jax.interop import hub
 
 CARD = "README.md"
 CONFIG = "training_config.json"
@@ -111,11 +112,11 @@ def _statistics(
 
 def _front_matter(config: ml_collections.ConfigDict, library: str) -> str:
   init = config.model.init
-  is_hub_name = init.count("/") == 1 and not epath.Path(init).exists()
   tags = ["clp_jax", "conditional-language-policy", "multi-objective-rl"]
   if _is_reward(config):
     tags = ["clp_jax", "reward-model"]
-  base = [f"base_model: {init.partition('@')[0]}"] if is_hub_name else []
+  # A folder, seen from elsewhere, may look like a name.
+  base = [f"base_model: {hub.split(init)[0]}"] if hub.cached(init) else []
   return "\n".join(
     [
       "---",
