@@ -12,6 +12,7 @@ import runs
 import small_decoder
 import yaml
 
+import clp_jax
 from clp_jax import adapter_folders, initial, interop
 from clp_jax.cli.arguments import load_config
 from clp_jax.errors import ConfigError
@@ -119,6 +120,29 @@ def test_adapters_of_it_are_known_by_its_folder(cache, init, base, is_same):
     return
   with pytest.raises(ConfigError, match=f"lora adapts {base}, and model.init"):
     adapter_folders.check_base("lora", base, init)
+
+
+def test_adapters_of_it_are_combined(cache, tmp_path):
+  """Of the revision that they name, whatever model.init is."""
+  names = ("nli", "rouge")
+  workdir = lora_runs.start_run(
+    tmp_path / "run", f"{NAME}@v1", objectives=names
+  )
+  lora_runs.export(workdir, tmp_path / "peft")
+  status, _, err = runs.clp(
+    *("combine", *(f"{name}={tmp_path}/peft/{name}" for name in names)),
+    *("--method", "soup", "--config", runs.CONFIG),
+    *("--output", tmp_path / "soup"),
+  )
+  assert status == 0, err
+  weights = {"nli": 0.3, "rouge": 0.7}
+  made, source = (
+    clp_jax.Policy.load(str(path)).params(weights)
+    for path in (tmp_path / "soup", workdir)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), made, source
+  )
 
 
 @pytest.mark.parametrize(

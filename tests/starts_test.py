@@ -283,7 +283,7 @@ def test_parts_of_another_base_are_one_line(made, tmp_path):
   named = {"base_model_name_or_path": "someone/else"}
   for i, (fields, message) in enumerate(
     (
-      (named, "adapts someone/else, and model.init is"),
+      (named, "adapts someone/else, and model.init is tiny; set model.init to"),
       (
         {"base_model_name_or_path": str(made / "other")},
         "start from different models",

@@ -28,7 +28,7 @@ from clp_jax import config as config_lib
 from clp_jax.data.tokenizer import Tokenizer
 from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_initial
-from clp_jax.interop import peft
+from clp_jax.interop import hub, peft
 from clp_jax.interop.storage import Folder
 from clp_jax.models import families
 from clp_jax.policy import Policy
@@ -250,7 +250,7 @@ def _load_adapter(config: ml_collections.ConfigDict, folder: str) -> Part:
   with as_config_error():
     base = peft.base_of(folder)
   config = config.copy_and_resolve_references()
-  if base and Folder(base).has("config.json"):
+  if base and (Folder(base).has("config.json") or hub.cached(base)):
     config.model.init = base
   else:
     adapter_folders.check_base(folder, base, config.model.init)
