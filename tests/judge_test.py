@@ -809,3 +809,13 @@ def test_a_question_that_is_too_long_is_not_cut(instruct_model, monkeypatch):
   local = judge_local.local_judge(instruct_model)
   with pytest.raises(JudgeError, match="longer than 100 tokens"):
     list(local.ask([judge.Question("a", "b", "c")]))
+
+
+def test_a_question_that_the_model_has_no_room_for_is_not_cut(tmp_path):
+  small_decoder.save(tmp_path, max_length=200)
+  local = judge_local.local_judge(str(tmp_path))
+  words = small_decoder.make_tokenizer()
+  answer = max(len(words.target(f"Answer: {a}", 16)) for a in ("1", "tie"))
+  message = f"longer than {200 - answer} tokens"
+  with pytest.raises(JudgeError, match=message):
+    list(local.ask([judge.Question("a " * 200, "b", "c")]))

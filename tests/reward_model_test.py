@@ -297,6 +297,13 @@ class TestPreference:
     with pytest.raises(ValueError, match="not trained by .* set .token"):
       preference.build(mesh_of(), folder)
 
+  def test_rows_longer_than_a_decoder_reads_are_refused(self, tmp_path):
+    small_decoder.save(tmp_path, max_length=300)
+    for given, length in (({}, 512), ({"source_length": 301}, 301)):
+      with pytest.raises(ValueError, match=f"at most 300, .* got {length}"):
+        preference.build(mesh_of(), str(tmp_path), token="1", **given)
+    preference.build(mesh_of(), str(tmp_path), token="1", source_length=300)
+
   def test_a_step_has_the_gradient_of_bradley_terry(self, judge):
     """From a zero head only the head moves, and its gradient is known."""
     _, words, params = judge

@@ -21,7 +21,7 @@ from clp_jax.rewards import model as models
 from clp_jax.sampling import at_token
 
 ANSWERS = ("1", "2", "tie")
-LONGEST = 8192  # tokens of a question
+LONGEST = 8192  # tokens of a question, where the model has room for more
 BATCH = 8  # questions asked together
 _STEP = 128  # lengths are rounded up to multiples, so that few are compiled
 
@@ -45,6 +45,8 @@ def local_judge(folder: str, template: str = PROMPT) -> Judge:
   )
   answers = [tokenizer.target(f"Answer: {a}", 16) for a in ANSWERS]
   targets = pad(answers, max(map(len, answers)), tokenizer.pad_id)
+  room = model.config.max_length
+  longest = LONGEST if room is None else min(LONGEST, room - targets.shape[1])
   mask = jnp.asarray(pad([[1] * len(a) for a in answers], targets.shape[1], 0))
 
   def probabilities(params, prompts):
@@ -63,7 +65,7 @@ def local_judge(folder: str, template: str = PROMPT) -> Judge:
   def ask(questions: Sequence[Question]) -> Iterator[tuple[int, str]]:
     for start in range(0, len(questions), batch):
       part = questions[start : start + batch]
-      read = [_read(tokenizer, prompt(q, template)) for q in part]
+      read = [_read(tokenizer, prompt(q, template), longest) for q in part]
       length = -(-max(map(len, read)) // _STEP) * _STEP
       # Of fewer questions than a batch, the last is asked again.
       read += [read[-1]] * (batch - len(part))
@@ -79,15 +81,15 @@ def local_judge(folder: str, template: str = PROMPT) -> Judge:
   return Judge(ask, identity | {"prompt": template})
 
 
-def _read(tokenizer: Tokenizer, question: str) -> list[int]:
+def _read(tokenizer: Tokenizer, question: str, longest: int) -> list[int]:
   """The tokens of a question."""
   shown: str | list[Message] = question
   if tokenizer.chat_template is not None:
     shown = [{"role": "user", "content": question}]
-  tokens, is_cut = tokenizer.prompt(shown, None, LONGEST)
+  tokens, is_cut = tokenizer.prompt(shown, None, longest)
   if is_cut:
     raise JudgeError(
-      f"a question is longer than {LONGEST} tokens, and what is cut would not "
+      f"a question is longer than {longest} tokens, and what is cut would not "
       "be judged; take shorter documents, or another judge"
     )
   return tokens

@@ -223,10 +223,17 @@ def build(
       )
     judge = models.load(model, mesh, vocabulary, dtype, scan_layers, fsdp)
     judge = judge._replace(params={"t5": judge.params})
+  length = 512 if source_length is None else source_length
+  longest = judge.model.config.max_length
+  if longest is not None and length > longest:
+    raise ValueError(
+      f".source_length must be at most {longest}, the tokens that {model} "
+      f"reads, got {length}."
+    )
   inputs = models.Inputs(
     judge.vocabulary,
     TEMPLATE if template is None else template,
-    512 if source_length is None else source_length,
+    length,
     overlap=None,
   )
   number = None if token is None else models.token_of(judge.vocabulary, token)
