@@ -664,10 +664,47 @@ def test_a_judge_that_is_down_costs_nothing_that_is_done(tmp_path):
     (["--key-variable", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE is not set"),
     (["--prompt", "/no/such/file"], "No such file"),
     (["--timeout", "-1"], "timeout must be > 0"),
+    (["--margin", "0.05"], "--margin is of --entailment; leave it out"),
+    (["--temperature", "1"], "--temperature is of fresh summaries; give --pro"),
+    (["--seed", "0"], "--seed is of fresh summaries; give --prompts too"),
+    (["--prompts", "4", "--document-field", "x"], "is of JSONL files, and no"),
   ],
 )
 def test_arguments_that_do_not_fit_are_refused(tmp_path, arguments, message):
   fails(2, message, [*command(tmp_path, "http://127.0.0.1:9"), *arguments])
+
+
+@pytest.mark.parametrize("judge_by", ["--local", "--entailment"])
+@pytest.mark.parametrize(
+  "option, value",
+  [
+    ("--model", "m"),
+    ("--api", "openai"),
+    ("--key-variable", "CLP_JUDGE_API_KEY"),
+    ("--timeout", 60),
+    ("--attempts", 6),
+    ("--parallel", 4),
+    ("--max-tokens", 512),
+  ],
+)
+def test_an_endpoints_options_are_of_no_model_here(
+  tmp_path, judge_by, option, value
+):
+  arguments = ("judge", "a", "b", "--output", tmp_path / "out")
+  arguments += (judge_by, tmp_path, option, value)
+  fails(2, f"{option} is of --endpoint; leave it out.", arguments)
+
+
+def test_what_a_run_or_a_local_judge_has_not_is_refused(tmp_path):
+  arguments = ["judge", tmp_path, tmp_path, "--output", tmp_path / "out"]
+  local = ["--local", tmp_path]
+  fails(2, "--margin is of --entailment", [*arguments, *local, "--margin", 0])
+  field = [*local, "--document-field", "x"]
+  fails(2, "--document-field is of JSONL files", [*arguments, *field])
+  for flag in ("--local", "--entailment"):
+    absent = [flag, tmp_path / "no"]
+    message = f"{flag} {tmp_path / 'no'}: there is no such folder."
+    fails(2, message, [*arguments, *absent])
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):

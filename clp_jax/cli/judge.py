@@ -10,6 +10,7 @@ question and the format of the answers.
 import argparse
 import os
 import pathlib
+from typing import Any
 
 from clp_jax.cli import arguments
 from clp_jax.errors import ConfigError, RunError
@@ -19,6 +20,19 @@ EXAMPLE = (
   "--model my-model --output runs/judged"
 )
 KEY_VARIABLE = "CLP_JUDGE_API_KEY"
+# Options that not every use has, and their defaults. The parser's are None, so
+# that one which would do nothing is seen.
+_ENDPOINT: dict[str, Any] = {
+  "model": None,
+  "api": "openai",
+  "key_variable": KEY_VARIABLE,
+  "timeout": 60,
+  "attempts": 6,
+  "parallel": 4,
+  "max_tokens": 512,
+}
+_ENTAILMENT = {"margin": 0.05}
+_FRESH = {"weights": None, "alpha": None, "temperature": 1, "seed": 0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,18 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   arguments.add(model, "--endpoint", help, metavar="URL")
   arguments.add(model, "--model", "the model's name there", metavar="NAME")
-  apis = ("openai", "gemini")
-  arguments.add(model, "--api", "its form", apis[0], choices=apis)
+  api, apis = _ENDPOINT["api"], ("openai", "gemini")
+  arguments.add(model, "--api", "its form", api, choices=apis)
   help = (
     "environment variable that holds the API key; none is sent where it is not "
     "set"
   )
   arguments.add(model, "--key-variable", help, KEY_VARIABLE, metavar="NAME")
-  arguments.add(model, "--timeout", "seconds", 60, type=float)
+  seconds = _ENDPOINT["timeout"]
+  arguments.add(model, "--timeout", "seconds", seconds, type=float)
   help = "of a request, before the judge counts as down"
-  arguments.add_count(model, "--attempts", help, 6)
-  arguments.add_count(model, "--parallel", "requests at a time", 4)
-  arguments.add_count(model, "--max-tokens", "of an answer", 512)
+  arguments.add_count(model, "--attempts", help, _ENDPOINT["attempts"])
+  help = "requests at a time"
+  arguments.add_count(model, "--parallel", help, _ENDPOINT["parallel"])
+  help = "of an answer"
+  arguments.add_count(model, "--max-tokens", help, _ENDPOINT["max_tokens"])
   local = parser.add_argument_group("or a model on this machine")
   help = (
     "folder of any instruct model that clp_jax loads; its answer is the "
@@ -68,21 +85,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   arguments.add(local, "--entailment", help, metavar="DIR")
   help = "probabilities no further apart tie"
-  arguments.add(local, "--margin", help, 0.05, type=float)
+  margin = _ENTAILMENT["margin"]
+  arguments.add(local, "--margin", help, margin, type=float)
   fresh = parser.add_argument_group("fresh summaries instead of samples.jsonl")
   arguments.add_count(fresh, "--prompts", "held-out documents")
   arguments.add_weighting(fresh, "the weighting of both runs")
   arguments.add_temperature(fresh)
   arguments.add_seed(fresh, "the sampling")
+  parser.set_defaults(**dict.fromkeys([*_ENDPOINT, *_ENTAILMENT, *_FRESH]))
 
 
 def run(args: argparse.Namespace) -> None:
   from clp_jax.evaluation import judge as judge_lib
   from clp_jax.run_folder import write_json
 
-  if args.prompts is None and (args.weights, args.alpha) != (None, None):
+  are_fresh = args.prompts is not None
+  _check_used(args, _FRESH, are_fresh, "fresh summaries; give --prompts too")
+  if args.document_field is not None and (
+    are_fresh or all(map(os.path.isdir, args.runs))
+  ):
     raise ConfigError(
-      "--weights and --alpha are of fresh summaries; give --prompts too."
+      "--document-field is of JSONL files, and none is read; leave it out."
     )
   judge = _judge(args)  # before anything is generated
   a, b = (_samples(path, args) for path in args.runs)
@@ -101,6 +124,18 @@ def run(args: argparse.Namespace) -> None:
   print(output / "judge.json")
 
 
+def _check_used(
+  args: argparse.Namespace, options: dict, is_used: bool, whose: str
+) -> None:
+  """Gives options their defaults; raises ConfigError where one is given and
+  not used."""
+  for name, default in options.items():
+    if getattr(args, name) is None:
+      setattr(args, name, default)
+    elif not is_used:
+      raise ConfigError(f"--{name.replace('_', '-')} is of {whose}.")
+
+
 def _judge(args: argparse.Namespace):
   judges = (args.endpoint, args.local, args.entailment)
   if sum(judge is not None for judge in judges) != 1:
@@ -108,6 +143,15 @@ def _judge(args: argparse.Namespace):
       "name one judge: --endpoint URL --model NAME, --local DIR, or "
       "--entailment DIR."
     )
+  from etils import epath
+
+  for options, flag in ((_ENDPOINT, "endpoint"), (_ENTAILMENT, "entailment")):
+    is_used = getattr(args, flag) is not None
+    _check_used(args, options, is_used, f"--{flag}; leave it out")
+  for flag in ("local", "entailment"):
+    folder = getattr(args, flag)
+    if folder is not None and not epath.Path(folder).is_dir():
+      raise ConfigError(f"--{flag} {folder}: there is no such folder.")
   if args.prompt is not None and args.entailment is not None:
     raise ConfigError("--prompt is for a language model, not for --entailment.")
   from clp_jax.evaluation import judge as judge_lib
