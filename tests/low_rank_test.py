@@ -138,6 +138,36 @@ def test_policies_rows_and_gradients_are_those_of_merged_kernels(case):
   jax.tree.map(check, gradient, jax.jit(sums)(params))
 
 
+def test_equal_sets_of_lora_are_one_at_any_weighting_and_vertices_theirs():
+  """Of factors side by side, to float32 rounding."""
+  adapter = adapters.Adapter("lora", 4, 0.7, ("attention",))
+  rng = np.random.default_rng(0)
+  kernel, a, b, x = (
+    jnp.asarray(rng.normal(size=shape), jnp.float32) / shape[-2] ** 0.5
+    for shape in ((24, 20), (3, 24, 4), (3, 4, 20), (2, 5, 24))
+  )
+
+  def out(leaves, coefficients):
+    made = adapter.unmerged(kernel, leaves, jnp.asarray(coefficients))
+    return np.asarray(x @ made.kernel + made.change(x))
+
+  def of(sets):
+    return {"lora_a": a[sets], "lora_b": b[sets]}
+
+  alone = [out(of(np.array([i])), np.ones(1, np.float32)) for i in range(3)]
+  close = {"rtol": 0, "atol": 3e-6}
+  for c in C:
+    equal = out(of(np.array([1, 1, 1])), c)
+    np.testing.assert_allclose(equal, alone[1], **close)
+  for i, c in enumerate(np.eye(3, dtype=np.float32)):
+    np.testing.assert_allclose(out(of(np.arange(3)), c), alone[i], **close)
+  assert np.abs(alone[0] - alone[1]).max() > 0.1
+  # Sets that add nothing leave the base to the bit.
+  for c in C:
+    nothing = out({"lora_a": a, "lora_b": 0 * b}, c)
+    np.testing.assert_array_equal(nothing, np.asarray(x @ kernel))
+
+
 def compiled_gradients(dtype):
   """Of a loss of G policies, as `unmerged` ones or not -> the program."""
   bank, reference, _, params, _ = make("decoder", "lora", False, False)

@@ -243,11 +243,36 @@ def test_a_base_is_known_by_its_name(init, base, is_same):
     adapter_folders.check_base("lora", base, init)
 
 
-def combine(parts, output, *rest):
+def combine(parts, output, *rest, method="soup"):
   return runs.clp(
     *("combine", *(f"{name}={folder}" for name, folder in parts.items())),
-    *("--method", "soup", "--output", output, *rest),
+    *("--method", method, "--output", output, *rest),
   )
+
+
+@pytest.mark.parametrize(
+  ("method", "names"), [("soup", NAMES), ("mod", NAMES), ("dera", ["nli"])]
+)
+def test_sets_that_are_combined_are_the_adapters(made, tmp_path, method, names):
+  parts = {name: made / "adapters" / name for name in names}
+  given = ("--config", runs.CONFIG)
+  status, _, err = combine(parts, tmp_path / "run", *given, method=method)
+  assert status == 0, err
+  policy = clp_jax.Policy.load(str(tmp_path / "run"))
+  mixing = "parameters" if method == "soup" else "logits"
+  assert policy.config.mixing == mixing
+  source = clp_jax.Policy.load(str(made / "run"))
+  expected = [source.params({name: 1.0}) for name in names]
+  if method == "dera":
+    expected.append(source.reference)
+  for i, params in enumerate(expected):
+    jax.tree.map(
+      lambda sets, leaf, i=i: np.testing.assert_allclose(
+        sets[i], leaf, atol=1e-6
+      ),
+      policy.sets,
+      params,
+    )
 
 
 @pytest.mark.slow
