@@ -812,6 +812,14 @@ class TestEnds:
     with pytest.raises(ValueError, match="nothing ends a response"):
       make((), tokenizer_config__json=None)
 
+  def test_a_tokenizer_none_of_whose_tokens_ends_a_response_is_refused(self):
+    with pytest.raises(ValueError, match="has no token 505, 507, which") as one:
+      make((505, 507))
+    text = one_line(one)
+    assert text.startswith("the/folder/tokenizer.json has")
+    assert "correct its eos_token_id" in text
+    assert make((505, 0)).eos_ids == (505, 0)
+
   @pytest.mark.parametrize("where", ["added", "in the vocabulary"])
   @pytest.mark.parametrize("named", [True, False])
   def test_one_that_is_called_no_control_token_is_one(self, where, named):

@@ -95,7 +95,7 @@ class HFTokenizer:
         where neither chats nor ends are made of them; None leaves out nothing.
 
     Raises:
-      ValueError: one can't be parsed, or nothing ends a response.
+      ValueError: one can't be parsed, or no token ends a response.
     """
     self.path = path
     self.pad_id = pad_id
@@ -121,6 +121,13 @@ class HFTokenizer:
       raise ValueError(
         f"nothing ends a response: set eos_token_id in {path}/config.json, or "
         f"eos_token in {path}/{_CONFIG}."
+      )
+    # A list may name rows that no token stands for, but not those alone.
+    if all(self._tokenizer.id_to_token(i) is None for i in self.eos_ids):
+      raise ValueError(
+        f"{path}/{TOKENIZER} has no token {', '.join(map(str, self.eos_ids))}, "
+        "which ends responses of the model: use the tokenizer that the model "
+        "was trained with, or correct its eos_token_id."
       )
     for one in (self._tokenizer, self._of_text):
       one.no_truncation()
