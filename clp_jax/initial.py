@@ -44,9 +44,11 @@ def load_initial(config: ml_collections.ConfigDict) -> Initial:
   # Before a checkpoint is read, which may take minutes.
   _check_fits(config, model_config, vocabulary)
   stored = model_config
-  model_config = _computation(model_config, config).with_vocabulary(
-    vocabulary.size, vocabulary.eos_ids, vocabulary.pad_id
-  )
+  model_config = _computation(model_config, config)
+  with as_config_error():
+    model_config = model_config.with_vocabulary(
+      vocabulary.size, vocabulary.eos_ids, vocabulary.pad_id
+    )
   if init in PRESETS:
     # Its own fold of the seed: the run's key must not depend on the model.
     key = jax.random.fold_in(jax.random.key(config.seed), keys.MODEL)

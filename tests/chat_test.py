@@ -217,6 +217,28 @@ def test_a_model_may_pad_with_text(tmp_path):
     assert model.pad_id == words.pad_id == -1
 
 
+def test_a_model_may_pad_with_its_tokenizers_own_end(tmp_path):
+  """And leave it to the tokenizer to name the end."""
+  small_decoder.save(tmp_path)
+  file = tmp_path / "config.json"
+  values = json.loads(file.read_text())
+  values |= {"eos_token_id": None, "pad_token_id": 2}
+  file.write_text(json.dumps(values))
+  (tmp_path / "generation_config.json").unlink(missing_ok=True)
+  assert interop.load_config(tmp_path).pad_id == 2
+  config = load_config(runs.CONFIG, runs.overrides(str(tmp_path)))
+  start = initial.load_initial(config)
+  judge = models.load(
+    str(tmp_path), sharding.make_mesh(), None, "float32", False, False
+  )
+  for model, words in (
+    (start.model_config, start.vocabulary),
+    (judge.model.config, judge.vocabulary),
+  ):
+    assert model.pad_id == words.pad_id == -1
+    assert model.eos_ids == words.eos_ids == (2,)
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [

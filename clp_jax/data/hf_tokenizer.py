@@ -70,7 +70,7 @@ class HFTokenizer:
 
   Attributes:
     path: of the folder.
-    pad_id: of the model; -1 where that is text.
+    pad_id: of the model; -1 where that is text, or ends it.
     eos_ids: tokens any of which ends a response, its own first.
     chat_template: its source, or None.
   """
@@ -142,6 +142,8 @@ class HFTokenizer:
       )
     if 0 <= pad_id < self.size and pad_id not in self._control:
       self.pad_id = -1  # some models pad with a letter
+    if pad_id in self.eos_ids:
+      self.pad_id = -1  # others with what ends a text, which is read
 
   @functools.cached_property
   def eos_id(self) -> int:
