@@ -15,6 +15,7 @@ from small_decoder import ARCHITECTURES
 
 from clp_jax import conditioning, interop, row_mixing
 from clp_jax.bank import Bank
+from clp_jax.data import tokenizer_files, vocabulary
 from clp_jax.interop import causal as causal_folders
 from clp_jax.interop.storage import Folder
 from clp_jax.models import attention, decoding, families, trees
@@ -338,6 +339,25 @@ class TestFolders:
     again, same = interop.load_model(tmp_path / "orbax", scan_layers=scan)
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, same, params)
+
+  def test_a_sentencepiece_model_is_written_as_transformers_reads_it(
+    self, tmp_path
+  ):
+    content = vocabulary.word_model(["council", "mill"], ["."])
+    words = vocabulary.Vocabulary("here", content)
+    config = small_decoder.make_config("llama", eos_ids=(1,), pad_id=0)
+    model = families.build(config)
+    params = small_decoder.random_params(config)
+    interop.save_model(tmp_path, model, params, "hf", tokenizer=words)
+    assert not (tmp_path / "vocabulary.model").exists()
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert described["tokenizer_class"] == "T5Tokenizer"
+    assert described["eos_token"] == "</s>"
+    assert interop.find_vocabulary(tmp_path) == str(tmp_path / "spiece.model")
+    read = tokenizer_files.load_tokenizer(tmp_path, model.config.eos_ids)
+    assert read.files() == words.files()
+    again, _ = interop.load_model(tmp_path)
+    assert (again.config.eos_ids, again.config.pad_id) == ((1,), 0)
 
   def test_double_precision_comes_back_too(self, tmp_path):
     model, params = interop.load_model(FIXTURES / "qwen3", dtype="float64")

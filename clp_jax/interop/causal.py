@@ -17,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from clp_jax.interop import leaves, weight_files
+from clp_jax.interop import huggingface, leaves, orbax, weight_files
 from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
 from clp_jax.models.causal import NO_PAD, CausalConfig, Rope
@@ -545,14 +545,18 @@ def save(
   """Writes a folder that transformers' from_pretrained reads.
 
   Args: as for `huggingface.save`, but
-    tokenizer: `data.tokenizer.Tokenizer`, whose files are written beside; None
-      for none.
+    tokenizer: `data.tokenizer.Tokenizer`, whose files are written beside, a
+      SentencePiece model as a T5's; None for none.
 
   Raises:
     ValueError: no class of transformers has such a model.
   """
   values = config_values(config, views, tokenizer)
-  files = {} if tokenizer is None else tokenizer.files()
+  files: dict[str, Any] = {} if tokenizer is None else tokenizer.files()
+  content = files.pop(orbax.VOCABULARY, None)
+  if content is not None:
+    described = huggingface.read_vocabulary(content)
+    files |= huggingface.tokenizer_files(described)
   tensor = functools.partial(tensor_of, config)
   weight_files.save(path, values, views, tensor, max_shard_bytes, files)
 

@@ -257,6 +257,17 @@ def read_vocabulary(content: bytes) -> Vocabulary:
   return Vocabulary(content, model.get_piece_size(), ids["eos_token"], special)
 
 
+def tokenizer_files(vocabulary: Vocabulary) -> dict[str, Any]:
+  """Name -> content of what transformers' AutoTokenizer reads of it; text ends
+  in EOS, as prompts do here."""
+  # T5Tokenizer would append 100 sentinels to the pieces of the model.
+  own = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "legacy": False}
+  return {
+    VOCABULARY: vocabulary.content,
+    "tokenizer_config.json": own | vocabulary.special,
+  }
+
+
 def save(
   path: epath.Path,
   config: T5Config,
@@ -277,12 +288,7 @@ def save(
     ValueError: when transformers has no name for the activations.
   """
   values = _config_values(config, views)
-  files: dict[str, Any] = {}
-  if vocabulary is not None:
-    # T5Tokenizer would append 100 sentinels to the pieces of the model.
-    own = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "legacy": False}
-    files[VOCABULARY] = vocabulary.content
-    files["tokenizer_config.json"] = own | vocabulary.special
+  files = {} if vocabulary is None else tokenizer_files(vocabulary)
   weight_files.save(path, values, views, tensor_of, max_shard_bytes, files)
 
 

@@ -21,11 +21,11 @@ import small_decoder
 import clp_jax
 from clp_jax import build, interop, run_folder, saved_params
 from clp_jax import config as config_lib
-from clp_jax.data import tokenizer_files
+from clp_jax.data import tokenizer_files, vocabulary
 from clp_jax.initial import load_initial
 from clp_jax.interop import causal as causal_folders
 from clp_jax.interop.storage import Folder
-from clp_jax.models import decoding
+from clp_jax.models import decoding, families
 from clp_jax.models.model import Model
 from clp_jax.sampling import Sampling
 
@@ -759,6 +759,20 @@ class TestPolicies:
       first = len(prompt) - 1
       theirs = sum(logp[first + i, token] for i, token in enumerate(answer))
       np.testing.assert_allclose(score, theirs, atol=5e-4)
+
+  def test_a_sentencepiece_model_makes_the_same_prompts(self, tmp_path):
+    words = [f"word{i}" for i in range(30)]
+    content = vocabulary.word_model(words, [".", ","])
+    ours = vocabulary.Vocabulary("here", content)
+    config = small_decoder.make_config("llama", eos_ids=(1,), pad_id=0)
+    params = small_decoder.random_params(config)
+    model = families.build(config)
+    interop.save_model(tmp_path, model, params, "hf", tokenizer=ours)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.eos_token_id == 1 and tokenizer.pad_token_id == 0
+    for text in ("word3 word7, word1.", "word3  word29"):
+      prompt, _ = ours.prompt(text, None, 60)
+      assert tokenizer(text).input_ids == prompt
 
   def test_speak_and_chat_alike_in_transformers(self, tmp_path):
     policy = self.run(tmp_path, "qwen3", "full")
