@@ -48,6 +48,10 @@ _NAMES = (
 )
 # Classes of transformers that go by add_bos_token, whatever tokenizer.json has.
 _TOLD = ("LlamaTokenizer", "GemmaTokenizer")
+# What a template that prints the date is told, whatever the day: prompts of a
+# run must not change while it trains. Llama 3's templates print it where they
+# find no clock.
+_DAY = datetime.datetime(2024, 7, 26)
 _PLACES = re.compile(r"\{(?:document|response)\}")
 _PRIVATE = range(0xF0000, 0xFFFFE)  # characters to which Unicode gives no use
 
@@ -616,8 +620,6 @@ def _compiled(source: str) -> jinja2.Template:
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **options)
 
   environment.globals["raise_exception"] = fail
-  environment.globals["strftime_now"] = lambda form: (
-    datetime.datetime.now().strftime(form)
-  )
+  environment.globals["strftime_now"] = lambda form: _DAY.strftime(form)
   environment.filters["tojson"] = tojson  # Jinja's own escapes for HTML
   return environment.from_string(source)
