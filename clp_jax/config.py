@@ -114,6 +114,9 @@ def get_config() -> ml_collections.ConfigDict:
   # messages for the model's chat template, [{"role": "user", "content": ...}],
   # on a command line as JSON.
   c.data.template = config_dict.placeholder(object)
+  # Names and values that the model's chat template is given beside messages,
+  # such as enable_thinking=False.
+  c.data.template_options = ml_collections.ConfigDict()
   c.data.source_length = 512  # tokens, EOS included; longer inputs are cut
   c.data.target_length = 64  # tokens, EOS included; also the decoding limit
 

@@ -141,13 +141,26 @@ def _opened(
   init = config.model.init
   if init in PRESETS:
     vocabulary = _vocabulary(config)
-    return _preset(config, vocabulary), vocabulary
-  if run_folder.is_run(init):
-    vocabulary = run_folder.load_tokenizer(init)
-    return run_folder.load_model_config(init), vocabulary
-  if Folder(init).is_folder():
-    return _checkpoint(config)
-  raise _nothing(init)
+    model_config = _preset(config, vocabulary)
+  elif run_folder.is_run(init):
+    with as_config_error():
+      vocabulary = run_folder.load_tokenizer(init, _options(config))
+    model_config = run_folder.load_model_config(init)
+  elif Folder(init).is_folder():
+    model_config, vocabulary = _checkpoint(config)
+  else:
+    raise _nothing(init)
+  if _options(config) and vocabulary.chat_template is None:
+    raise ConfigError(
+      f"data.template_options: the model's vocabulary, {vocabulary.path}, has "
+      "no chat template to give them to; leave them out."
+    )
+  return model_config, vocabulary
+
+
+def _options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What the chat template of a config is given beside its own."""
+  return config.data.template_options.to_dict()
 
 
 def _found(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -189,7 +202,9 @@ def _vocabulary(config: ml_collections.ConfigDict) -> Tokenizer:
   with as_config_error():
     if config.model.vocabulary is not None:
       # Of a tokenizer.json, every id may be text.
-      found = tokenizer_files.find(config.model.vocabulary, pad_id=-1)
+      found = tokenizer_files.find(
+        config.model.vocabulary, pad_id=-1, options=_options(config)
+      )
       if found is None:
         raise ConfigError(
           f"model.vocabulary = {config.model.vocabulary!r} holds no "
@@ -219,7 +234,7 @@ def _checkpoint(
     found = None
     if path is not None:
       found = tokenizer_files.find(
-        path, own.eos_ids, own.pad_id, own.vocab_size
+        path, own.eos_ids, own.pad_id, own.vocab_size, _options(config)
       )
   if found is None:
     raise ConfigError(

@@ -16,7 +16,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -236,16 +236,25 @@ def load_reference(workdir: str, abstract: Any) -> Any:
     return checkpointer.restore(folder(workdir) / "reference", abstract)
 
 
-def load_tokenizer(workdir: str) -> Tokenizer:
+def load_tokenizer(
+  workdir: str, options: Mapping[str, Any] | None = None
+) -> Tokenizer:
   """The vocabulary of a run, with what ends its responses.
+
+  Args:
+    workdir: the run's folder.
+    options: of its chat template; None takes the run's own.
 
   Raises:
     RunError: the folder holds no model yet.
     ValueError: its files are not valid.
   """
   config = load_model_config(workdir)
+  file = folder(workdir) / "config.json"
+  if options is None and file.exists():
+    options = _read(file).get("data", {}).get("template_options")
   found = tokenizer_files.load_tokenizer(
-    folder(workdir), config.eos_ids, config.pad_id, config.vocab_size
+    folder(workdir), config.eos_ids, config.pad_id, config.vocab_size, options
   )
   if found is None:
     raise RunError(

@@ -18,6 +18,7 @@ from clp_jax import Policy, batches, initial, interop, run_folder, sharding
 from clp_jax.cli import main
 from clp_jax.cli.arguments import load_config
 from clp_jax.data import newsroom
+from clp_jax.errors import ConfigError
 from clp_jax.evaluation import sweep
 from clp_jax.rewards import model as models
 
@@ -183,6 +184,35 @@ def test_a_conversation_is_answered_as_its_chat_template_shows_it(
   policy = Policy.load(run_dir)
   (expected,) = policy.generate([text], {"helpful": 1}, temperature=0)
   assert row["summary"] == expected
+
+
+def test_every_command_gives_the_template_the_runs_options(tmp_path):
+  small_decoder.save(tmp_path / "model")
+  template = small_decoder.CHAT_TEMPLATE + "{% if quiet %}shh{% endif %}"
+  (tmp_path / "model" / "chat_template.jinja").write_text(template)
+  config = load_config(runs.CONFIG, runs.overrides(str(tmp_path / "model")))
+  messages = [{"role": "user", "content": "mill"}]
+
+  def ends_so(tokenizer):
+    return tokenizer.decode(tokenizer.chat(messages)).endswith("shh")
+
+  assert not ends_so(initial.load_vocabulary_of(config))
+  config.data.template_options = {"quiet": True}
+  assert ends_so(initial.load_vocabulary_of(config))
+  runs.save_untrained(config, tmp_path / "run")
+  assert ends_so(Policy.load(str(tmp_path / "run")).vocabulary)
+  # A run that starts from it has its own.
+  config.model.init = str(tmp_path / "run")
+  config.data.template_options = {"quiet": False}
+  assert not ends_so(initial.load_vocabulary_of(config))
+  config.data.template_options = {"messages": ()}
+  with pytest.raises(ConfigError, match="template_options.messages"):
+    initial.load_vocabulary_of(config)
+  config.model.init = "tiny-decoder"
+  config.data.template_options = {"quiet": True}
+  with pytest.raises(ConfigError, match="no chat template to give them") as one:
+    initial.load_vocabulary_of(config)
+  assert "\n" not in str(one.value)
 
 
 def test_a_model_may_have_no_row_for_a_placeholder(tmp_path):

@@ -27,7 +27,9 @@ CHAT = (
 )
 
 
-def make(eos_ids=(2,), pad_id=-1, json_files=(), rows=None, **files):
+def make(
+  eos_ids=(2,), pad_id=-1, json_files=(), rows=None, options=None, **files
+):
   """HFTokenizer whose files differ; names spell "." as "__"."""
   files = {name.replace("__", "."): x for name, x in files.items()}
   for name, values in dict(json_files).items():
@@ -39,7 +41,7 @@ def make(eos_ids=(2,), pad_id=-1, json_files=(), rows=None, **files):
     for name, x in found.items()
     if x is not None
   }
-  return HFTokenizer("the/folder", found, eos_ids, pad_id, rows)
+  return HFTokenizer("the/folder", found, eos_ids, pad_id, rows, options)
 
 
 def with_template(source, **kwargs):
@@ -644,6 +646,22 @@ class TestChatTemplates:
       source, json_files={"tokenizer_config.json": names}
     )
     assert tokenizer.decode(tokenizer.chat(user("hi"))) == expected
+
+  def test_they_are_given_options(self):
+    source = "{% if not thinks %}!{% endif %}{{ (word or ['no'])[0] }}"
+    for options, expected in (
+      (None, "!no"),
+      ({"thinks": True}, "no"),
+      ({"thinks": False, "word": ["so"]}, "!so"),
+    ):
+      tokenizer = with_template(source, options=options)
+      assert tokenizer.decode(tokenizer.chat(user("hi"))) == expected
+
+  @pytest.mark.parametrize("name", ["messages", "bos_token", "tools"])
+  def test_an_option_that_they_are_given_anyhow_is_refused(self, name):
+    with pytest.raises(ValueError, match="every chat template is") as error:
+      make(options={name: []})
+    assert one_line(error).startswith(f"data.template_options.{name}: ")
 
   def test_every_day_is_the_same_to_them(self):
     """A run that is resumed another day reads the same prompts."""

@@ -36,6 +36,7 @@ from clp_jax.data.tokenizer import (
 _CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 FILES = (TOKENIZER, _CONFIG, _SPECIAL, _TEMPLATE)
 _ENDS = ("bos_token", "eos_token")
 _NAMES = (
@@ -86,6 +87,7 @@ class HFTokenizer:
     eos_ids: Sequence[int] = (),
     pad_id: int = -1,
     rows: int | None = None,
+    options: Mapping[str, Any] | None = None,
   ):
     """Parses the files.
 
@@ -97,9 +99,11 @@ class HFTokenizer:
       pad_id: the model's padding.
       rows: of the model's embedding. Control tokens beyond them are left out
         where neither chats nor ends are made of them; None leaves out nothing.
+      options: names and values that the chat template is given beside its own.
 
     Raises:
-      ValueError: one can't be parsed, or no token ends a response.
+      ValueError: one can't be parsed, no token ends a response, or an option is
+        one that every chat template is given.
     """
     self.path = path
     self.pad_id = pad_id
@@ -112,6 +116,13 @@ class HFTokenizer:
       ) from error
     self._names = self._special_names()
     self.chat_template = self._find_template()
+    self._options = dict(options or {})
+    for name in self._options:
+      if name in (*_GIVEN, *_NAMES):
+        raise ValueError(
+          f"data.template_options.{name}: every chat template is given {name}; "
+          "leave it out."
+        )
     if rows is not None and (absent := self._placeholders(rows)):
       values = json.loads(files[TOKENIZER])
       tokens = values["added_tokens"]
@@ -523,6 +534,7 @@ class HFTokenizer:
         documents=None,
         add_generation_prompt=not answered,
         **self._names,
+        **self._options,
       )
     except Exception as error:  # a program's mistakes: all can happen
       file = _TEMPLATE if _TEMPLATE in self._files else _CONFIG

@@ -1,7 +1,8 @@
 """Which vocabulary a folder or a file holds."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -13,6 +14,7 @@ def load_tokenizer(
   eos_ids: Sequence[int] = (),
   pad_id: int = 0,
   rows: int | None = None,
+  options: Mapping[str, Any] | None = None,
 ) -> Tokenizer | None:
   """The vocabulary in a folder of a run or of a checkpoint, or None.
 
@@ -21,6 +23,7 @@ def load_tokenizer(
     eos_ids: tokens that end a response of the model; () for the vocabulary's.
     pad_id: the model's padding.
     rows: of the model's embedding, see `HFTokenizer`.
+    options: what a chat template is given beside its own.
 
   Raises:
     ValueError: a file is not valid.
@@ -38,7 +41,7 @@ def load_tokenizer(
 
   if found := hf_tokenizer.read_files(folder):
     return hf_tokenizer.HFTokenizer(
-      os.fspath(folder), found, eos_ids, pad_id, rows
+      os.fspath(folder), found, eos_ids, pad_id, rows, options
     )
   return None
 
@@ -48,6 +51,7 @@ def find(
   eos_ids: Sequence[int] = (),
   pad_id: int = 0,
   rows: int | None = None,
+  options: Mapping[str, Any] | None = None,
 ) -> Tokenizer | None:
   """`load_tokenizer` of a folder, or of one file of it.
 
@@ -61,7 +65,7 @@ def find(
 
   file = epath.Path(path)
   if file.is_dir():
-    return load_tokenizer(path, eos_ids, pad_id, rows)
+    return load_tokenizer(path, eos_ids, pad_id, rows, options)
   if file.name == TOKENIZER:
-    return load_tokenizer(file.parent, eos_ids, pad_id, rows)
+    return load_tokenizer(file.parent, eos_ids, pad_id, rows, options)
   return vocabulary.read(path, eos_ids)

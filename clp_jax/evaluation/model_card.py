@@ -182,6 +182,9 @@ def _data(config: ml_collections.ConfigDict) -> str:
   else:
     source = f"task `{data.task}`, split `{data.train_split}`"
   template = "it is" if data.template is None else f"`{data.template}`"
+  options = data.get("template_options") or {}  # older runs have none
+  listed = ", ".join(f"`{name}={value!r}`" for name, value in options.items())
+  template += f", the chat template given {listed}" if listed else ""
   return (
     f"## Data\n\nPrompts are of {source}: at most {data.source_length} tokens, "
     f"a document as {template}; responses have at most {data.target_length}."
