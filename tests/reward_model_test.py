@@ -17,7 +17,13 @@ from safetensors import numpy as safetensors
 
 from clp_jax import config as config_lib
 from clp_jax import interop, run_folder, saved_params, sharding
-from clp_jax.data import hf_tokenizer, jsonl, reader, vocabulary
+from clp_jax.data import (
+  hf_tokenizer,
+  jsonl,
+  newsroom_text,
+  reader,
+  vocabulary,
+)
 from clp_jax.errors import ConfigError, RunError
 from clp_jax.models import families, t5
 from clp_jax.rewards import entailment, model, preference
@@ -567,6 +573,25 @@ class TestCommand:
     pair = '{"document": "a", "chosen": "b", "rejected": "c"}'
     file.write_text("" if line is None else f"{pair}\n{line}\n")
     self.fails(pairs_folder, tmp_path, message, **{"data.eval": file})
+
+  def test_a_pair_may_be_of_a_conversation(self, tmp_path):
+    turns = ("user", "a mill"), ("assistant", "b"), ("user", "zoo")
+    messages = [{"role": role, "content": text} for role, text in turns]
+    file = tmp_path / "pairs.jsonl"
+    row = {"messages": messages, "chosen": "b", "rejected": "c"}
+    file.write_text(json.dumps(row))
+    config = config_lib.get_config()
+    config.data.train = config.data.eval = str(file)
+    config.data.fields.document = "messages"
+    words = vocabulary.Vocabulary("here", newsroom_text.vocabulary_bytes())
+    inputs = model.Inputs(words, "{document} {response}", 64, overlap=None)
+    # What a reward is given of it in RL.
+    text = "user: a mill\n\nassistant: b\n\nuser: zoo"
+    expected, _ = inputs([text, text], ["b", "c"])
+    for rows in reward_model.load_pairs(config):
+      (pair,) = rows
+      tokens = reward_model.tokenise(inputs, [pair])
+      np.testing.assert_array_equal(tokens, expected[None])
 
   def test_pairs_of_other_names_are_read(self, tmp_path):
     file = tmp_path / "pairs.jsonl"

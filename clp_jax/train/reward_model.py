@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from clp_jax import build, keys, run_folder, sharding
 from clp_jax.config import column
 from clp_jax.data import jsonl
-from clp_jax.data.reader import Numbering, own_numbers
+from clp_jax.data.reader import Numbering, own_numbers, text_of
 from clp_jax.errors import ConfigError, as_config_error
 from clp_jax.initial import load_initial
 from clp_jax.masked import Mean, mean_of
@@ -117,10 +117,11 @@ def pair_batches(
   return (tokenise(inputs, [pairs[i] for i in own]) for own in numbers)
 
 
-def tokenise(inputs: models.Inputs, pairs: list[tuple[str, ...]]) -> np.ndarray:
-  """(document, chosen, rejected) texts to [P, 2, S] int32."""
+def tokenise(inputs: models.Inputs, pairs: list[tuple[Any, ...]]) -> np.ndarray:
+  """(document, chosen, rejected) to [P, 2, S] int32; of a conversation the text
+  that a reward is given of one."""
   tokens, _ = inputs(
-    [document for document, _, _ in pairs for _ in range(2)],
+    [text_of(document) for document, _, _ in pairs for _ in range(2)],
     [response for _, *both in pairs for response in both],
   )
   return tokens.reshape(len(pairs), 2, inputs.length)
@@ -256,8 +257,8 @@ def load_pairs(
       )
   with as_config_error():
     return (
-      jsonl.read_rows(data.train, fields),
-      jsonl.read_rows(data.eval, fields),
+      jsonl.read_rows(data.train, fields, conversations=True),
+      jsonl.read_rows(data.eval, fields, conversations=True),
     )
 
 
