@@ -18,7 +18,7 @@ from clp_jax.data.vocabulary import for_seqio
 from clp_jax.errors import ConfigError, as_config_error
 
 
-def _jsonl_rows(data: ml_collections.ConfigDict, pattern: str) -> reader.Rows:
+def _jsonl_rows(data: ml_collections.ConfigDict, pattern: str) -> jsonl.Rows:
   fields = (column(data, "document"), column(data, "reference"))
   return jsonl.read_rows(pattern, fields, conversations=True)
 
@@ -34,7 +34,9 @@ def _reader(
   data = config.data
   with as_config_error():
     if data.train is not None:
-      rows = _jsonl_rows(data, data.train if training else data.eval)
+      rows: reader.Rows = _jsonl_rows(
+        data, data.train if training else data.eval
+      )
     elif data.task == "newsroom" and not data.use_cached:
       rows = newsroom.rows(data.train_split if training else data.eval_split)
     else:
@@ -85,8 +87,15 @@ def _task(
     return tasks.of_texts(task), tokenise
 
 
-def check_data(config: ml_collections.ConfigDict) -> None:
+def check_data(
+  config: ml_collections.ConfigDict, tokenizer: Tokenizer | None = None
+) -> None:
   """Reads through JSONL files, so that a bad one stops a run before it starts.
+
+  Args:
+    config: see config.py; reads `data`.
+    tokenizer: whose chat template is to show the conversations; None asks for
+      no template.
 
   Raises:
     ConfigError: names the file and the line.
@@ -94,8 +103,16 @@ def check_data(config: ml_collections.ConfigDict) -> None:
   data = config.data
   with as_config_error():
     for pattern in (data.train, data.eval):
-      if pattern is not None:
-        _jsonl_rows(data, pattern)
+      if pattern is None:
+        continue
+      rows = _jsonl_rows(data, pattern)
+      if tokenizer is None:
+        continue
+      for row in rows.conversations:
+        try:
+          tokenizer.check(rows[row][0], data.template)
+        except ValueError as error:
+          raise ConfigError(f"{rows.place(row)}: {error}") from error
 
 
 def train_batches(

@@ -282,6 +282,7 @@ def test_a_model_may_pad_with_its_tokenizers_own_end(tmp_path):
     ("a missing layer", "it lacks model.layers.3"),
     ("a misshapen layer", r"has shape \(48, 32\), expected \(40, 32\)"),
     ("no weights", "holds no weights"),
+    ("an answered conversation", "x.jsonl, line 2: .*nothing to answer"),
   ],
 )
 def test_what_can_not_work_is_said_in_one_line(
@@ -311,6 +312,11 @@ def test_what_can_not_work_is_said_in_one_line(
     file.write_text(json.dumps(values | FIELDS[change]))
   elif change == "no weights":
     (model / "model.safetensors").unlink()
+  elif change == "an answered conversation":
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    write(tmp_path / "x.jsonl", [{"prompt": turns[:1]}, {"prompt": turns}])
+    extra.append(f"--config.data.train={tmp_path / 'x.jsonl'}")
+    extra.append("--config.data.template=None")
   elif change == "too long":
     extra.append("--config.data.source_length=600")
   else:

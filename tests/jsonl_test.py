@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+import small_decoder
 
 from clp_jax import batches as batches_lib
 from clp_jax import config as config_lib
@@ -250,6 +251,45 @@ class TestBatches:
     with pytest.raises(ValueError, match=r"dev.jsonl, line 1: no field 'summ"):
       batches_lib.check_data(config_of(train, held_out))
 
+  @pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+      (("system", "user"), "the chat template of here fails: no system"),
+      (("user", "assistant"), "leaves nothing to answer"),
+    ],
+  )
+  def test_a_conversation_that_can_be_no_prompt_is_named(
+    self, tmp_path, roles, message
+  ):
+    template = (
+      b"{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
+      b"{% endif %}"
+    )
+    words = small_decoder.make_tokenizer(
+      **{"chat_template.jinja": template + small_decoder.CHAT_TEMPLATE.encode()}
+    )
+    good = [{"role": "user", "content": "a" * 2**20}]
+    bad = [{"role": role, "content": "a"} for role in roles]
+    lines = [
+      json.dumps({"document": d, "summary": ""}) for d in ("a", good, bad)
+    ]
+    for name, opener in (("x.jsonl", open), ("x.jsonl.gz", gzip.open)):
+      path = tmp_path / name
+      with opener(path, "wt") as file:
+        file.write("\n\n".join(lines[:2]))
+      config = config_of(str(path))
+      batches_lib.check_data(config, words)
+      with opener(path, "at") as file:
+        file.write("\n" + lines[2])
+      batches_lib.check_data(config)
+      with pytest.raises(ConfigError) as error:
+        batches_lib.check_data(config, words)
+      assert f"{name}, line 4: " in str(error.value)
+      assert message in str(error.value) and "\n" not in str(error.value)
+    config.data.template = "w {document}"
+    with pytest.raises(ConfigError, match="line 3: .*leave data.template None"):
+      batches_lib.check_data(config, words)
+
   def test_a_vocabulary_without_chat_template_refuses_conversations(
     self, vocabulary, tmp_path
   ):
@@ -258,6 +298,8 @@ class TestBatches:
     path = write(tmp_path / "x.jsonl", [row])
     with pytest.raises(ValueError, match="newsroom, has no chat template"):
       batches(make_reader(vocabulary, path), 1)
+    with pytest.raises(ConfigError, match="line 1: .*has no chat template"):
+      batches_lib.check_data(config_of(path), vocabulary)
 
 
 class TestTemplate:

@@ -54,6 +54,10 @@ _TOLD = ("LlamaTokenizer", "GemmaTokenizer")
 # find no clock.
 _DAY = datetime.datetime(2024, 7, 26)
 _PLACES = re.compile(r"\{(?:document|response)\}")
+_NO_TEMPLATE = (
+  "a conversation is shown by the model's chat template; leave data.template "
+  "None."
+)
 _PRIVATE = range(0xF0000, 0xFFFFE)  # characters to which Unicode gives no use
 
 
@@ -416,10 +420,7 @@ class HFTokenizer:
   ) -> list[int]:
     if not isinstance(document, str):
       if template is not None:
-        raise ValueError(
-          "a conversation is shown by the model's chat template; leave "
-          "data.template None."
-        )
+        raise ValueError(_NO_TEMPLATE)
       return self.chat(document)
     if not isinstance(template, list):
       if template is not None:
@@ -544,6 +545,16 @@ class HFTokenizer:
         f"the chat template of {self.path} fails: {what}; correct {file}, or "
         "the messages that it is given."
       ) from error
+
+  def check(self, messages: Sequence[Message], template: Any) -> None:
+    if template is not None:
+      raise ValueError(_NO_TEMPLATE)
+    if messages[-1]["role"] == "assistant":
+      raise ValueError(
+        "the conversation ends in an assistant's turn, which leaves nothing to "
+        "answer; end it in a user's."
+      )
+    self._rendered(messages, answered=False)
 
   def target(self, text: str, limit: int) -> list[int]:
     return [*self.encode(text)[: limit - 1], self.eos_id]

@@ -38,16 +38,20 @@ class Rows:
   Attributes:
     fields: names of the string fields of a row; None for one that is empty.
     files: open files, kept while this object lives.
+    paths: their names.
     file_of: [n] int32, which file a row is in.
     offsets: [n] int64, where its line starts, in bytes.
     sizes: [n] int64, length of the line, in bytes.
+    conversations: [k] int64, rows whose first field is a list of messages.
   """
 
   fields: tuple[str | None, ...]
   files: tuple[BinaryIO, ...]
+  paths: tuple[str, ...]
   file_of: np.ndarray
   offsets: np.ndarray
   sizes: np.ndarray
+  conversations: np.ndarray
 
   def __len__(self) -> int:
     return len(self.offsets)
@@ -58,6 +62,16 @@ class Rows:
     line = os.pread(file.fileno(), int(self.sizes[row]), int(self.offsets[row]))
     values = json.loads(line)
     return tuple("" if name is None else values[name] for name in self.fields)
+
+  def place(self, row: int) -> str:
+    """The file and the line of a row, for messages."""
+    number, end = self.file_of[row], int(self.offsets[row])
+    descriptor, size = self.files[number].fileno(), 2**20
+    line = 1
+    for start in range(0, end, size):
+      part = os.pread(descriptor, min(size, end - start), start)
+      line += part.count(b"\n")
+    return f"{self.paths[number]}, line {line}"
 
 
 def read_rows(
@@ -173,6 +187,7 @@ def _read_rows(
   del stamps  # part of the cache's key: files that changed are read again
   files = []
   columns = array("i"), array("q"), array("q")
+  messages = array("q")
   for number, path in enumerate(paths):
     with _readable(path):
       file = _open(path)
@@ -180,14 +195,17 @@ def _read_rows(
       for line_number, line in enumerate(file, 1):
         if line.strip():
           where = f"{path}, line {line_number}"
-          _check(line, where, tuple(filter(None, fields)), conversations)
+          names = tuple(filter(None, fields))
+          if _check(line, where, names, conversations):
+            messages.append(len(columns[0]))
           for column, value in zip(
             columns, (number, offset, len(line)), strict=True
           ):
             column.append(value)
         offset += len(line)
     files.append(file)
-  return Rows(fields, tuple(files), *(np.asarray(c) for c in columns))
+  arrays = (np.asarray(c) for c in (*columns, messages))
+  return Rows(fields, tuple(files), paths, *arrays)
 
 
 def _open(path: str) -> BinaryIO:
@@ -207,8 +225,9 @@ def _open(path: str) -> BinaryIO:
 
 def _check(
   line: bytes, where: str, fields: tuple[str, ...], conversations: bool
-) -> None:
-  """Raises a ValueError unless the line is a row."""
+) -> bool:
+  """Whether a row's first field is a conversation; a ValueError where the line
+  is no row."""
   try:
     row = parse(line)
   except ValueError as error:
@@ -245,6 +264,7 @@ def _check(
       ) from error
   if isinstance(row[fields[0]], str) and not row[fields[0]].strip():
     raise ValueError(f"{where}: field {fields[0]!r} is blank.")
+  return not isinstance(row[fields[0]], str)
 
 
 def _names(fields: tuple[str | None, ...]) -> str:

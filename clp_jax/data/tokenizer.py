@@ -72,6 +72,10 @@ class Tokenizer(Protocol):
       The tokens, and whether some had to be cut.
     """
 
+  def check(self, messages: "Sequence[Message]", template: Any) -> None:
+    """Raises a ValueError unless a conversation can be a prompt; `template` is
+    that of `prompt`. Nothing is tokenised."""
+
   def target(self, text: str, limit: int) -> list[int]:
     """A response, at most `limit` tokens with the one that ends it."""
 

@@ -228,6 +228,9 @@ class Vocabulary:
     ids = self.encode(document)
     return [*ids[: limit - 1], self.eos_id], len(ids) >= limit
 
+  def check(self, messages: Any, template: Any) -> None:
+    self.prompt(messages, template, 2)
+
   def target(self, text: str, limit: int) -> list[int]:
     return [*self.encode(text)[: limit - 1], self.eos_id]
 

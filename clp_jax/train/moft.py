@@ -85,6 +85,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
   prepare(config, workdir)
   model_config = run_folder.load_model_config(workdir)
   vocabulary = run_folder.load_tokenizer(workdir)
+  check_data(config, vocabulary)
   programs = make_programs(
     config,
     model_config,

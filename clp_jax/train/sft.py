@@ -227,6 +227,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
   stage.prepare(workdir, own_config(config), lambda: load_initial(config))
   model_config = run_folder.load_model_config(workdir)
   vocabulary = run_folder.load_tokenizer(workdir)
+  batches.check_data(config, vocabulary)
   mesh = build.make_mesh(config)
   settings = config.sft
   build.check_rows("sft.batch", settings.batch, mesh)
