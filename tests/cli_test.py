@@ -102,12 +102,24 @@ def test_generate_answers_each_line_with_its_own_weighting(clp_run, tmp_path):
     assert answer == row | {"summary": summary}
 
 
+def test_generate_says_once_that_documents_are_cut(clp_run, tmp_path, caplog):
+  short, long = ({"document": "mill " * n} for n in (2, 400))
+  file = tmp_path / "in.jsonl"
+  file.write_text("".join(json.dumps(r) + "\n" for r in (short, long, long)))
+  command = ("generate", "--workdir", clp_run, "--weights", "nli=1")
+  status, out, _ = runs.clp(*command, "--input", file)
+  assert status == 0 and len(out.splitlines()) == 3
+  (said,) = (x for x in caplog.messages if "data.source_length" in x)
+  assert "in.jsonl, line 2: longer than" in said
+
+
 def test_metrics_have_the_contracts_keys(clp_run):
   row = runs.metrics(clp_run)[0]
   assert {
     *("step", "loss", "return", "kl", "entropy", "length", "gradient_norm"),
-    *("reward/rouge", "reward/nli"),
+    *("reward/rouge", "reward/nli", "cut_inputs"),
   } <= set(row)
+  assert row["cut_inputs"] == 0
   assert abs(row["kl"]) < 1e-4  # the first policy is the reference
   assert any((clp_run / "metrics").iterdir())
 

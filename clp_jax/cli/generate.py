@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -72,20 +73,33 @@ def _read(
   """(row, document, weights, alpha) of every line that is not blank."""
   from clp_jax.config import column
   from clp_jax.data import jsonl
+  from clp_jax.data.tokenizer import parse_template
 
+  data = policy.config.data
+  template, length = parse_template(data.template), data.source_length
+  warned = False
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
     try:
       row = jsonl.parse(line)
       json.dumps(row, ensure_ascii=False).encode()  # it is printed again
-      fields = [column(policy.config.data, "document")]
+      fields = [column(data, "document")]
       document = jsonl.document_of(row, fields, conversations=True)
-      if not isinstance(document, str):
-        policy.tokenize([document])  # says why it can't
+      # Says why it can't be shown, too.
+      _, is_cut = policy.vocabulary.prompt(document, template, length)
       weights = row.get("weights", args.weights)
       alpha = row.get("alpha", args.alpha)
       policy.coefficients(weights, alpha)
     except (AttributeError, TypeError, ValueError) as error:
       raise RunError(f"{name}, line {number}: {error}") from error
+    if is_cut and not warned:
+      warned = True
+      logging.warning(
+        "%s, line %d: longer than data.source_length = %d tokens, and cut; "
+        "others may be too",
+        name,
+        number,
+        length,
+      )
     yield row, document, weights, alpha

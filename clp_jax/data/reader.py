@@ -30,6 +30,11 @@ class Batch(NamedTuple):
   references: list[str]  # [b]
   num_cut: int = 0  # rows whose input was longer than S
 
+  @property
+  def cut_share(self) -> float:
+    """Of this process's rows."""
+    return self.num_cut / len(self.documents)
+
 
 class Rows(Protocol):
   """(document, reference) by row number; a document may be messages."""

@@ -5,7 +5,7 @@ SIGTERM. What a step does is the caller's.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ class Step(NamedTuple):
   """What one step gives back."""
 
   state: TrainState
-  metrics: dict[str, Mean | jax.Array]  # on the device
+  metrics: Mapping[str, Mean | jax.Array | float]
   tokens: int  # that the step has worked on, for the rate
   texts: dict[str, str] | None = None  # to look at, when they were asked for
 

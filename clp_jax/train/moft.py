@@ -253,9 +253,10 @@ class Steps:
     state, metrics = self.programs.update(
       state, rollout, scored.rewards, self.reference
     )
+    named = experience_lib.with_names(metrics, self.scorer.config.objectives)
     return loop.Step(
       dataclasses.replace(state, pending=pending),
-      experience_lib.with_names(metrics, self.scorer.config.objectives),
+      {**named, "cut_inputs": batch.cut_share},
       tokens=scored.num_tokens,
       texts=scored.texts(batch) if want_texts else None,
     )

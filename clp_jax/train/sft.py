@@ -245,6 +245,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> Initial:
     targets = batch.decoder_target_tokens
     tokens = int((targets != model_config.pad_id).sum())
     tokens *= settings.batch // len(targets)
+    metrics = {**metrics, "cut_inputs": batch.cut_share}
     return loop.Step(state, metrics, tokens=tokens)
 
   state = loop.run(
