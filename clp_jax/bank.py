@@ -265,8 +265,8 @@ class Bank:
     """[V, D] -> [P, D]: the end of sequence, which tells of no document."""
     if not self.reference_config.eos_ids:
       raise ValueError(
-        "soft tokens start as the end of sequence; give the T5Config the "
-        "eos_ids of its vocabulary."
+        "soft tokens start as the end of sequence; give the model's "
+        "config the eos_ids of its vocabulary."
       )
     first = table[self.reference_config.eos_ids[0]]
     return jnp.broadcast_to(first, (self.soft_tokens, table.shape[1]))

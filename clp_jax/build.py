@@ -429,7 +429,7 @@ def _check_model_and_data(config: ml_collections.ConfigDict) -> None:
       parse_template(data.template)
   if config.model.init is None:
     raise ConfigError(
-      "model.init is not set; give the folder of a T5, or the name of a preset "
+      "model.init is not set; give the folder of a model, or a preset's name "
       "to start from random parameters."
     )
 

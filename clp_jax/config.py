@@ -78,7 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.model = ml_collections.ConfigDict()
   c.model.init = config_dict.placeholder(str)
-  c.model.init = "tiny"  # a preset or a folder that holds a T5
+  c.model.init = "tiny"  # a preset or a folder that holds a model
   # SentencePiece model file; None takes the checkpoint's or the task's own.
   c.model.vocabulary = config_dict.placeholder(str)
   c.model.dtype = "float32"  # of the computation; parameters stay float32

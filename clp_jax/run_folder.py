@@ -4,7 +4,7 @@
   model.json         the model's config
   vocabulary.model   the SentencePiece model; or tokenizer.json and what belongs
                      to it
-  reference/         Orbax: the frozen start, an ordinary T5
+  reference/         Orbax: the frozen start, an ordinary model
   checkpoints/<n>/   Orbax: train/checkpoints.py
   metrics.jsonl, metrics/, evaluation/
 

@@ -2,13 +2,13 @@
 
   clp train --config configs/jsonl.py --workdir runs/mine \
     --config.data.train=train.jsonl --config.data.eval=dev.jsonl \
-    --config.model.init=PATH_OF_A_T5
+    --config.model.init=PATH_OF_A_MODEL
 
 A line is an object with "document" and "summary"; data.document_field and
 data.reference_field name other fields, a glob names several files, and .gz is
-unpacked. model.init is the folder of a T5 (Hugging Face, t5x, or a run of clp);
+unpacked. model.init is a model's folder (Hugging Face, t5x, or a run of clp);
 the preset "tiny", which trains on a laptop, needs model.vocabulary, a
-SentencePiece model. The T5 is finetuned on the summaries first (DIR/sft, or
+SentencePiece model. The model is finetuned on the summaries first (DIR/sft, or
 `clp train-sft` alone and then sft.steps=0 with model.init=that folder).
 
 Objectives are ROUGE and a length reward that asks for rewards.length.words

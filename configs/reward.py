@@ -2,7 +2,7 @@
 
   clp train-reward --config configs/reward.py --workdir runs/reward \
     --config.data.train=pairs.jsonl --config.data.eval=held_out_pairs.jsonl \
-    --config.model.init=PATH_OF_A_T5
+    --config.model.init=PATH_OF_A_MODEL
 
 A line is an object with "document", "chosen" and "rejected". The result is a
 reward of other runs, whose rewards.preference.model is then runs/reward.

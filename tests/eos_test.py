@@ -307,7 +307,7 @@ def test_soft_tokens_start_as_it(case, policy):
   )
   unknown = dataclasses.replace(policy.bank.reference_config, eos_ids=())
   bank = dataclasses.replace(policy.bank, reference_config=unknown)
-  with pytest.raises(ValueError, match="give the T5Config the eos_ids"):
+  with pytest.raises(ValueError, match="the model's config the eos_ids"):
     bank.init(policy.reference, jax.random.key(0))
 
 

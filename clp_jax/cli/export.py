@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="hf: a folder that transformers' from_pretrained reads; t5x: "
     "checkpoint_<step> in t5x's msgpack and zarr layout; orbax: params, which "
     "orbax.checkpoint.StandardCheckpointer restores, and model.json, the "
-    "fields of the T5Config. All with the SentencePiece model. peft, of "
+    "fields of its config. All with the tokenizer's files. peft, of "
     "steering lora and svd_lora: a folder of the peft library for each "
     "objective, or for the one weighting that is given, and base, the model "
     "that they adapt, unless the run began from a Hugging Face folder or a "

@@ -26,7 +26,7 @@ from clp_jax.errors import (
 COMMANDS = {
   "demo": "train and compare everything on the built-in world, in minutes",
   "train": "train, or resume, the run that a config file describes",
-  "train-sft": "finetune a T5 on reference summaries, and no more",
+  "train-sft": "finetune a model on reference summaries, and no more",
   "train-reward": "train a preference model from pairs of responses",
   "plan": "compile a config for a TPU slice, without one: memory and time",
   "combine": "make one steerable run of runs that have one reward each",
@@ -61,7 +61,7 @@ a walk, each step an example:
     clp compare runs/demo runs/logits --output runs/compared
     clp judge runs/demo runs/logits --output runs/judged \\
       --endpoint http://127.0.0.1:8000/v1 --model NAME
-  take one weighting away as an ordinary T5
+  take one weighting away as an ordinary model
     clp export --workdir runs/demo --weights nli=0.7,rouge=0.3 \\
       --format hf --output runs/exported
 

@@ -127,7 +127,7 @@ class CausalConfig:
     scan_layers: stack the layers' parameters and loop over them.
     remat: as `layers.T5Config.remat`.
     soft_tokens: learned embeddings that stand before the prompt.
-    eos_ids: tokens any of which ends a response; the first ends targets.
+    eos_ids: tokens any of which ends a response.
     pad_id: padding in arrays of tokens; -1 where every id may be text.
   """
 
