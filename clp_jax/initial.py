@@ -79,18 +79,23 @@ def _check_fits(
 ) -> None:
   """Raises a ConfigError unless a model has room for a config's tokens."""
   init, longest = config.model.init, model_config.max_length
-  given = config.data.source_length + config.data.target_length
-  if longest is not None and given > longest:
-    raise ConfigError(
-      f"data.source_length + data.target_length = {given}, but the model "
-      f"{init!r} was made for {longest} tokens; lower one of them."
-    )
   if vocabulary.size > model_config.vocab_size:
     raise ConfigError(
       f"the vocabulary has {vocabulary.size} pieces, but the model "
       f"{init!r} embeds {model_config.vocab_size}; choose another "
       "model.vocabulary or model.init."
     )
+  if longest is not None:
+    given = config.data.source_length + config.data.target_length
+    prompts = build.prompts(config, vocabulary, model_config.vocab_size)
+    more = config.soft_tokens.length or 0
+    more += 0 if prompts is None else prompts.length
+    if given + more > longest:
+      shown = f" and {more} tokens of the weighting" if more else ""
+      raise ConfigError(
+        f"data.source_length + data.target_length = {given}{shown}, but the "
+        f"model {init!r} was made for {longest} tokens; lower one of them."
+      )
   if model_config.reads_eos and not vocabulary.ends_prompts:
     raise ConfigError(
       f"the model {init!r} reads prompts that end in EOS, which those of a "

@@ -157,8 +157,13 @@ def text_prompts(
     alphas = np.geomspace(*alpha_range, levels + 1)
     texts.append([f"kl: {alpha:.2g}" for alpha in alphas])
 
-  def encode(text):
+  def encode(text, before=None):
     ids = vocabulary.encode(text)
+    if before is not None:
+      # SentencePiece begins a text with a space, byte-level BPE does not.
+      joined = vocabulary.decode([*vocabulary.encode(before), *ids])
+      if joined == before + text:
+        ids = vocabulary.encode(f" {text}")
     if vocabulary.unk_id in ids:
       raise ValueError(
         f"the model's vocabulary has no pieces for the prompt {text!r}; use "
@@ -166,14 +171,18 @@ def text_prompts(
       )
     return ids
 
-  encoded = [[encode(text) for text in row] for row in texts]
+  firsts = [None, *(row[0] for row in texts)]
+  encoded = [
+    [encode(text, before) for text in row]
+    for before, row in zip(firsts, texts, strict=False)
+  ]
   length = max(len(ids) for row in encoded for ids in row)
   shape = (len(texts), levels + 1, length)
   terms = np.full(shape, vocabulary.pad_id, np.int32)
   for i, row in enumerate(encoded):
     for q, ids in enumerate(row):
       terms[i, q, : len(ids)] = ids
-  end = np.asarray(encode(SEPARATOR), np.int32)
+  end = np.asarray(encode(SEPARATOR, firsts[-1]), np.int32)
   return Prompts(terms, end, alpha_range, vocabulary.pad_id)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import moft_test
 import numpy as np
 import pytest
+import small_decoder
 from both_families import DECODER, LISTED_DECODER, T5, cases, reference
 from moft_test import make_config, mesh_of, prompts_of
 
@@ -67,6 +68,16 @@ def test_text_prompts_are_the_tokens_of_the_documented_text(vocabulary):
     7 + prompts.length,
   )
   np.testing.assert_array_equal(got, expected)
+
+
+def test_terms_are_spaced_whatever_the_tokenizer():
+  """Byte-level BPE begins no text with a space."""
+  words = small_decoder.make_tokenizer()
+  prompts = prompting.text_prompts(words, ("rouge", "nli"), 10, (0.01, 0.1))
+  weighting = weighting_of([[0.7, 0.3]], 0.0317)
+  (row,) = np.asarray(prompts.prefix(weighting))
+  text = words.decode(row[row >= 0].tolist())
+  assert text == "rouge: 0.7 nli: 0.3 kl: 0.032 |"
 
 
 def test_a_short_term_leaves_no_gap(vocabulary):
