@@ -14,12 +14,22 @@ import runs
 import small_decoder
 import tokenizers
 
-from clp_jax import Policy, batches, initial, interop, run_folder, sharding
+from clp_jax import (
+  Policy,
+  batches,
+  build,
+  chat,
+  initial,
+  interop,
+  run_folder,
+  sharding,
+)
 from clp_jax.cli import main
 from clp_jax.cli.arguments import load_config
 from clp_jax.data import newsroom
 from clp_jax.errors import ConfigError
 from clp_jax.evaluation import sweep
+from clp_jax.models.presets import PRESETS
 from clp_jax.rewards import model as models
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -141,6 +151,27 @@ def test_the_commands_of_the_page_run(folder, monkeypatch, capsys):
   (tokens,) = policy.tokenize([text], weights)
   assert tokens[tokens >= 0].tolist() == ids and len(ids) <= 96
   assert ids[0] == 1  # <|im_start|>
+
+
+@pytest.mark.parametrize("size", chat.SIZES)
+def test_every_size_has_a_config(size, tmp_path):
+  path = ROOT / "configs" / "chat" / f"{re.sub('[-.]', '_', size)}.py"
+  write(tmp_path / "x.jsonl", [{"prompt": "a mill"}])
+  options = {
+    "model.init": "tiny-decoder",
+    "data.train": tmp_path / "x.jsonl",
+    "rewards.helpful.model": tmp_path,
+  }
+  given = [f"--config.{name}={value}" for name, value in options.items()]
+  config = load_config(str(path), given)
+  build.validate(config)
+  batches.check_data(config)
+  assert config.model.init == "tiny-decoder"
+  assert config.plan.model == size in PRESETS
+  assert config.plan.reward_model in PRESETS
+  thinks = config.data.template_options.to_dict()
+  expected = {"enable_thinking": False} if "qwen" in size else {}
+  assert thinks == expected
 
 
 def test_a_sweep_may_sample_the_token_of_id_zero(folder, monkeypatch):
@@ -276,6 +307,7 @@ def test_a_model_may_pad_with_its_tokenizers_own_end(tmp_path):
     ("no template", "has no chat template"),
     ("a larger tokenizer", "the model .* embeds 300"),
     ("too long", "was made for 512 tokens"),
+    ("too long with its weighting", "and 12 tokens of the weighting"),
     ("no references", "learns from references"),
     ("a failing template", "the chat template of .* fails: no system; correct"),
     ("an unknown model", "model_type must be one of .*, got 'mamba'"),
@@ -317,6 +349,9 @@ def test_what_can_not_work_is_said_in_one_line(
     write(tmp_path / "x.jsonl", [{"prompt": turns[:1]}, {"prompt": turns}])
     extra.append(f"--config.data.train={tmp_path / 'x.jsonl'}")
     extra.append("--config.data.template=None")
+  elif change == "too long with its weighting":
+    extra.append("--config.soft_tokens.length=12")
+    extra.append("--config.data.source_length=500")
   elif change == "too long":
     extra.append("--config.data.source_length=600")
   else:
