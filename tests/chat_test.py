@@ -263,18 +263,22 @@ def test_a_model_may_have_no_row_for_a_placeholder(tmp_path):
   assert again.size == 500 and again.files() == start.vocabulary.files()
 
 
+def as_policy_and_judge(path):
+  """(config, tokenizer) of a folder as what is trained, then as a reward."""
+  config = load_config(runs.CONFIG, runs.overrides(str(path)))
+  start = initial.load_initial(config)
+  mesh = sharding.make_mesh()
+  judge = models.load(str(path), mesh, None, "float32", False, False)
+  return (
+    (start.model_config, start.vocabulary),
+    (judge.model.config, judge.vocabulary),
+  )
+
+
 def test_a_model_may_pad_with_text(tmp_path):
   (letter,) = small_decoder.make_tokenizer().encode("e")
   small_decoder.save(tmp_path, pad_id=letter)
-  config = load_config(runs.CONFIG, runs.overrides(str(tmp_path)))
-  start = initial.load_initial(config)
-  judge = models.load(
-    str(tmp_path), sharding.make_mesh(), None, "float32", False, False
-  )
-  for model, words in (
-    (start.model_config, start.vocabulary),
-    (judge.model.config, judge.vocabulary),
-  ):
+  for model, words in as_policy_and_judge(tmp_path):
     assert model.pad_id == words.pad_id == -1
 
 
@@ -287,15 +291,7 @@ def test_a_model_may_pad_with_its_tokenizers_own_end(tmp_path):
   file.write_text(json.dumps(values))
   (tmp_path / "generation_config.json").unlink(missing_ok=True)
   assert interop.load_config(tmp_path).pad_id == 2
-  config = load_config(runs.CONFIG, runs.overrides(str(tmp_path)))
-  start = initial.load_initial(config)
-  judge = models.load(
-    str(tmp_path), sharding.make_mesh(), None, "float32", False, False
-  )
-  for model, words in (
-    (start.model_config, start.vocabulary),
-    (judge.model.config, judge.vocabulary),
-  ):
+  for model, words in as_policy_and_judge(tmp_path):
     assert model.pad_id == words.pad_id == -1
     assert model.eos_ids == words.eos_ids == (2,)
 

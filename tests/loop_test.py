@@ -34,6 +34,17 @@ def test_a_loss_or_gradient_that_is_no_number_ends_the_run(name, tmp_path):
         )
 
 
+@pytest.mark.parametrize(("share", "shown"), [(0.0, False), (0.25, True)])
+def test_cut_inputs_are_logged_and_on_the_screen_where_there_are_some(
+  share, shown, tmp_path
+):
+  found = {"loss": jnp.float32(1), "cut_inputs": share}
+  with metrics.MetricsWriter(str(tmp_path), 0) as writer:
+    step = loop.Step(state=None, metrics=found, tokens=1)
+    assert ("cut_inputs" in loop._write(writer, 1, step, 1)) == shown
+  assert runs.metrics(tmp_path)[0]["cut_inputs"] == share
+
+
 @pytest.mark.slow
 def test_a_run_of_0_steps_can_be_evaluated_and_trained_on(sft_run, tmp_path):
   workdir = tmp_path / "run"

@@ -10,7 +10,6 @@ question and the format of the answers.
 import argparse
 import os
 import pathlib
-from typing import Any
 
 from clp_jax.cli import arguments
 from clp_jax.errors import ConfigError, RunError
@@ -20,19 +19,13 @@ EXAMPLE = (
   "--model my-model --output runs/judged"
 )
 KEY_VARIABLE = "CLP_JUDGE_API_KEY"
-# Options that not every use has, and their defaults. The parser's are None, so
-# that one which would do nothing is seen.
-_ENDPOINT: dict[str, Any] = {
-  "model": None,
-  "api": "openai",
-  "key_variable": KEY_VARIABLE,
-  "timeout": 60,
-  "attempts": 6,
-  "parallel": 4,
-  "max_tokens": 512,
-}
-_ENTAILMENT = {"margin": 0.05}
-_FRESH = {"weights": None, "alpha": None, "temperature": 1, "seed": 0}
+# Options that not every use has.
+_ENDPOINT = (
+  *("model", "api", "key_variable", "timeout", "attempts", "parallel"),
+  "max_tokens",
+)
+_ENTAILMENT = ("margin",)
+_FRESH = ("weights", "alpha", "temperature", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,21 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   arguments.add(model, "--endpoint", help, metavar="URL")
   arguments.add(model, "--model", "the model's name there", metavar="NAME")
-  api, apis = _ENDPOINT["api"], ("openai", "gemini")
-  arguments.add(model, "--api", "its form", api, choices=apis)
+  apis = ("openai", "gemini")
+  arguments.add(model, "--api", "its form", apis[0], choices=apis)
   help = (
     "environment variable that holds the API key; none is sent where it is not "
     "set"
   )
   arguments.add(model, "--key-variable", help, KEY_VARIABLE, metavar="NAME")
-  seconds = _ENDPOINT["timeout"]
-  arguments.add(model, "--timeout", "seconds", seconds, type=float)
+  arguments.add(model, "--timeout", "seconds", 60, type=float)
   help = "of a request, before the judge counts as down"
-  arguments.add_count(model, "--attempts", help, _ENDPOINT["attempts"])
-  help = "requests at a time"
-  arguments.add_count(model, "--parallel", help, _ENDPOINT["parallel"])
-  help = "of an answer"
-  arguments.add_count(model, "--max-tokens", help, _ENDPOINT["max_tokens"])
+  arguments.add_count(model, "--attempts", help, 6)
+  arguments.add_count(model, "--parallel", "requests at a time", 4)
+  arguments.add_count(model, "--max-tokens", "of an answer", 512)
   local = parser.add_argument_group("or a model on this machine")
   help = (
     "folder of any instruct model that clp_jax loads; its answer is the "
@@ -85,14 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   arguments.add(local, "--entailment", help, metavar="DIR")
   help = "probabilities no further apart tie"
-  margin = _ENTAILMENT["margin"]
-  arguments.add(local, "--margin", help, margin, type=float)
+  arguments.add(local, "--margin", help, 0.05, type=float)
   fresh = parser.add_argument_group("fresh summaries instead of samples.jsonl")
   arguments.add_count(fresh, "--prompts", "held-out documents")
   arguments.add_weighting(fresh, "the weighting of both runs")
   arguments.add_temperature(fresh)
   arguments.add_seed(fresh, "the sampling")
-  parser.set_defaults(**dict.fromkeys([*_ENDPOINT, *_ENTAILMENT, *_FRESH]))
+  # None in their place shows which were given, and would do nothing.
+  names = (*_ENDPOINT, *_ENTAILMENT, *_FRESH)
+  parser.set_defaults(defaults={x: parser.get_default(x) for x in names})
+  parser.set_defaults(**dict.fromkeys(names))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -125,13 +117,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_used(
-  args: argparse.Namespace, options: dict, is_used: bool, whose: str
+  args: argparse.Namespace, names: tuple[str, ...], is_used: bool, whose: str
 ) -> None:
   """Gives options their defaults; raises ConfigError where one is given and
   not used."""
-  for name, default in options.items():
+  for name in names:
     if getattr(args, name) is None:
-      setattr(args, name, default)
+      setattr(args, name, args.defaults[name])
     elif not is_used:
       raise ConfigError(f"--{name.replace('_', '-')} is of {whose}.")
 

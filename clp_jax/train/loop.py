@@ -152,4 +152,6 @@ def _write(
   writer.write(step, values)
   if result.texts:
     writer.write_texts(step, result.texts)
+  if not values.get("cut_inputs"):  # the line on the screen is long enough
+    values.pop("cut_inputs", None)
   return values
