@@ -1,7 +1,8 @@
 """Plans runs on TPU slices: the tables of docs/plans.md.
 
   python -m benchmarks.plans --output runs/plans
-  python -m benchmarks.plans --output runs/plans --runs chat --json
+  python -m benchmarks.plans --output runs/plans --runs chat
+  python -m benchmarks.plans --output runs/plans --runs chat-steps --json
   python -m benchmarks.plans --output runs/plans --runs adapters
   python -m benchmarks.plans --output runs/plans --runs colab
 
@@ -9,6 +10,8 @@ Compiles for minutes a run. A run whose plan lies in --output is not compiled
 again; delete its file to do so. --json prints the tables as
 docs/results/plans.json has them.
 
+"chat" and "colab" ask for memory alone (`clp plan --quick`): what every program
+of a run holds, in one table. "chat-steps" has the times of some of them.
 "adapters" has whole sets and LoRA on the same slices, and a third table of what
 each program holds: adapters that are merged for every policy cost what whole
 sets do, so that full-CLP is the "before" of adapters that are not. "colab" has
@@ -50,6 +53,15 @@ STEPS = {
   "responses a second and chip": ".2f",
   "steps": ",.0f",
   "chip-hours": ".1f",
+}
+HELD = {
+  "run": "",
+  "slice": "",
+  "rollout, GB a chip": ".1f",
+  "reference": ".1f",
+  "reward": ".1f",
+  "update": ".1f",
+  "fits": "",
 }
 MEMORY = {
   "model": "",
@@ -103,7 +115,7 @@ def _chat() -> list[Run]:
       f"{size}, {steering}",
       f"configs/chat/{size}.py",
       topology,
-      (f"--config.steering={steering}",),
+      (f"--config.steering={steering}", "--quick"),
     )
     for size, topologies in slices.items()
     for steering in ("full", "attention", "lora")
@@ -111,13 +123,16 @@ def _chat() -> list[Run]:
   ]
 
 
+def _timed(name: str) -> Run:
+  """A run of `_chat`, on v5e, with its times."""
+  run = next(run for run in _chat() if run.name == name)
+  return run._replace(options=run.options[:-1])
+
+
 def _adapters() -> list[Run]:
   """Whole sets, then LoRA, of one model on one slice; the next model."""
   steerings = ("full", "lora")
-  chat = [
-    next(run for run in _chat() if run.name == f"qwen3_8b, {steering}")
-    for steering in steerings  # the first slice is of v5e
-  ]
+  chat = [_timed(f"qwen3_8b, {steering}") for steering in steerings]
   return [_xsum("xl", s, "v5e:8x16", "xl", 3) for s in steerings] + chat
 
 
@@ -134,7 +149,12 @@ def _colab() -> list[Run]:
       f"{size}, {steering}",
       f"configs/chat/{size}.py",
       "v5e:1x1",
-      (f"--config.steering={steering}", "--config.mesh.model=1", *step),
+      (
+        f"--config.steering={steering}",
+        "--config.mesh.model=1",
+        *step,
+        "--quick",
+      ),
     )
     for size, steering in [*pairs, ("qwen3_4b", "lora")]
   ]
@@ -148,6 +168,17 @@ RUNS = {
     _xsum("xxl", "attention", "v5p:4x8x8", "xxl", 3),
   ],
   "chat": _chat(),
+  "chat-steps": [
+    _timed(f"{size}, {steering}")
+    for size, steering in (
+      ("qwen3_0_6b", "full"),
+      ("gemma3_1b", "full"),
+      ("qwen3_4b", "attention"),
+      ("gemma3_4b", "attention"),
+      ("qwen3_8b", "lora"),
+      ("gemma3_12b", "lora"),
+    )
+  ],
   "adapters": _adapters(),
   "colab": _colab(),
 }
@@ -155,7 +186,10 @@ RUNS = {
 
 def plan(run: Run, output: pathlib.Path) -> Json:
   """Of all programs of a run, from its file or the compiler."""
-  name = "_".join(re.findall(r"[\w.]+", f"{run.name} {run.topology}"))
+  words = f"{run.name} {run.topology}"
+  if "--quick" in run.options:
+    words += " quick"
+  name = "_".join(re.findall(r"[\w.]+", words))
   path = output / f"{name}.json"
   if not path.exists():
     command = [sys.executable, "-m", "clp_jax", "plan", "--json"]
@@ -200,6 +234,13 @@ def step_row(run: Run, planned: Json) -> list[Any]:
   return row
 
 
+def held_row(run: Run, planned: Json) -> list[Any]:
+  """A row of HELD."""
+  sizes = [program["total_bytes"] / 1e9 for program in planned["programs"]]
+  fits = "yes" if planned["fits"] else "no"
+  return [run.name, run.topology, *sizes, fits]
+
+
 def memory_rows(full: Run, planned: Json, adapted: Json) -> list[list[Any]]:
   """A row of MEMORY for each program.
 
@@ -231,10 +272,14 @@ def main() -> None:
   programs, steps = [], []
   runs = RUNS[options.runs]
   plans = [plan(run, options.output) for run in runs]
-  for run, planned in zip(runs, plans, strict=True):
-    programs += program_rows(run, planned)
-    steps.append(step_row(run, planned))
-  tables = [(PROGRAMS, programs), (STEPS, steps)]
+  if options.runs in ("chat", "colab"):
+    held = [held_row(*pair) for pair in zip(runs, plans, strict=True)]
+    tables = [(HELD, held)]
+  else:
+    for run, planned in zip(runs, plans, strict=True):
+      programs += program_rows(run, planned)
+      steps.append(step_row(run, planned))
+    tables = [(PROGRAMS, programs), (STEPS, steps)]
   if options.runs == "adapters":
     pairs = zip(runs[::2], plans[::2], plans[1::2], strict=True)
     tables.append(

@@ -147,6 +147,15 @@ def test_a_loop_counts_as_often_as_it_runs():
       (1, 5, 7),
       (3 * 5 - 2) * 2 * 7,
     ),
+    # One element between paddings: every window of a vocabulary meets it once.
+    (
+      "size=151936 pad=151935_151935 rhs_reversal=1",
+      "fb0_i0o->b0f",
+      (3, 2, 1),
+      (3, 151936, 8),
+      (2, 151936, 8),
+      2 * 151936 * 8 * 3,
+    ),
   ],
 )
 def test_products_written_as_convolutions(
@@ -171,6 +180,23 @@ def test_products_written_as_convolutions(
   costs = hlo.count(hlo.parse(text))
   assert costs.flops == 2 * expected
   assert costs.passes == 6 * 2 * expected
+
+
+def test_products_of_any_window_are_those_of_a_list():
+  random = np.random.default_rng(0)
+  for _ in range(500):
+    out, window, size, *steps = random.integers(1, 10, 6).tolist()
+    stride, dilation, holes = steps
+    low = int(random.integers(13))
+    at = np.arange(out)[:, None] * stride + np.arange(window) * dilation - low
+    met = (at >= 0) & (at <= (size - 1) * holes) & (at % holes == 0)
+    assert met.sum() == hlo.products_met(
+      *(out, window, size),
+      stride=stride,
+      dilation=dilation,
+      holes=holes,
+      low=low,
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,7 +273,7 @@ def test_collectives_take_what_their_links_allow():
   assert seconds("all-gather", (3,)) == 0
 
 
-def example_report(needed=None, whole=True, **changes):
+def example_report(needed=None, whole=True, quick=False, **changes):
   """A report on made-up programs of 2 x 4 chips: an update, and a reward that a
   step calls three times."""
   config = config_lib.get_config()
@@ -276,7 +302,7 @@ def example_report(needed=None, whole=True, **changes):
     "update", None, (), 1, 4e12, {"parameters": 10**9, "optimizer": 2 * 10**9}
   )
   compiled = programs.Compiled(
-    job, None if needed else costs, 5 * 10**9, 10**6, needed, 1.0
+    job, None if needed or quick else costs, 5 * 10**9, 10**6, needed, 1.0
   )
   reward = compiled._replace(
     job=job._replace(name="reward nli", calls=3, useful=1e12),
@@ -322,6 +348,18 @@ def test_a_step_is_not_summed_from_some_of_its_programs():
     assert set(result["step"].values()) == {None}
     text = roofline.to_text(result)
     assert "\na step" not in text and "A training step" not in text
+
+
+def test_a_quick_plan_has_what_is_held_and_no_times():
+  whole, quick = example_report(), example_report(quick=True)
+  program, held = (report["programs"][0] for report in (whole, quick))
+  assert held["total_bytes"] == program["total_bytes"]
+  assert held["bytes"] == program["bytes"] and quick["fits"]
+  assert held["time"] is None and "hbm_bytes" not in held
+  assert set(quick["step"].values()) == {None} and not quick["advice"]
+  text = roofline.to_text(quick)
+  assert "8.00" in text and "It fits." in text and "A training step" not in text
+  assert not example_report(quick=True, needed=3e10)["fits"]
 
 
 def test_what_does_not_fit_is_told_what_to_change():
@@ -412,6 +450,10 @@ def test_a_program_is_compiled_for_a_tpu_and_counted():
   compiled = programs.compile_job(job)
   assert compiled.costs.flops == job.useful / 4
   assert compiled.costs.unknown_loops == 0
+  quick = programs.compile_job(job, quick=True)
+  assert quick.costs is None and quick.needed is None
+  assert quick.results == compiled.results
+  assert 0 <= quick.temporary <= 512 * 256 * 2  # at most x of all chips
 
 
 def test_a_chat_model_is_planned_without_data():

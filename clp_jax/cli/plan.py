@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="sft, rollout, reference, update or 'reward NAME'; may be given again",
   )
   parser.add_argument(
+    "--quick",
+    action="store_true",
+    help="whether it fits, and not how long it takes: a sixth of the compiling",
+  )
+  parser.add_argument(
     "--json", action="store_true", help="print JSON instead of tables"
   )
 
@@ -107,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
       flush=True,
     )
     with _elapsed(job.name):
-      compiled.append(programs.compile_job(job))
+      compiled.append(programs.compile_job(job, args.quick))
   print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr)
   result = roofline.make_report(
     config, slice_, mesh, compiled, whole=args.only is None

@@ -450,16 +450,15 @@ def _convolution_flops(
   base, dilation = numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1")
   products = 1
   for i, label in enumerate(spatial):
-    size = lhs[lhs_labels.index(label)]
-    low = int(pads[i].split("_")[0])
-    positions = (
-      np.arange(out[out_labels.index(label)])[:, None] * int(strides[i])
-      + np.arange(rhs[rhs_labels.index(label)])[None] * int(dilation[i])
-      - low
+    products *= products_met(
+      out[out_labels.index(label)],
+      rhs[rhs_labels.index(label)],
+      lhs[lhs_labels.index(label)],
+      stride=int(strides[i]),
+      dilation=int(dilation[i]),
+      holes=int(base[i]),
+      low=int(pads[i].split("_")[0]),
     )
-    step = int(base[i])
-    met = (positions >= 0) & (positions <= (size - 1) * step)
-    products *= int((met & (positions % step == 0)).sum())
   return (
     2.0
     * products
@@ -467,6 +466,41 @@ def _convolution_flops(
     * out[out_labels.index("f")]
     * rhs[rhs_labels.index("i")]
   )
+
+
+def products_met(
+  out: int,
+  window: int,
+  size: int,
+  *,
+  stride: int,
+  dilation: int,
+  holes: int,
+  low: int,
+) -> int:
+  """Products along one spatial dimension: pairs of an output and a place of its
+  window that meet an element of the input.
+
+  Counted for all places of a window together, since a vocabulary's mixing is
+  written with a window of the whole vocabulary at each of its entries.
+
+  Args:
+    out: outputs.
+    window: places of a window.
+    size: elements of the input.
+    stride: input places from a window to the next.
+    dilation: input places from a window's place to the next.
+    holes: input places from an element to the next.
+    low: input places of padding before the first element.
+  """
+  first = low - np.arange(out) * stride  # what place * dilation is at element 0
+  common = math.gcd(dilation, holes)
+  period = holes // common  # of the places that meet no hole
+  least = np.maximum(-(-first // dilation), 0)
+  most = np.minimum((first + (size - 1) * holes) // dilation, window - 1)
+  phase = first // common * pow(dilation // common, -1, period) % period
+  met = (most - phase) // period - (least - 1 - phase) // period
+  return int(np.where(first % common == 0, np.maximum(met, 0), 0).sum())
 
 
 def _bytes(

@@ -46,7 +46,8 @@ def make_report(
     "fits", "advice"}; bytes and seconds are a chip's. "step" is a training
     step, from sampling to update: {"seconds", "utilisation",
     "responses_per_second", a chip's share of them, "chip_hours", of
-    train.steps}, all None where a program of it is not there or does not fit.
+    train.steps}, all None where a program of it is not there, does not fit or
+    was compiled for its memory alone.
   """
   dimensions = slice_.chip.dimensions
   places = np.asarray([chip.coords[:dimensions] for chip in mesh.devices.flat])
@@ -100,7 +101,7 @@ def _program(
     "bytes": memory,
     "time": None,
   }
-  if costs is None:
+  if compiled.needed is not None:
     return result | {
       "total_bytes": compiled.needed,
       "fits": False,
@@ -112,6 +113,9 @@ def _program(
   memory["results"] = compiled.results
   total = sum(memory.values())
   chip = slice_.chip
+  result |= {"total_bytes": total, "fits": total <= chip.memory}
+  if costs is None:
+    return result
   matrix = hbm = 0.0
   for passes, moved, times in costs.busy:
     in_units, at_memory = passes / chip.flops, moved / chip.bandwidth
@@ -136,8 +140,6 @@ def _program(
     bottleneck = "interconnect"
   seconds = max(matrix + hbm, links)
   return result | {
-    "total_bytes": total,
-    "fits": total <= chip.memory,
     "flops": costs.flops,
     "hbm_bytes": costs.bytes,
     "collectives": dict(kinds),
