@@ -5,12 +5,14 @@
   python -m benchmarks.plans --output runs/plans --runs chat-steps --json
   python -m benchmarks.plans --output runs/plans --runs adapters
   python -m benchmarks.plans --output runs/plans --runs colab
+  python -m benchmarks.plans --output runs/plans --runs growth
 
 Compiles for minutes a run. A run whose plan lies in --output is not compiled
 again; delete its file to do so. --json prints the tables as
 docs/results/plans.json has them.
 
-"chat" and "colab" ask for memory alone (`clp plan --quick`): what every program
+"growth" has updates of one model on one slice by the number of objectives and
+of weightings. "chat" and "colab" ask for memory alone (`clp plan --quick`): what every program
 of a run holds, in one table. "chat-steps" has the times of some of them.
 "adapters" has whole sets and LoRA on the same slices, and a third table of what
 each program holds: adapters that are merged for every policy cost what whole
@@ -136,6 +138,28 @@ def _adapters() -> list[Run]:
   return [_xsum("xl", s, "v5e:8x16", "xl", 3) for s in steerings] + chat
 
 
+def _growth() -> list[Run]:
+  """Updates of T5-base for one reward to three, under one weighting to 32."""
+  rewards = ("nli", "rouge", "tldr")
+  points = [(m, 8) for m in (1, 2, 3)] + [(2, g) for g in (1, 2, 4, 16, 32)]
+  return [
+    Run(
+      f"base, full, m = {m}, G = {g}",
+      "configs/xsum/base.py",
+      "v5e:2x4",
+      (
+        "--only=update",
+        "--config.model.init=base",
+        "--config.rewards.nli.model=base",
+        "--config.rewards.tldr.model=base",
+        f"--config.objectives={rewards[:m]}",
+        f"--config.rollout.weightings={g}",
+      ),
+    )
+    for m, g in points
+  ]
+
+
 def _colab() -> list[Run]:
   """What may fit a single chip, and the first that does not."""
   step = ("--config.rollout.prompts=8", "--config.rollout.weightings=2")
@@ -181,6 +205,7 @@ RUNS = {
   ],
   "adapters": _adapters(),
   "colab": _colab(),
+  "growth": _growth(),
 }
 
 
@@ -280,6 +305,8 @@ def main() -> None:
       programs += program_rows(run, planned)
       steps.append(step_row(run, planned))
     tables = [(PROGRAMS, programs), (STEPS, steps)]
+  if options.runs == "growth":
+    tables = tables[:1]  # of the update alone
   if options.runs == "adapters":
     pairs = zip(runs[::2], plans[::2], plans[1::2], strict=True)
     tables.append(

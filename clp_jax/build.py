@@ -13,7 +13,7 @@ from clp_jax import bank as bank_lib
 from clp_jax.adaptation import Adaptation
 from clp_jax.algorithms import ppo, reinforce
 from clp_jax.data.tokenizer import Tokenizer, parse_template
-from clp_jax.errors import ConfigError, as_config_error
+from clp_jax.errors import ConfigError, as_config_error, check_choice
 from clp_jax.models.families import Config as ModelConfig
 from clp_jax.models.presets import PRESETS
 from clp_jax.rewards import base
@@ -435,10 +435,8 @@ def _check_model_and_data(config: ml_collections.ConfigDict) -> None:
 
 
 def _one_of(path, value, allowed):
-  if value not in allowed:
-    raise ConfigError(
-      f"{path} must be one of {', '.join(allowed)}, got {value!r}."
-    )
+  with as_config_error():
+    check_choice(path, value, allowed)
 
 
 def _given(config, paths):

@@ -5,7 +5,8 @@ them before anything else is imported.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -30,6 +31,15 @@ class RewardError(RuntimeError):
 
 class Preempted(Exception):
   """SIGTERM came, to this process or another; the state was saved."""
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+  """Raises a ValueError unless the value of this name is one of the choices."""
+  known = list(choices)
+  if value not in known:
+    raise ValueError(
+      f"{name} must be one of {', '.join(known)}, got {value!r}."
+    )
 
 
 @contextlib.contextmanager

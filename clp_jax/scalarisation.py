@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clp_jax.errors import check_choice
+
 NAMES = ("linear", "chebyshev", "smooth_chebyshev")
 
 
@@ -48,11 +50,7 @@ class Scalarisation:
   smoothness: float = 0.1
 
   def __post_init__(self):
-    if self.name not in NAMES:
-      raise ValueError(
-        f"scalarisation.name must be one of {', '.join(NAMES)}, got "
-        f"{self.name!r}."
-      )
+    check_choice("scalarisation.name", self.name, NAMES)
     if self.name == "linear" and self.utopia is not None:
       raise ValueError(
         f"scalarisation.utopia = {self.utopia} is for chebyshev and "

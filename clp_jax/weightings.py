@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clp_jax.errors import check_choice
+
 KL_COEFFICIENTS = ("alpha", "realigned")
 TOLERANCE = 1e-4  # weights typed by hand, such as 0.333,0.333,0.334
 
@@ -74,11 +76,9 @@ class Distribution:
           "weightings.alpha_range must be 0 < low <= high <= 1, got "
           f"{tuple(self.alpha_range)}."
         )
-    if self.kl_coefficient not in KL_COEFFICIENTS:
-      raise ValueError(
-        f"weightings.kl_coefficient must be one of "
-        f"{', '.join(KL_COEFFICIENTS)}, got {self.kl_coefficient!r}."
-      )
+    check_choice(
+      "weightings.kl_coefficient", self.kl_coefficient, KL_COEFFICIENTS
+    )
     if self.kl_coefficient == "realigned" and self.alpha_range == (1, 1):
       raise ValueError(
         "weightings.kl_coefficient = realigned needs an alpha_range whose low "

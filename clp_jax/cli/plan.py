@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
   slice_ = chips.find_slice(args.topology)
   # The programs are made on this machine's CPU, whatever else it has.
   jax.config.update("jax_platforms", "cpu")
+  # What was compiled for a slice that is not here can be kept, and never read.
+  jax.config.update("jax_enable_compilation_cache", False)
   mesh = build.make_mesh(config, chips.devices(slice_))
   jobs = list(programs.jobs(config, mesh))
   names = [job.name for job in jobs]

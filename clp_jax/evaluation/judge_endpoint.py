@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from clp_jax.errors import JudgeError
+from clp_jax.errors import JudgeError, check_choice
 from clp_jax.evaluation import judge as judge_lib
 from clp_jax.evaluation.judge import Judge, Question
 
@@ -81,10 +81,7 @@ class Endpoint:
       )
     if self.key is not None and not re.fullmatch(r"[!-~]+", self.key):
       raise ValueError("the key holds blanks or letters that no header may.")
-    if self.api not in APIS:
-      raise ValueError(
-        f"the API must be one of {', '.join(APIS)}, got {self.api!r}."
-      )
+    check_choice("the API", self.api, APIS)
     for name in ("timeout", "attempts", "parallel", "max_tokens"):
       value = getattr(self, name)
       if not 0 < value < 1e9:  # of more seconds no timeout can be made

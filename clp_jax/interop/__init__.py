@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from clp_jax.data.tokenizer import TOKENIZER
+from clp_jax.errors import check_choice
 from clp_jax.interop import (
   causal,
   huggingface,
@@ -127,12 +128,11 @@ def _open(
     values = weight_files.read_json(folder, "config.json")
     if causal.is_causal(values):
       return causal.open_folder(folder, mapped)
-    if values.get("model_type") not in huggingface.FAMILIES:
-      known = ", ".join((*huggingface.FAMILIES, *causal.families()))
-      raise ValueError(
-        f"{folder.path}/config.json: model_type must be one of {known}, got "
-        f"{values.get('model_type')!r}."
-      )
+    check_choice(
+      f"{folder.path}/config.json: model_type",
+      values.get("model_type"),
+      (*huggingface.FAMILIES, *causal.families()),
+    )
     return huggingface.open_folder(folder, mapped=mapped)
   raise ValueError(
     f"{folder.path} holds no model: expected config.json (Hugging Face), "
@@ -251,10 +251,7 @@ def save_t5(
     ValueError: as `save_model`, and for a vocabulary with another EOS than the
       config's.
   """
-  if format not in FORMATS:
-    raise ValueError(
-      f"format must be one of {', '.join(FORMATS)}, got {format!r}."
-    )
+  check_choice("format", format, FORMATS)
   views = leaves.views(config, params)
   described = None
   if vocabulary is not None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from clp_jax.errors import check_choice
 from clp_jax.interop import huggingface, leaves, orbax, weight_files
 from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
@@ -146,7 +147,7 @@ HEAD = "decoder/logits_dense/kernel"
 
 def is_causal(values: Mapping[str, Any]) -> bool:
   """Whether a config.json is of a model that `open_folder` may read."""
-  kind = values.get("model_type")
+  kind: Any = values.get("model_type")
   return kind in _DEFAULTS or kind in _NESTED
 
 
@@ -234,12 +235,8 @@ def read_config(folder: Folder) -> CausalConfig:
     # The class of such a folder does not read it, as that of the text alone.
     values["final_logit_softcapping"] = None
     eos_ids = eos_ids or weight_files.eos_ids(folder, values)
-  kind = values.get("model_type")
-  if kind not in _DEFAULTS:
-    raise ValueError(
-      f"{where}: model_type must be one of {', '.join(families())}, got "
-      f"{kind!r}."
-    )
+  kind: Any = values.get("model_type")
+  check_choice(f"{where}: model_type", kind, families())
   weight_files.check_only(where, values, _ONLY)
   # null means that these are to be found out; elsewhere it means off.
   own = {
@@ -318,11 +315,7 @@ def _config(
   gemma = kind in _GEMMAS
   act = _activation_field(kind)
   activation = values[act]
-  if activation not in ACTIVATIONS:
-    raise ValueError(
-      f"{where}: {act} must be one of {', '.join(ACTIVATIONS)}, got "
-      f"{activation!r}."
-    )
+  check_choice(f"{where}: {act}", activation, ACTIVATIONS)
   layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
   kv_heads = values.get("num_key_value_heads")
   types = _layer_types(where, kind, values)
@@ -566,10 +559,7 @@ def config_values(
 ) -> dict[str, Any]:
   """The content of config.json; args and errors as of `save`."""
   kind = config.architecture
-  if kind not in _DEFAULTS:
-    raise ValueError(
-      f"architecture must be one of {', '.join(_DEFAULTS)}, got {kind!r}."
-    )
+  check_choice("architecture", kind, _DEFAULTS)
   gemma = kind in _GEMMAS
   names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
   values: dict[str, Any] = {

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from clp_jax.data.tokenizer import Tokenizer
+from clp_jax.errors import check_choice
 from clp_jax.interop import causal, encoders, leaves, weight_files
 from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
@@ -75,11 +76,9 @@ def open_folder(
   values = weight_files.read_json(folder, "config.json")
   kind = values.get("model_type")
   is_decoder = causal.is_causal(values)
-  if not is_decoder and kind not in encoders.MODEL_TYPES:
-    known = ", ".join((*causal.families(), *encoders.MODEL_TYPES))
-    raise ValueError(
-      f"{where}: model_type must be one of {known}, got {kind!r}."
-    )
+  if not is_decoder:
+    known = (*causal.families(), *encoders.MODEL_TYPES)
+    check_choice(f"{where}: model_type", kind, known)
   named = values.get("architectures") or []
   if not any(str(name).endswith(_ARCHITECTURE) for name in named):
     raise ValueError(
@@ -223,11 +222,7 @@ def _labels(where: str, values: Mapping[str, Any], count: int) -> Labels:
   given = values.get("id2label") or {}
   names = tuple(str(given.get(str(i), f"LABEL_{i}")) for i in range(count))
   problem = values.get("problem_type") or SINGLE_LABEL
-  if problem not in PROBLEMS:
-    raise ValueError(
-      f"{where}: problem_type must be one of {', '.join(PROBLEMS)}, got "
-      f"{problem!r}."
-    )
+  check_choice(f"{where}: problem_type", problem, PROBLEMS)
   return Labels(names, problem)
 
 

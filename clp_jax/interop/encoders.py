@@ -7,6 +7,7 @@ network has no switch for is refused by name, if it is set.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from clp_jax.errors import check_choice
 from clp_jax.interop import weight_files
 from clp_jax.interop.causal import ACTIVATIONS
 from clp_jax.models.encoder import EncoderConfig
@@ -171,10 +172,7 @@ def _config(
 
 
 def _activation(values: Mapping[str, Any], field: str) -> str:
-  if values[field] not in ACTIVATIONS:
-    raise ValueError(
-      f"{field} must be one of {', '.join(ACTIVATIONS)}, got {values[field]!r}."
-    )
+  check_choice(field, values[field], ACTIVATIONS)
   return ACTIVATIONS[values[field]]
 
 

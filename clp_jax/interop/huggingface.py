@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import sentencepiece
 from etils import epath
 
+from clp_jax.errors import check_choice
 from clp_jax.interop import leaves, weight_files
 from clp_jax.interop.leaves import Leaf
 from clp_jax.interop.storage import Folder
@@ -99,11 +100,8 @@ def _config(folder: Folder, values: Mapping[str, Any], tied: bool) -> T5Config:
   if absent := [name for name in _FIELDS.values() if name not in values]:
     raise ValueError(f"{folder.path}/config.json lacks {', '.join(absent)}.")
   activation = values["feed_forward_proj"]
-  if activation not in _ACTIVATIONS:
-    raise ValueError(
-      f"{folder.path}/config.json: feed_forward_proj must be one of "
-      f"{', '.join(_ACTIVATIONS)}, got {activation!r}."
-    )
+  where = f"{folder.path}/config.json: feed_forward_proj"
+  check_choice(where, activation, _ACTIVATIONS)
   for name, value in _CONSTANTS.items():
     if values.get(name) not in (None, value):
       raise ValueError(

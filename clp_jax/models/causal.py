@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from clp_jax.errors import check_choice
 from clp_jax.models import attention
 from clp_jax.models import layers as parts
 from clp_jax.models.model import Context
@@ -68,11 +69,8 @@ class Rope:
   original_length: int = 8192
 
   def __post_init__(self):
-    if self.scaling not in ROPE_SCALINGS:
-      raise ValueError(
-        f"the rotary embedding's scaling must be one of "
-        f"{', '.join(ROPE_SCALINGS)}, got {self.scaling!r}."
-      )
+    name = "the rotary embedding's scaling"
+    check_choice(name, self.scaling, ROPE_SCALINGS)
 
   def frequencies(self, head_dim: int) -> np.ndarray:
     """[K / 2] float32, radians a token."""
@@ -192,11 +190,7 @@ class CausalConfig:
       )
     if self.head_dim % 2:
       raise ValueError(f"head_dim must be even, got {self.head_dim}.")
-    if self.activation not in parts.ACTIVATIONS:
-      known = ", ".join(sorted(parts.ACTIVATIONS))
-      raise ValueError(
-        f"activation must be one of {known}, got {self.activation!r}."
-      )
+    check_choice("activation", self.activation, parts.ACTIVATIONS)
     parts.check_computation(self)
     # A JSON file gives lists and dicts, which can't be hashed.
     ropes = (r if isinstance(r, Rope) else Rope(**r) for r in self.ropes)

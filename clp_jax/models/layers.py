@@ -18,6 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from clp_jax import low_rank
+from clp_jax.errors import check_choice
 from clp_jax.low_rank import LowRank
 from clp_jax.models import attention
 from clp_jax.row_mixing import RowMixture
@@ -50,10 +51,8 @@ def check_computation(config: Any) -> None:
     raise ValueError(
       f"dropout_rate must be in [0, 1), got {config.dropout_rate!r}."
     )
-  if config.dtype not in DTYPES:
-    raise ValueError(f"dtype must be one of {DTYPES}, got {config.dtype!r}.")
-  if config.remat not in REMAT:
-    raise ValueError(f"remat must be one of {REMAT}, got {config.remat!r}.")
+  check_choice("dtype", config.dtype, DTYPES)
+  check_choice("remat", config.remat, REMAT)
 
 
 def check_eos_ids(config: Any, lowest: int) -> None:
