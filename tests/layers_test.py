@@ -1,4 +1,5 @@
-"""Which module imports which: the layers that docs/design.md names.
+"""Which module imports which: the layers that docs/design.md names; how long
+functions are.
 
 `problems` reads the page and the sources; it is tried on copies of both in
 which one thing is changed.
@@ -308,3 +309,21 @@ def test_an_import_that_changes_alone_is_found(module, added, messages):
   found = problems(PAGE, sources)
   for message in messages:
     assert any(re.search(message, text) for text in found), (message, found)
+
+
+def lengths(text):
+  """Function name -> its lines, of a module's text."""
+  return {
+    node.name: node.end_lineno - node.lineno + 1
+    for node in ast.walk(ast.parse(text))
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+  }
+
+
+def test_functions_can_be_read_at_once():
+  for module, text in SOURCES.items():
+    for name, lines in lengths(text).items():
+      if name not in ("get_config", "add_arguments"):
+        assert lines <= 100, f"{module}.{name}"
+  step = SOURCES["clp_jax.train.moft"]
+  assert len(step.splitlines()) < 300 and max(lengths(step).values()) <= 80

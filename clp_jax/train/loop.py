@@ -121,16 +121,22 @@ def run(
     if step < steps:
       checkpoints.save(state, consumed)
       checkpoints.wait()
-      if failed is not None:
-        raise RewardError(
-          f"{failed} What came before is saved: the same command goes on from "
-          f"step {step}."
-        ) from failed
-      raise Preempted(
-        f"stopped by SIGTERM after {step} of {steps} steps, all saved; start "
-        "the same command again to go on."
-      )
+      raise _why_stopped(step, steps, failed) from failed
     return state
+
+
+def _why_stopped(
+  step: int, steps: int, failed: RewardError | None
+) -> Exception:
+  if failed is not None:
+    return RewardError(
+      f"{failed} What came before is saved: the same command goes on from step "
+      f"{step}."
+    )
+  return Preempted(
+    f"stopped by SIGTERM after {step} of {steps} steps, all saved; start the "
+    "same command again to go on."
+  )
 
 
 def _write(
