@@ -11,9 +11,9 @@ Compiles for minutes a run. A run whose plan lies in --output is not compiled
 again; delete its file to do so. --json prints the tables as
 docs/results/plans.json has them.
 
-"growth" has updates of one model on one slice by the number of objectives and
-of weightings. "chat" and "colab" ask for memory alone (`clp plan --quick`): what every program
-of a run holds, in one table. "chat-steps" has the times of some of them.
+"chat", "colab" and "growth" ask for memory alone (`clp plan --quick`), in one
+table of what every program of a run holds; "growth" has updates of one model by
+the number of objectives and of weightings. "chat-steps" has the times of some.
 "adapters" has whole sets and LoRA on the same slices, and a third table of what
 each program holds: adapters that are merged for every policy cost what whole
 sets do, so that full-CLP is the "before" of adapters that are not. "colab" has
@@ -65,6 +65,7 @@ HELD = {
   "update": ".1f",
   "fits": "",
 }
+UPDATES = {"run": "", "slice": "", "update, GB a chip": ".2f", "fits": ""}
 MEMORY = {
   "model": "",
   "slice": "",
@@ -154,6 +155,7 @@ def _growth() -> list[Run]:
         "--config.rewards.tldr.model=base",
         f"--config.objectives={rewards[:m]}",
         f"--config.rollout.weightings={g}",
+        "--quick",
       ),
     )
     for m, g in points
@@ -162,7 +164,11 @@ def _growth() -> list[Run]:
 
 def _colab() -> list[Run]:
   """What may fit a single chip, and the first that does not."""
-  step = ("--config.rollout.prompts=8", "--config.rollout.weightings=2")
+  step = (
+    "--config.rollout.prompts=8",
+    "--config.rollout.weightings=2",
+    "--config.train.microbatches=4",
+  )
   pairs = [
     (size, steering)
     for size in ("qwen3_0_6b", "gemma3_1b")
@@ -297,16 +303,14 @@ def main() -> None:
   programs, steps = [], []
   runs = RUNS[options.runs]
   plans = [plan(run, options.output) for run in runs]
-  if options.runs in ("chat", "colab"):
+  if "--quick" in runs[0].options:
     held = [held_row(*pair) for pair in zip(runs, plans, strict=True)]
-    tables = [(HELD, held)]
+    tables = [(UPDATES if options.runs == "growth" else HELD, held)]
   else:
     for run, planned in zip(runs, plans, strict=True):
       programs += program_rows(run, planned)
       steps.append(step_row(run, planned))
     tables = [(PROGRAMS, programs), (STEPS, steps)]
-  if options.runs == "growth":
-    tables = tables[:1]  # of the update alone
   if options.runs == "adapters":
     pairs = zip(runs[::2], plans[::2], plans[1::2], strict=True)
     tables.append(

@@ -516,6 +516,18 @@ def test_adapters_are_planned_beside_whole_sets_of_the_same_run():
   ]
 
 
+def test_what_programs_hold_has_a_column_each_and_no_times():
+  run = plans.Run("a run", "a.py", "v5e:2x4", ("--quick",))
+  quick = example_report(quick=True)
+  sizes = [program["total_bytes"] / 1e9 for program in quick["programs"]]
+  assert plans.held_row(run, quick) == ["a run", "v5e:2x4", *sizes, "yes"]
+  assert plans.held_row(run, example_report(needed=2e10))[-1] == "no"
+  for name in ("chat", "colab", "growth"):
+    assert all("--quick" in run.options for run in plans.RUNS[name])
+  timed = [*plans.RUNS["adapters"], *plans.RUNS["chat-steps"]]
+  assert not any("--quick" in run.options for run in timed)
+
+
 def test_memory_of_adapters_is_told_program_by_program():
   full, lora = example_report(needed=8e9), example_report(needed=2e9)
   names = [program["name"] for program in full["programs"]]
