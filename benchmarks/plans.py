@@ -172,7 +172,7 @@ def _colab() -> list[Run]:
   pairs = [
     (size, steering)
     for size in ("qwen3_0_6b", "gemma3_1b")
-    for steering in ("full", "attention", "lora")
+    for steering in ("attention", "lora")
   ]
   return [
     Run(
