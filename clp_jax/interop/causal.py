@@ -147,7 +147,7 @@ HEAD = "decoder/logits_dense/kernel"
 
 def is_causal(values: Mapping[str, Any]) -> bool:
   """Whether a config.json is of a model that `open_folder` may read."""
-  kind: Any = values.get("model_type")
+  kind = values.get("model_type")
   return kind in _DEFAULTS or kind in _NESTED
 
 
