@@ -22,10 +22,10 @@ JUDGE = "qwen3-0.6b"  # preset of the reward models, in plans
 SIZES = {
   "qwen3-0.6b": Size(1, 64, 8, JUDGE, steps=2000),
   "qwen3-4b": Size(4, 64, 8, JUDGE, steps=2000),
-  "qwen3-8b": Size(8, 64, 16, JUDGE, steps=2000),
+  "qwen3-8b": Size(8, 64, 8, JUDGE, steps=2000),
   "gemma3-1b": Size(1, 64, 8, JUDGE, steps=2000),
   "gemma3-4b": Size(4, 64, 8, JUDGE, steps=2000),
-  "gemma3-12b": Size(8, 64, 16, JUDGE, steps=2000),
+  "gemma3-12b": Size(8, 64, 8, JUDGE, steps=2000),
 }
 
 
