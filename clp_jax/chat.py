@@ -19,13 +19,15 @@ from clp_jax import config as config_lib
 from clp_jax.paper import Size, large_reward, set_size
 
 JUDGE = "qwen3-0.6b"  # preset of the reward models, in plans
+# Under 4 weightings two of a v5e slice's 8 shards of the data hold a policy
+# between them; Gemma 3 12B's, with its gradient, is more than one can.
 SIZES = {
   "qwen3-0.6b": Size(1, 64, 8, JUDGE, steps=2000),
   "qwen3-4b": Size(4, 64, 8, JUDGE, steps=2000),
   "qwen3-8b": Size(8, 64, 8, JUDGE, steps=2000),
   "gemma3-1b": Size(1, 64, 8, JUDGE, steps=2000),
   "gemma3-4b": Size(4, 64, 8, JUDGE, steps=2000),
-  "gemma3-12b": Size(8, 64, 8, JUDGE, steps=2000),
+  "gemma3-12b": Size(8, 64, 4, JUDGE, steps=2000),
 }
 
 
