@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import pathlib
 import shlex
+import subprocess
 import sys
 
 import jax
@@ -118,6 +120,23 @@ def test_growth_is_a_table_of_times_and_memory(monkeypatch, capsys):
     )
     ratio = rows[2][f"{name} s"] / rows[0][f"{name} s"]
     assert rows[2][f"{name} times"] == pytest.approx(ratio)
+
+
+@pytest.mark.slow
+def test_a_reward_that_waits_is_hidden_by_sampling_ahead():
+  words = "--waits 0.5 --steps 16 --n 1 --json".split()
+  found = subprocess.run(
+    [sys.executable, "-m", "benchmarks.ahead", *words],
+    # One device: on 8 virtual ones of these cores nothing was hidden.
+    env=os.environ | {"XLA_FLAGS": ""},
+    stdout=subprocess.PIPE,
+    check=True,
+  )
+  without, with_it = json.loads(found.stdout)["rows"]
+  assert (without["rollout.ahead"], with_it["rollout.ahead"]) == (0, 1)
+  assert without["s a step"] > with_it["s a step"] > 0.45
+  ratio = without["s a step"] / with_it["s a step"]
+  assert with_it["times faster"] == pytest.approx(ratio)
 
 
 def test_a_size_is_of_its_family(monkeypatch, capsys):
