@@ -10,15 +10,13 @@ step" is the median of their second half's steps.
 
 import argparse
 import itertools
-import json
-import pathlib
 import statistics
 import tempfile
 import time
 
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import ppo, timing
 from clp_jax import config as config_lib
 from clp_jax import demo
 from clp_jax.cli import setup
@@ -40,7 +38,7 @@ def judge(
 def step_seconds(
   workdir: str, sft: str, *, steps: int, wait: float, ahead: int
 ) -> float:
-  """The median of the second half of a run's steps."""
+  """Trains so many steps; the median of their second half."""
   config = demo.get_config()
   config.algorithm = "ppo"
   config.sft.steps = 0
@@ -49,9 +47,7 @@ def step_seconds(
   config.rollout.ahead = ahead
   config.train.steps = steps
   moft.train(config, workdir)
-  lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-  rows = [json.loads(line) for line in lines[len(lines) // 2 :]]
-  return statistics.median(1 / row["perf/steps_per_second"] for row in rows)
+  return 1 / ppo.steps_per_second(workdir)
 
 
 def main() -> None:

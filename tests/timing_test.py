@@ -134,7 +134,7 @@ def test_a_reward_that_waits_is_hidden_by_sampling_ahead():
   )
   without, with_it = json.loads(found.stdout)["rows"]
   assert (without["rollout.ahead"], with_it["rollout.ahead"]) == (0, 1)
-  assert without["s a step"] > with_it["s a step"] > 0.45
+  assert without["s a step"] - 0.1 > with_it["s a step"] > 0.45
   ratio = without["s a step"] / with_it["s a step"]
   assert with_it["times faster"] == pytest.approx(ratio)
 
